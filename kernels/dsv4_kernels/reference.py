@@ -1,0 +1,270 @@
+"""The layer in plain fp32 PyTorch, one function per op: the oracle, and the `reference` backend.
+
+Formulas: DeepSeek-V4 report section 2.1 and its reference code; NVFP4 as NVIDIA ModelOpt defines
+it. Kernels are compared with this file; it shares no code with them.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dsv4_kernels.types import (
+    E2M1_MAX,
+    E4M3_MAX,
+    NVFP4_BLOCK,
+    NVFP4_MAX,
+    ActivationScales,
+    ExpertLayout,
+    ExpertWeights,
+    QuantizedRows,
+    Routing,
+    capacity,
+)
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_FINITE_MAX = torch.finfo(torch.float32).max
+
+
+def router_scores(logits: torch.Tensor) -> torch.Tensor:
+    """sqrt(softplus(logits)) in fp32, exact far below zero. NaN scores as -1, under every number.
+
+    (num_tokens, num_experts) any float -> float32. softplus(z) = max(z, 0) + log1p(exp(-|z|)),
+    and below zero, where that sum would cancel nothing but log1p underflows late, it is
+    exp(z / 2) in the limit: log1p(exp(z)) keeps full precision down to exp(z) > 0, and
+    sqrt(exp(z)) = exp(z / 2) beyond.
+    """
+    z = logits.float()
+    softplus = z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
+    # log1p(e) = e to within fp32 for e < 2^-24: take the root in the exponent, so that logits
+    # of -170 still differ from one another.
+    scores = torch.where(z < -17, torch.exp(z / 2), softplus.sqrt())
+    scores = scores.clamp(max=_FINITE_MAX)
+    return torch.where(z.isnan(), -1.0, scores)
+
+
+def router_topk(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    bias: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    hash_weights: str = "scored",
+    ids_dtype: torch.dtype = torch.int32,
+) -> Routing:
+    """Expert ids and weights of every token: dense by scores plus bias, or hash by token id.
+
+    logits (num_tokens, num_experts); bias (num_experts,) selects only; table (vocab, top_k) int
+    of expert ids with token_ids (num_tokens,), where a negative token id marks a padding row.
+    Ties go to the lower id, NaN logits come after every number. Weights are the selected scores
+    over their sum, times scaling; if every selected score is 0 (or NaN), they are equal shares.
+    hash_weights "uniform" gives hash layers equal shares whatever the scores.
+    """
+    scores = router_scores(logits)
+    num_experts = scores.shape[1]
+    if table is not None:
+        assert token_ids is not None, "hash routing needs token ids"
+        live = (token_ids >= 0) & (token_ids < table.shape[0])
+        ids = table[token_ids.long().clamp(0, table.shape[0] - 1)].long()
+        live_ids = ids.clamp(0, num_experts - 1)
+    else:
+        selection = scores if bias is None else scores + bias.float()
+        selection = torch.where(logits.isnan() | selection.isnan(), -torch.inf, selection)
+        # NaN after every number, numbers of -inf included: sort by value, then NaN last, then id.
+        is_nan = logits.isnan().to(torch.int8)
+        order = torch.argsort(selection, dim=1, descending=True, stable=True)
+        nan_last = torch.argsort(is_nan.gather(1, order), dim=1, stable=True)
+        ids = live_ids = order.gather(1, nan_last)[:, :top_k]
+        live = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    weights = scores.gather(1, live_ids).clamp(min=0)
+    if table is not None and hash_weights == "uniform":
+        weights = torch.ones_like(weights)
+    # Divide by the largest first: a sum of huge or tiny scores neither overflows nor vanishes.
+    largest = weights.amax(1, keepdim=True)
+    weights = torch.where(largest > 0, weights / largest, 1.0)
+    weights = weights / weights.sum(1, keepdim=True) * scaling
+    ids = torch.where(live[:, None], ids, -1).to(ids_dtype)
+    return Routing(torch.where(live[:, None], weights, 0.0), ids)
+
+
+def expert_layout(
+    ids: torch.Tensor, num_local_experts: int, expert_map: torch.Tensor | None, tile: int
+) -> ExpertLayout:
+    """Rows for every local (token, slot): grouped by expert, padded to the tile, in slot order.
+
+    ids (num_tokens, top_k) global, -1 where there is none; expert_map (num_experts,) int32 from
+    global to local, -1 for foreign experts, None when all are local.
+    """
+    num_tokens, top_k = ids.shape
+    local = ids.long()
+    if expert_map is not None:
+        known = (local >= 0) & (local < len(expert_map))
+        local = torch.where(known, expert_map[local.clamp(0, len(expert_map) - 1)].long(), -1)
+    flat = local.flatten()
+    flat = torch.where((flat >= 0) & (flat < num_local_experts), flat, num_local_experts)
+    counts = torch.bincount(flat, minlength=num_local_experts + 1)[:num_local_experts]
+    padded = (counts + tile - 1) // tile * tile
+    offsets = F.pad(padded.cumsum(0), (1, 0))
+    rows = capacity(num_tokens, top_k, num_local_experts, tile)
+    order = torch.argsort(flat, stable=True)[: int(counts.sum())]
+    first_slot = F.pad(counts.cumsum(0), (1, 0))
+    expert = flat[order]
+    row = offsets[expert] + torch.arange(len(order), device=ids.device) - first_slot[expert]
+    slot_to_row = torch.full((num_tokens * top_k,), -1, dtype=torch.int32, device=ids.device)
+    row_to_slot = torch.full((rows,), -1, dtype=torch.int32, device=ids.device)
+    slot_to_row[order] = row.int()
+    row_to_slot[row] = order.int()
+    tiles = torch.arange(rows // tile, device=ids.device) * tile
+    tile_to_expert = torch.searchsorted(offsets, tiles, right=True) - 1
+    tile_to_expert = torch.where(tiles < offsets[-1], tile_to_expert, -1)
+    return ExpertLayout(
+        slot_to_row.view(num_tokens, top_k),
+        row_to_slot,
+        counts.int(),
+        offsets.int(),
+        tile_to_expert.int(),
+    )
+
+
+def unpack_e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """(..., K // 2) uint8 -> (..., K) float32; low nibble first, bit 3 is the sign."""
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()
+    values = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=codes.device)
+    return values[nibbles]
+
+
+def nvfp4_dequantize(
+    codes: torch.Tensor, block_scales: torch.Tensor, global_scale: torch.Tensor | float
+) -> torch.Tensor:
+    """(..., K // 2) uint8, (..., K // 16) E4M3, broadcastable float32 -> (..., K) float32."""
+    blocks = unpack_e2m1(codes).unflatten(-1, (-1, NVFP4_BLOCK))
+    return (blocks * block_scales.float()[..., None]).flatten(-2) * global_scale
+
+
+def nvfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
+    """The global scale at which amax is the largest representable value; 1 where amax is 0."""
+    amax = amax.float().clamp(max=_FINITE_MAX)
+    return torch.where(amax > 0, (amax / NVFP4_MAX).clamp(min=2.0**-100), 1.0)
+
+
+def nvfp4_quantize(
+    x: torch.Tensor, global_scale: torch.Tensor | None
+) -> tuple[QuantizedRows, torch.Tensor]:
+    """NVFP4 of every row of x and the number of saturated blocks.
+
+    x (rows, K) float; global_scale (1,) or (rows,) float32, None for one per row from its own
+    amax. block scale = e4m3(amax_block / 6 / gs), code = e2m1(x / (block scale * gs)), both to
+    nearest even; a zero scale gives zero codes. A block is saturated when its scale would round
+    to more than 448, or when it holds inf or NaN; inf becomes a signed 6 and NaN +6 (what the
+    hardware's cvt.rn.satfinite does).
+    """
+    x = x.float()
+    if global_scale is None:
+        global_scale = nvfp4_global_scale(x.nan_to_num(0.0, torch.inf, -torch.inf).abs().amax(1))
+    gs = global_scale.float().reshape(-1, 1)
+    blocks = x.unflatten(1, (-1, NVFP4_BLOCK))
+    amax = blocks.nan_to_num(0.0, torch.inf, -torch.inf).abs().amax(2)
+    quotient = amax / E2M1_MAX / gs
+    # 464 is the tie between 448 and the next E4M3 step, and goes to 448.
+    saturated = (quotient > 464) | ~blocks.isfinite().all(2)
+    block_scales = quotient.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    scale = (block_scales.float() * gs)[:, :, None]
+    scaled = torch.where(scale > 0, blocks / scale, 0.0)
+    scaled = torch.where(blocks.isnan() & (scale > 0), E2M1_MAX, scaled)
+    magnitude = scaled.abs().clamp(max=E2M1_MAX)
+    # E2M1 steps: 0.5 below 2, 1 below 4, 2 above; torch.round goes to even.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    rounded = (magnitude / step).round() * step
+    code = torch.bucketize(rounded, torch.tensor(E2M1_VALUES, device=x.device))
+    code = (code + 8 * torch.signbit(scaled)).to(torch.uint8).flatten(1)
+    packed = code[:, 0::2] | (code[:, 1::2] << 4)
+    return QuantizedRows(packed, block_scales, global_scale.float()), saturated.sum()
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit), fp32."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
+def combine(rows: torch.Tensor, slot_to_row: torch.Tensor) -> torch.Tensor:
+    """Sum of each token's rows in slot order, fp32; zero for a token with no local expert.
+
+    rows (capacity, hidden) bf16 -> (num_tokens, hidden) bf16. The routing weight is in the rows
+    already.
+    """
+    out = torch.zeros(len(slot_to_row), rows.shape[1], dtype=torch.float32, device=rows.device)
+    for slot in slot_to_row.long().unbind(1):
+        term = rows[slot.clamp(min=0)].float()
+        out = torch.where((slot >= 0)[:, None], out + term, out)
+    return out.to(rows.dtype)
+
+
+def fc1(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    expert: int,
+    slot_weights: torch.Tensor,
+    limit: float | None,
+) -> torch.Tensor:
+    """One expert's first GEMM with SwiGLU and routing weight: (rows, hidden) -> (rows, inter)."""
+    unit = nvfp4_dequantize(weights.w13[expert], weights.w13_block_scales[expert], 1.0)
+    gate, up = (x @ unit.T).chunk(2, dim=1)
+    gate_scale, up_scale = weights.w13_global_scales[expert].unbind()
+    return swiglu(gate * gate_scale, up * up_scale, limit) * slot_weights[:, None]
+
+
+def fc2(h: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tensor:
+    """One expert's second GEMM: (rows, inter) -> (rows, hidden)."""
+    unit = nvfp4_dequantize(weights.w2[expert], weights.w2_block_scales[expert], 1.0)
+    return (h @ unit.T) * weights.w2_global_scales[expert]
+
+
+def moe(
+    hidden_states: torch.Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    *,
+    expert_map: torch.Tensor | None = None,
+    limit: float | None = None,
+    activation_scales: ActivationScales | None = None,
+    saturated: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The routed experts of one rank: (num_tokens, hidden) bf16 -> (num_tokens, hidden) bf16.
+
+    With activation_scales both GEMMs' inputs are quantised to NVFP4 (W4A4), and `saturated`, a
+    (1,) int64 counter, grows by the blocks that did not fit; without, they are bf16 (W4A16). The
+    routing weight multiplies the activation before W2; W2's rows are bf16, summed in fp32.
+    """
+    layout = expert_layout(routing.ids, weights.num_local_experts, expert_map, tile=1)
+    rows = torch.zeros(
+        len(layout.row_to_slot),
+        hidden_states.shape[1],
+        dtype=torch.bfloat16,
+        device=hidden_states.device,
+    )
+
+    def round_input(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if activation_scales is None:
+            return x.bfloat16().float()
+        (codes, block_scales, gs), overflow = nvfp4_quantize(x, scale)
+        if saturated is not None:
+            saturated.add_(overflow)
+        return nvfp4_dequantize(codes, block_scales, gs.reshape(-1, 1))
+
+    for expert, (start, count) in enumerate(
+        zip(layout.offsets.tolist(), layout.counts.tolist(), strict=False)
+    ):
+        if count == 0:
+            continue
+        slots = layout.row_to_slot[start : start + count].long()
+        fc1_scale = fc2_scale = None
+        if activation_scales is not None:
+            fc1_scale = activation_scales.fc1
+            if activation_scales.fc2 is not None:
+                fc2_scale = activation_scales.fc2[expert : expert + 1]
+        x = round_input(hidden_states[slots // routing.ids.shape[1]], fc1_scale)
+        h = fc1(x, weights, expert, routing.weights.flatten()[slots], limit)
+        rows[start : start + count] = fc2(round_input(h, fc2_scale), weights, expert).bfloat16()
+    return combine(rows, layout.slot_to_row).to(hidden_states.dtype)

@@ -1,0 +1,85 @@
+"""The layout contract: what the ops hand to one another.
+
+Rows are (token, slot) pairs that some expert of this rank owns, grouped by local expert; each
+group is padded to a whole number of row tiles. How many rows exist is known on the device only,
+so every buffer has a fixed capacity, and offsets say which part of it is alive.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+NVFP4_BLOCK = 16
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+# Largest |x| that a global scale of 1 can represent: block scale 448 times code 6.
+NVFP4_MAX = E2M1_MAX * E4M3_MAX
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to, and with what weight."""
+
+    weights: torch.Tensor  # (num_tokens, top_k) float32; 0 on padding tokens
+    ids: torch.Tensor  # (num_tokens, top_k) int32 or int64 global expert ids; -1 on padding tokens
+
+
+class ExpertLayout(NamedTuple):
+    """Where the row of every (token, slot) is. Rows of one expert keep the order of their slots."""
+
+    slot_to_row: torch.Tensor  # (num_tokens, top_k) int32; -1 where the expert is not local
+    row_to_slot: torch.Tensor  # (capacity,) int32, token * top_k + slot; -1 on padding rows
+    counts: torch.Tensor  # (num_local_experts,) int32, rows that exist
+    offsets: torch.Tensor  # (num_local_experts + 1,) int32, first row, a multiple of the tile
+    tile_to_expert: torch.Tensor  # (capacity // tile,) int32; -1 beyond the live tiles
+
+
+class QuantizedRows(NamedTuple):
+    """NVFP4 rows: value = E2M1 code * E4M3 block scale * global scale."""
+
+    codes: torch.Tensor  # (rows, K // 2) uint8, two E2M1 per byte, low nibble first
+    block_scales: torch.Tensor  # (rows, K // 16) float8_e4m3fn, or the 128x4 swizzle of it
+    global_scales: torch.Tensor  # (rows,), (num_local_experts,) or (1,) float32
+
+
+class ExpertWeights(NamedTuple):
+    """The routed experts that this rank owns, as the checkpoint has them (or a kernel's shuffle).
+
+    w13 holds the gate's rows first, then the up's. Gate and up may have different global scales:
+    both are kept, exactly.
+    """
+
+    w13: torch.Tensor  # (num_local_experts, 2 * intermediate, hidden // 2) uint8
+    w13_block_scales: torch.Tensor  # (num_local_experts, 2 * intermediate, hidden // 16) e4m3
+    w13_global_scales: torch.Tensor  # (num_local_experts, 2) float32: gate, up
+    w2: torch.Tensor  # (num_local_experts, hidden, intermediate // 2) uint8
+    w2_block_scales: torch.Tensor  # (num_local_experts, hidden, intermediate // 16) e4m3
+    w2_global_scales: torch.Tensor  # (num_local_experts,) float32
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.w13.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        return self.w13.shape[2] * 2
+
+    @property
+    def intermediate(self) -> int:
+        return self.w2.shape[2] * 2
+
+
+class ActivationScales(NamedTuple):
+    """Global scales of the two quantised activations; None means one scale per row (`token`)."""
+
+    fc1: torch.Tensor | None  # (1,) float32
+    fc2: torch.Tensor | None  # (num_local_experts,) float32
+
+
+def capacity(num_tokens: int, top_k: int, num_local_experts: int, tile: int) -> int:
+    """Rows that any routing of num_tokens fits in, a multiple of the tile.
+
+    Each token takes at most min(top_k, num_local_experts) local rows (its experts are distinct),
+    and each expert's group wastes at most tile - 1 rows of padding.
+    """
+    rows = num_tokens * min(top_k, num_local_experts) + num_local_experts * (tile - 1)
+    return -(-rows // tile) * tile
