@@ -1,0 +1,21 @@
+# Everything runs in .venv, which tests/setup.sh makes with python3, pip and gcc.
+PYTEST = .venv/bin/python -m pytest
+
+.PHONY: demo test test-gpu bench lint setup
+
+demo:  ## write a tiny checkpoint, serve it with the plugin, ask it, stop
+	@sh tests/setup.sh serve
+	@.venv/bin/dsv4-moe demo
+
+test: setup lint  ## everything that needs no GPU
+	@$(PYTEST) -m "not gpu"
+
+test-gpu: setup  ## what needs a GPU; results are kept in test-gpu.json
+	@$(PYTEST) -m gpu --gpu-results test-gpu.json
+
+lint: setup
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@.venv/bin/mypy vllm_dsv4_moe kernels/dsv4_kernels
+
+setup:
+	@sh tests/setup.sh test
