@@ -1,0 +1,54 @@
+"""`--gpu-results FILE` keeps what a run on a GPU showed: each test, the GPU and the commit."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-results", metavar="FILE", help="write outcomes, GPU and commit as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu-results"):
+        config.pluginmanager.register(GpuResults(Path(config.getoption("--gpu-results"))))
+
+
+class GpuResults:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[str, dict] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.nodeid] = {
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 3),
+                "measured": dict(report.user_properties),
+            }
+
+    def pytest_sessionfinish(self) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--gpu-results needs a CUDA GPU, and torch sees none")
+        results = {
+            "gpu": torch.cuda.get_device_name(),
+            "commit": _commit(),
+            "torch": torch.__version__,
+            "tests": self.outcomes,
+        }
+        self.path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """The checkout's commit, marked where files differ from it."""
+    root = Path(__file__).parent
+    git = ["git", "-C", str(root)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if commit.returncode:
+        raise pytest.UsageError("--gpu-results names the commit, and this is no git checkout")
+    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    return commit.stdout.strip() + ("-dirty" if dirty.stdout else "")
