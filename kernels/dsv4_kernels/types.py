@@ -78,8 +78,10 @@ class ActivationScales(NamedTuple):
 def capacity(num_tokens: int, top_k: int, num_local_experts: int, tile: int) -> int:
     """Rows that any routing of num_tokens fits in, a multiple of the tile.
 
-    Each token takes at most min(top_k, num_local_experts) local rows (its experts are distinct),
-    and each expert's group wastes at most tile - 1 rows of padding.
+    All num_tokens * top_k slots may be local, and a token may name one expert twice (a hash table
+    that repeats itself, simulated routing), so fewer local experts than top_k do not make it
+    smaller. At most one group per slot has rows, and each wastes at most tile - 1 of padding.
     """
-    rows = num_tokens * min(top_k, num_local_experts) + num_local_experts * (tile - 1)
+    slots = num_tokens * top_k
+    rows = slots + min(slots, num_local_experts) * (tile - 1)
     return -(-rows // tile) * tile
