@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from dsv4_kernels.types import (
     E2M1_MAX,
     E4M3_MAX,
+    NUM_IMAGE_TOKEN_IDS,
     NVFP4_BLOCK,
     NVFP4_MAX,
     ActivationScales,
     ExpertLayout,
     ExpertWeights,
+    ImageBias,
     QuantizedRows,
     Routing,
     capacity,
@@ -27,18 +29,31 @@ _FINITE_MAX = torch.finfo(torch.float32).max
 def router_scores(logits: torch.Tensor) -> torch.Tensor:
     """sqrt(softplus(logits)) in fp32, exact far below zero. NaN scores as -1, under every number.
 
-    (num_tokens, num_experts) any float -> float32. softplus(z) = max(z, 0) + log1p(exp(-|z|)),
-    and below zero, where that sum would cancel nothing but log1p underflows late, it is
-    exp(z / 2) in the limit: log1p(exp(z)) keeps full precision down to exp(z) > 0, and
-    sqrt(exp(z)) = exp(z / 2) beyond.
+    (num_tokens, num_experts) any float -> float32. softplus(z) = max(z, 0) + log1p(exp(-|z|)).
+    Below -17, log1p(e) = e to fp32's last bit and sqrt(exp(z)) = exp(z / 2): with the root taken
+    in the exponent, scores stay normal numbers down to z = -174 and above 0 down to z = -206,
+    where sqrt(softplus) would be gone at -103 (and log(1 + exp(z)) at -16.6). +inf scores as the
+    largest finite number, -inf as 0.
     """
     z = logits.float()
     softplus = z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
-    # log1p(e) = e to within fp32 for e < 2^-24: take the root in the exponent, so that logits
-    # of -170 still differ from one another.
     scores = torch.where(z < -17, torch.exp(z / 2), softplus.sqrt())
-    scores = scores.clamp(max=_FINITE_MAX)
-    return torch.where(z.isnan(), -1.0, scores)
+    return torch.where(z.isnan(), -1.0, scores.clamp(max=_FINITE_MAX))
+
+
+def top_experts(scores: torch.Tensor, bias: torch.Tensor | None, top_k: int) -> torch.Tensor:
+    """(num_tokens, top_k) int64 ids by descending score + bias, ties to the lower id.
+
+    A NaN logit (score -1) comes after every number, with another NaN logit to the lower id. A NaN
+    in the bias counts as -inf.
+    """
+    assert top_k <= scores.shape[1], f"{top_k} of {scores.shape[1]} experts"
+    selection = scores if bias is None else scores + bias.float()
+    selection = torch.where(selection.isnan() | (scores < 0), -torch.inf, selection)
+    order = torch.argsort(selection, dim=1, descending=True, stable=True)
+    # Numbers of -inf are before the NaN logits, which sort equal to them by value.
+    is_nan = (scores < 0).to(torch.int8).gather(1, order)
+    return order.gather(1, torch.argsort(is_nan, dim=1, stable=True))[:, :top_k]
 
 
 def router_topk(
@@ -48,6 +63,7 @@ def router_topk(
     bias: torch.Tensor | None = None,
     table: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
+    image_bias: ImageBias | None = None,
     scaling: float = 1.0,
     hash_weights: str = "scored",
     ids_dtype: torch.dtype = torch.int32,
@@ -55,36 +71,44 @@ def router_topk(
     """Expert ids and weights of every token: dense by scores plus bias, or hash by token id.
 
     logits (num_tokens, num_experts); bias (num_experts,) selects only; table (vocab, top_k) int
-    of expert ids with token_ids (num_tokens,), where a negative token id marks a padding row.
-    Ties go to the lower id, NaN logits come after every number. Weights are the selected scores
-    over their sum, times scaling; if every selected score is 0 (or NaN), they are equal shares.
-    hash_weights "uniform" gives hash layers equal shares whatever the scores.
+    of expert ids with token_ids (num_tokens,) int. A token id outside the table, negative ones
+    (padding) included, gives a row of -1 and 0; an expert id outside [0, num_experts) gives that
+    slot -1 and 0, and the other slots share the weight. With image_bias, rows whose token id is an
+    image's select by score plus that bias instead, whatever the layer.
+
+    Weights are the selected scores over their sum, times scaling, in slot order; if every selected
+    score is 0 (or NaN), the slots share equally. An id that a table's row repeats keeps both its
+    slots. hash_weights "uniform" gives the hashed rows equal shares whatever the scores.
     """
+    assert hash_weights in ("scored", "uniform"), hash_weights
     scores = router_scores(logits)
-    num_experts = scores.shape[1]
-    if table is not None:
-        assert token_ids is not None, "hash routing needs token ids"
-        live = (token_ids >= 0) & (token_ids < table.shape[0])
-        ids = table[token_ids.long().clamp(0, table.shape[0] - 1)].long()
-        live_ids = ids.clamp(0, num_experts - 1)
+    uniform = torch.zeros(len(scores), 1, dtype=torch.bool, device=scores.device)
+    if table is None:
+        ids = top_experts(scores, bias, top_k)
     else:
-        selection = scores if bias is None else scores + bias.float()
-        selection = torch.where(logits.isnan() | selection.isnan(), -torch.inf, selection)
-        # NaN after every number, numbers of -inf included: sort by value, then NaN last, then id.
-        is_nan = logits.isnan().to(torch.int8)
-        order = torch.argsort(selection, dim=1, descending=True, stable=True)
-        nan_last = torch.argsort(is_nan.gather(1, order), dim=1, stable=True)
-        ids = live_ids = order.gather(1, nan_last)[:, :top_k]
-        live = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    weights = scores.gather(1, live_ids).clamp(min=0)
-    if table is not None and hash_weights == "uniform":
-        weights = torch.ones_like(weights)
+        assert token_ids is not None, "hash routing needs token ids"
+        assert table.shape[1] == top_k, f"a table of {table.shape[1]} ids a token, top_k {top_k}"
+        known = ((token_ids >= 0) & (token_ids < len(table)))[:, None]
+        ids = torch.where(known, table[token_ids.long().clamp(0, len(table) - 1)].long(), -1)
+        ids = torch.where((ids >= 0) & (ids < scores.shape[1]), ids, -1)
+        uniform |= hash_weights == "uniform"
+    if image_bias is not None:
+        assert token_ids is not None, "the image bias needs token ids"
+        offset = (token_ids.long() - image_bias.first_token_id)[:, None]
+        is_image = (offset >= 0) & (offset < NUM_IMAGE_TOKEN_IDS)
+        ids = torch.where(is_image, top_experts(scores, image_bias.bias, top_k), ids)
+        uniform &= ~is_image
+    selected = scores.gather(1, ids.clamp(min=0)).clamp(min=0).masked_fill(uniform, 1.0)
+    return Routing(_shares(selected, ids >= 0) * scaling, ids.to(ids_dtype))
+
+
+def _shares(selected: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """selected over the sum of its live slots, 0 elsewhere; equal shares if all of them are 0."""
+    selected = selected.masked_fill(~live, 0.0)
     # Divide by the largest first: a sum of huge or tiny scores neither overflows nor vanishes.
-    largest = weights.amax(1, keepdim=True)
-    weights = torch.where(largest > 0, weights / largest, 1.0)
-    weights = weights / weights.sum(1, keepdim=True) * scaling
-    ids = torch.where(live[:, None], ids, -1).to(ids_dtype)
-    return Routing(torch.where(live[:, None], weights, 0.0), ids)
+    largest = selected.amax(1, keepdim=True)
+    selected = torch.where(largest > 0, selected / largest, live.float())
+    return selected / selected.sum(1, keepdim=True).clamp(min=1.0)
 
 
 def expert_layout(
@@ -142,8 +166,12 @@ def nvfp4_dequantize(
 
 
 def nvfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
-    """The global scale at which amax is the largest representable value; 1 where amax is 0."""
-    amax = amax.float().clamp(max=_FINITE_MAX)
+    """The global scale at which amax is the largest representable value; 1 where amax is 0.
+
+    amax counts as 3.4e38 at most (bf16 ends below), so that 2688 times the scale is finite, and
+    the scale is 2^-100 at least, so that its products with block scales are normal numbers.
+    """
+    amax = amax.float().clamp(max=3.4e38)
     return torch.where(amax > 0, (amax / NVFP4_MAX).clamp(min=2.0**-100), 1.0)
 
 

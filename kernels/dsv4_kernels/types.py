@@ -12,6 +12,7 @@ import torch
 NVFP4_BLOCK = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
+NUM_IMAGE_TOKEN_IDS = 5
 # Largest |x| that a global scale of 1 can represent: block scale 448 times code 6.
 NVFP4_MAX = E2M1_MAX * E4M3_MAX
 
@@ -21,6 +22,13 @@ class Routing(NamedTuple):
 
     weights: torch.Tensor  # (num_tokens, top_k) float32; 0 on padding tokens
     ids: torch.Tensor  # (num_tokens, top_k) int32 or int64 global expert ids; -1 on padding tokens
+
+
+class ImageBias(NamedTuple):
+    """V4.1's second routing bias: rows of image tokens select by it, on hash layers as well."""
+
+    bias: torch.Tensor  # (num_experts,) float32
+    first_token_id: int  # of NUM_IMAGE_TOKEN_IDS consecutive ids inside the vocabulary
 
 
 class ExpertLayout(NamedTuple):
