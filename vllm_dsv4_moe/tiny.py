@@ -8,7 +8,9 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import count, islice, product
 from pathlib import Path
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from vllm_dsv4_moe.checkpoint_layout import (
@@ -362,11 +364,15 @@ def _fp8(weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
 
 
 def _write_tokenizer(out: Path, config: TinyConfig) -> None:
-    """One token a byte, DeepSeek's special tokens first, unused names up to the vocabulary."""
+    """One token a byte, DeepSeek's special tokens first.
+
+    The rest of the vocabulary is short words: text never becomes them, but the model may say them.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += [f"<unused_{number}>" for number in range(len(tokens), config.vocab)]
+    words = ("".join(w) for size in count(2) for w in product(ascii_lowercase, repeat=size))
+    tokens += islice(words, config.vocab - len(tokens))
     vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
