@@ -1,0 +1,1 @@
+"""What vLLM's CPU build lacks for DeepSeek-V4; see README.md."""

@@ -1,0 +1,1 @@
+"""A Triton backend named cpu that compiles nothing: its kernels run under TRITON_INTERPRET=1."""

@@ -1,0 +1,65 @@
+"""The plugin's options: read from two places, refused by name, rendered as a table."""
+
+import pytest
+
+from vllm_dsv4_moe.settings import FIELDS, Settings, read_settings, settings_table
+
+
+def test_nothing_given_means_the_defaults():
+    assert read_settings({}, {}) == Settings()
+
+
+def test_the_command_line_wins_over_the_environment():
+    environ = {"VLLM_DSV4_MOE_BACKEND": "sm90", "VLLM_DSV4_MOE_HEADROOM": "8"}
+    settings = read_settings({"dsv4_moe": {"backend": "reference"}}, environ)
+    assert (settings.backend, settings.headroom) == ("reference", 8.0)
+
+
+@pytest.mark.parametrize("value", [16, 0.5], ids=str)
+def test_headroom_takes_powers_of_two(value):
+    assert read_settings({"dsv4_moe": {"headroom": value}}, {}).headroom == value
+
+
+BAD = {
+    "unknown key": ({"bakend": "sm90"}, ["dsv4_moe.bakend", "backend", "hash_weights"]),
+    "bad choice": ({"backend": "sm80"}, ["dsv4_moe.backend", "'sm80'", "reference", "sm100"]),
+    "wrong type": ({"backend": 90}, ["dsv4_moe.backend", "90", "string"]),
+    "true is no number": ({"headroom": True}, ["dsv4_moe.headroom", "true", "number"]),
+    "headroom 3": ({"headroom": 3}, ["dsv4_moe.headroom", "3", "power of two"]),
+    "headroom 0": ({"headroom": 0}, ["dsv4_moe.headroom", "power of two"]),
+    "negative interval": ({"saturation_log_interval": -1}, ["saturation_log_interval", "-1"]),
+    "file without a path": ({"activation_scale": "file"}, ["activation_scale_file", "'file'"]),
+    "path without file": ({"activation_scale_file": "a.json"}, ["activation_scale", "'a.json'"]),
+}
+
+
+@pytest.mark.parametrize("given, named", BAD.values(), ids=BAD)
+def test_refusal_names_what_was_given_and_what_is_allowed(given, named):
+    with pytest.raises(ValueError) as refusal:
+        read_settings({"dsv4_moe": given}, {})
+    assert [word for word in named if word not in str(refusal.value)] == []
+
+
+@pytest.mark.parametrize(
+    "environ, named",
+    [
+        ({"VLLM_DSV4_MOE_BAKEND": "sm90"}, "VLLM_DSV4_MOE_BAKEND"),
+        ({"VLLM_DSV4_MOE_HEADROOM": "much"}, "'much'"),
+        ({"VLLM_DSV4_MOE_ACTIVATIONS": "fp8"}, "nvfp4"),
+    ],
+    ids=["unknown name", "no number", "bad choice"],
+)
+def test_the_environment_is_held_to_the_same_rules(environ, named):
+    with pytest.raises(ValueError, match=named):
+        read_settings({}, environ)
+
+
+def test_a_section_that_is_no_object_is_refused():
+    with pytest.raises(ValueError, match="must be an object"):
+        read_settings({"dsv4_moe": "sm90"}, {})
+
+
+def test_the_table_has_a_row_for_every_setting():
+    rows = settings_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(FIELDS)
+    assert all(row.count("|") == 5 for row in rows)

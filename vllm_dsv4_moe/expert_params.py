@@ -1,0 +1,214 @@
+"""The expert tensors of a layer: created, loaded with a record of what came, and checked.
+
+Names: `w13_weight` in vLLM is what the checkpoint calls `experts.E.w1.weight` (gate) above
+`experts.E.w3.weight` (up), and so on with `weight_scale`, `weight_scale_2` and `input_scale`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from dsv4_kernels.types import NVFP4_BLOCK, ExpertWeights
+from torch.nn import Module, Parameter
+
+GLOBAL_SCALES = ("w13_weight_scale_2", "w2_weight_scale_2")
+BLOCK_SCALES = ("w13_weight_scale", "w2_weight_scale")
+INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
+# The largest E4M3 byte that is a number and not negative: 448.
+LARGEST_SCALE_BYTE = 0x7E
+
+
+class ExpertSizes(NamedTuple):
+    """Sizes of one layer's experts on one rank."""
+
+    num_experts: int  # local
+    hidden: int
+    intermediate: int  # of this rank
+    tp_size: int  # into how many ranks the checkpoint's intermediate size is cut
+
+
+class CheckpointTensor(NamedTuple):
+    """What one parameter wants of the checkpoint, for each expert and shard (w1, w2, w3)."""
+
+    suffix: str
+    dtype: torch.dtype
+    # (rows, columns) of the whole tensor, not this rank's part; () for a scalar
+    shapes: dict[str, tuple[int, ...]]
+
+
+def create_expert_params(
+    layer: Module, sizes: ExpertSizes, weight_loader: Callable
+) -> "LoadRecord":
+    """Register the parameters, experts leading and contiguous as EPLB wants them."""
+    num_experts, hidden, inter, _ = sizes
+    block = NVFP4_BLOCK
+    params = {
+        "w13_weight": torch.empty(num_experts, 2 * inter, hidden // 2, dtype=torch.uint8),
+        "w2_weight": torch.empty(num_experts, hidden, inter // 2, dtype=torch.uint8),
+        "w13_weight_scale": _empty_scales(num_experts, 2 * inter, hidden // block),
+        "w2_weight_scale": _empty_scales(num_experts, hidden, inter // block),
+        "w13_weight_scale_2": torch.full((num_experts, 2), torch.nan),
+        "w2_weight_scale_2": torch.full((num_experts,), torch.nan),
+        "w13_input_scale": torch.full((num_experts, 2), torch.nan),
+        "w2_input_scale": torch.full((num_experts,), torch.nan),
+    }
+    record = LoadRecord(layer, sizes, weight_loader)
+    for name, data in params.items():
+        param = Parameter(data, requires_grad=False)
+        param.weight_loader = record.loader(name)
+        layer.register_parameter(name, param)
+    return record
+
+
+def _empty_scales(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float8_e4m3fn)
+
+
+class LoadRecord:
+    """vLLM's weight loader, with each tensor checked on its way in and remembered."""
+
+    def __init__(self, layer: Module, sizes: ExpertSizes, weight_loader: Callable) -> None:
+        self.layer = layer
+        self.weight_loader = weight_loader
+        self.expected = expected_tensors(sizes)
+        self.num_experts = sizes.num_experts
+        # parameter -> (local expert, shard) that came
+        self.loaded: dict[str, set[tuple[int, str]]] = {name: set() for name in self.expected}
+
+    def loader(self, name: str) -> Callable:
+        def load(
+            param: Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if local == -1:
+                return False if return_success else None
+            self._check(name, loaded_weight, shard_id, expert_id)
+            loaded = self.weight_loader(
+                param, loaded_weight, weight_name, shard_id, expert_id, return_success=True
+            )
+            self.loaded[name].add((local, shard_id))
+            return loaded if return_success else None
+
+        load.supports_moe_loading = True
+        return load
+
+    def _check(self, name: str, tensor: torch.Tensor, shard: str, expert: int) -> None:
+        suffix, dtype, shapes = self.expected[name]
+        shape = tuple(tensor.shape)
+        # A scalar may also come as one element of one dimension.
+        matches = tensor.numel() == 1 if shapes[shard] == () else shape == shapes[shard]
+        if not matches or tensor.dtype != dtype:
+            raise ValueError(
+                f"{self.layer.layer_name}.{expert}.{shard}.{suffix} is {_kind(tensor.dtype, shape)}"
+                f" in the checkpoint, and this model's config wants {_kind(dtype, shapes[shard])}"
+            )
+
+    def check_complete(self) -> None:
+        """ValueError that names the first expert tensor which did not come.
+
+        Input scales may be missing altogether: only the `checkpoint` policy reads them.
+        """
+        for name, (suffix, _, shapes) in self.expected.items():
+            if name in INPUT_SCALES:
+                continue
+            wanted = {(e, shard) for e in range(self.num_experts) for shard in shapes}
+            missing = sorted(wanted - self.loaded[name])
+            if missing:
+                local, shard = missing[0]
+                expert = global_expert(self.layer, local)
+                raise ValueError(
+                    f"{self.layer.layer_name}.{expert}.{shard}.{suffix} is missing from the "
+                    f"checkpoint ({len(missing)} of {len(wanted)} {suffix} tensors of this rank's "
+                    "experts are)"
+                )
+
+
+def expected_tensors(sizes: ExpertSizes) -> dict[str, CheckpointTensor]:
+    """By parameter, what the checkpoint has for each expert."""
+    hidden, inter = sizes.hidden, sizes.intermediate * sizes.tp_size
+    expected = {}
+    for prefix, shards, (rows, columns) in (
+        ("w13", ("w1", "w3"), (inter, hidden)),
+        ("w2", ("w2",), (hidden, inter)),
+    ):
+        for suffix, dtype, shape in (
+            ("weight", torch.uint8, (rows, columns // 2)),
+            ("weight_scale", torch.float8_e4m3fn, (rows, columns // NVFP4_BLOCK)),
+            ("weight_scale_2", torch.float32, ()),
+            ("input_scale", torch.float32, ()),
+        ):
+            shapes = dict.fromkeys(shards, shape)
+            expected[f"{prefix}_{suffix}"] = CheckpointTensor(suffix, dtype, shapes)
+    return expected
+
+
+def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} [{', '.join(map(str, shape))}]" if shape else f"a {name} scalar"
+
+
+def global_expert(layer: Module, local: int) -> int:
+    """The id that the checkpoint has for a local expert (or for what it is a copy of)."""
+    expert_map = layer._expert_map
+    if expert_map is None:
+        return local
+    return int((expert_map == local).nonzero()[0, 0])
+
+
+def check_scales(layer: Module) -> None:
+    """ValueError that names the first scale which no calibration produces."""
+    for name in GLOBAL_SCALES:
+        scales = getattr(layer, name).data
+        bad = ~(scales.isfinite() & (scales > 0))
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{_tensor_name(layer, name, where)} is {float(scales[tuple(where)])}, and a "
+                "global scale must be a positive number"
+            )
+    for name in BLOCK_SCALES:
+        codes = getattr(layer, name).data.view(torch.uint8)
+        if int(codes.amax()) <= LARGEST_SCALE_BYTE:
+            continue
+        bad_experts = codes.flatten(1).amax(1) > LARGEST_SCALE_BYTE
+        expert = int(bad_experts.nonzero()[0, 0])
+        row, column = (codes[expert] > LARGEST_SCALE_BYTE).nonzero()[0].tolist()
+        value = float(getattr(layer, name).data[expert, row, column])
+        shard_rows = codes.shape[1] // 2 if name.startswith("w13") else codes.shape[1]
+        place = _tensor_name(layer, name, [expert, row // shard_rows])
+        raise ValueError(
+            f"{place}[{row % shard_rows}, {column}] of this rank's part is {value}, and a block "
+            "scale must be 0 or a positive number"
+        )
+
+
+def _tensor_name(layer: Module, name: str, where: list[int]) -> str:
+    """The checkpoint's name of an expert tensor; where is (local expert, 0 for w1 or 1 for w3)."""
+    prefix, suffix = name.split("_", 1)
+    shard = "w2" if prefix == "w2" else ("w1", "w3")[where[1]]
+    return f"{layer.layer_name}.{global_expert(layer, where[0])}.{shard}.{suffix}"
+
+
+def fill_dummy_scales(layer: Module) -> None:
+    """Scales that a `--load-format dummy` layer can run with: vLLM's are random, also negative."""
+    for name in (*GLOBAL_SCALES, *INPUT_SCALES):
+        getattr(layer, name).data.fill_(1e-3)
+    for name in BLOCK_SCALES:
+        getattr(layer, name).data.fill_(1.0)
+
+
+def expert_weights(layer: Module) -> ExpertWeights:
+    """The layer's parameters under their names in the kernels' contract."""
+    return ExpertWeights(
+        w13=layer.w13_weight.data,
+        w13_block_scales=layer.w13_weight_scale.data,
+        w13_global_scales=layer.w13_weight_scale_2.data,
+        w2=layer.w2_weight.data,
+        w2_block_scales=layer.w2_weight_scale.data,
+        w2_global_scales=layer.w2_weight_scale_2.data,
+    )

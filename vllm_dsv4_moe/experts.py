@@ -1,0 +1,97 @@
+"""The modular experts class: vLLM's arena in, `dsv4_kernels.moe` out."""
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from dsv4_kernels.moe import MoeLayer, moe, workspace_bytes
+from dsv4_kernels.types import Routing
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+
+
+class Dsv4Experts(mk.FusedMoEExpertsModular):
+    """One layer's experts behind vLLM's interface: after dispatch, before combine across ranks."""
+
+    # The arena is a whole number of bf16 elements: vLLM gives the workspace the output's dtype.
+    def __init__(
+        self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, layer: MoeLayer
+    ) -> None:
+        super().__init__(moe_config, quant_config)
+        self.layer = layer
+        self.arena = (-(-workspace_bytes(layer.backend, layer.shape) // 2),)
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key, activation_key) -> bool:
+        return True
+
+    @staticmethod
+    def _supports_activation(activation: MoEActivation) -> bool:
+        return activation == MoEActivation.SILU
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config) -> bool:
+        return True
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The arena is the second workspace, because the output may lie in the first.
+
+        It has the size of the most tokens whatever M is: the first call makes it, none grows it.
+        """
+        return (0,), self.arena, (M, K)
+
+    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        assert not apply_router_weight_on_input, "the routing weight belongs before W2"
+        moe(
+            hidden_states,
+            Routing(topk_weights, topk_ids),
+            self.layer,
+            workspace2.view(torch.uint8),
+            expert_map=expert_map,
+            out=output,
+        )

@@ -1,0 +1,195 @@
+"""The quantisation method of NVFP4 expert layers: create weights, and make a layer of them."""
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from dsv4_kernels.moe import AUTO, MoeLayer, MoeShape, choose_backend, prepare_layer
+from dsv4_kernels.types import ActivationScales
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
+from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.platforms import current_platform
+
+from vllm_dsv4_moe.expert_params import (
+    INPUT_SCALES,
+    ExpertSizes,
+    check_scales,
+    create_expert_params,
+    expert_weights,
+    fill_dummy_scales,
+)
+from vllm_dsv4_moe.experts import Dsv4Experts
+from vllm_dsv4_moe.router import Dsv4Router
+from vllm_dsv4_moe.settings import Settings
+
+
+class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
+    """One NVFP4 layer's experts. vLLM's weight loader goes by "ModelOpt" in the class's name."""
+
+    def __init__(self, moe_config: FusedMoEConfig, settings: Settings) -> None:
+        super().__init__(moe_config)
+        self.settings = settings
+        self.experts_cls = Dsv4Experts
+        self.router: Dsv4Router | None = None
+        self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        capability = current_platform.get_device_capability()
+        self.capability = None if capability is None else tuple(capability)
+        self.shape = moe_shape(moe_config, settings, self.capability)
+        self.backend = choose_backend(settings.backend, self.shape, self.capability)
+
+    @property
+    def supports_eplb(self) -> bool:
+        return True
+
+    def uses_weight_scale_2_pattern(self) -> bool:
+        return True
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra,
+    ) -> None:
+        if params_dtype != torch.bfloat16:
+            raise ValueError(
+                f"{layer.layer_name}: activations are {params_dtype}, and NVFP4 experts take "
+                "bfloat16: serve with --dtype bfloat16"
+            )
+        if hidden_size != self.shape.hidden:
+            raise ValueError(
+                f"{layer.layer_name}: this all-to-all backend pads the hidden size from "
+                f"{self.shape.hidden} to {hidden_size}: choose another --all2all-backend"
+            )
+        tp_size = self.moe.moe_parallel_config.tp_size
+        sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition, tp_size)
+        self.record = create_expert_params(layer, sizes, extra["weight_loader"])
+        if current_platform.is_cpu():
+            # vLLM's CPU model looks for input scales under this name: the same storage again.
+            for name in INPUT_SCALES:
+                alias = Parameter(getattr(layer, name).data, requires_grad=False)
+                alias.weight_loader = self.record.loader(name)
+                layer.register_parameter(f"{name}_2", alias)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        if self.is_dummy:
+            fill_dummy_scales(layer)
+        else:
+            self.record.check_complete()
+            if self.router is not None:
+                self.router.check_loaded(layer.layer_name)
+        check_scales(layer)
+        scales = self._activation_scales(layer)
+        for name in INPUT_SCALES:
+            delattr(layer, name)
+            layer._parameters.pop(f"{name}_2", None)
+        limit = layer.swiglu_limit
+        moe_layer = prepare_layer(
+            self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
+        )
+        self._build_kernel(layer, moe_layer)
+
+    def _activation_scales(self, layer: RoutedExperts) -> ActivationScales | None:
+        if not self.shape.quantize_activations:
+            return None
+        return ActivationScales(None, None)
+
+    def _build_kernel(self, layer: RoutedExperts, moe_layer: MoeLayer) -> None:
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        prepare_finalize = maybe_make_prepare_finalize(
+            moe=self.moe,
+            quant_config=self.moe_quant_config,
+            routing_tables=layer._expert_routing_tables(),
+            allow_new_interface=True,
+            use_monolithic=False,
+        )
+        if prepare_finalize.activation_format != mk.FusedMoEActivationFormat.Standard:
+            raise ValueError(
+                f"{layer.layer_name}: {type(prepare_finalize).__name__} sorts tokens by expert "
+                "before the layer does: choose another --all2all-backend, such as "
+                "allgather_reducescatter or deepep_high_throughput"
+            )
+        experts = Dsv4Experts(self.moe, self.moe_quant_config, moe_layer)
+        self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        """What vLLM needs to know: activations travel between ranks as they are, in bf16."""
+        return FusedMoEQuantConfig.make(None, weight_dtype="nvfp4")
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return self.moe_kernel.apply(
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )
+
+    def router_op(self):
+        """The op that routes: the oracle's with the `reference` backend, the kernel otherwise."""
+        if self.backend.name == "reference":
+            from dsv4_kernels.reference import router_topk
+        else:
+            from dsv4_kernels.router_topk import router_topk
+        return router_topk
+
+
+def moe_shape(
+    config: FusedMoEConfig, settings: Settings, capability: tuple[int, int] | None
+) -> MoeShape:
+    """What the kernels are chosen and the arena is sized by, from vLLM's description of a layer."""
+    return MoeShape(
+        num_experts=config.num_experts,
+        num_local_experts=config.num_local_experts,
+        top_k=config.experts_per_token,
+        hidden=config.hidden_dim,
+        intermediate=config.intermediate_size_per_partition,
+        max_num_tokens=max_num_tokens(config),
+        quantize_activations=quantizes_activations(settings, capability),
+        scale_per_row=settings.activation_scale == "token",
+    )
+
+
+def max_num_tokens(config: FusedMoEConfig) -> int:
+    """The most tokens in one call: every data-parallel rank may send all that it batches.
+
+    Sequence parallelism rounds each rank's batch up to a whole number of shards.
+    """
+    shards = config.sp_size if config.is_sequence_parallel else 1
+    per_rank = -(-config.max_num_tokens // shards) * shards
+    return per_rank * config.dp_size * config.pcp_size
+
+
+def quantizes_activations(settings: Settings, capability: tuple[int, int] | None) -> bool:
+    """Whether the layer is W4A4; ValueError for a backend that can do only the other."""
+    backend = settings.backend
+    if backend == "auto":
+        backend = "reference" if capability is None else AUTO.get(capability[0], "reference")
+    only = {"sm90": "bf16", "sm100": "nvfp4"}.get(backend)
+    wanted = settings.activations
+    if wanted == "auto":
+        wanted = only or "nvfp4"
+    if only is not None and wanted != only:
+        raise ValueError(
+            f"activations is {wanted!r}, and the {backend} backend multiplies {only} only: set "
+            "activations to 'auto'"
+        )
+    return wanted == "nvfp4"

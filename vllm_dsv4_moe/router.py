@@ -1,0 +1,116 @@
+"""The router: logits and token ids in, expert ids and weights out, by this project's op.
+
+vLLM's GateLinear makes the logits, and vLLM's BaseRouter maps logical experts to the physical
+copies that EPLB keeps.
+"""
+
+from collections.abc import Callable
+
+import torch
+import vllm.envs as envs
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+
+
+class Dsv4Router(BaseRouter):
+    """sqrt(softplus) scores; the experts are the top k with bias, or a token id's row of a table.
+
+    bias (num_experts,) float32 or table (vocab, top_k) int32, one of them; num_experts counts the
+    experts that the checkpoint has, not their EPLB copies.
+    """
+
+    def __init__(
+        self,
+        vllm_router: FusedMoERouter,
+        table: torch.Tensor | None,
+        route: Callable,
+        *,
+        num_experts: int,
+        hash_weights: str,
+    ) -> None:
+        super().__init__(vllm_router.top_k, vllm_router.global_num_experts, vllm_router.eplb_state)
+        self.method_type = vllm_router.routing_method_type
+        self.scaling = vllm_router.routed_scaling_factor
+        self.bias = None if table is not None else vllm_router.e_score_correction_bias
+        self.table = table
+        self.route = route
+        self.num_experts = num_experts
+        self.hash_weights = hash_weights
+
+    @property
+    def routing_method_type(self) -> RoutingMethodType:
+        return self.method_type
+
+    def _compute_routing(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        indices_type: torch.dtype | None,
+        *,
+        input_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_tokens = len(router_logits)
+        padding = padding_mask(num_tokens)
+        token_ids = None
+        if self.table is not None:
+            if input_ids is None or len(input_ids) != num_tokens:
+                given = "none" if input_ids is None else str(len(input_ids))
+                raise ValueError(
+                    f"a hash-routed layer got {num_tokens} tokens and {given} token ids: it needs "
+                    "one id a token, so prompts of embeddings cannot be served"
+                )
+            token_ids = input_ids if padding is None else input_ids.masked_fill(padding, -1)
+        weights, ids = self.route(
+            router_logits,
+            self.top_k,
+            bias=self.bias,
+            table=self.table,
+            token_ids=token_ids,
+            scaling=self.scaling,
+            hash_weights=self.hash_weights,
+            ids_dtype=indices_type or torch.int32,
+        )
+        if padding is not None and self.table is None:
+            weights = weights.masked_fill(padding[:, None], 0.0)
+            ids = ids.masked_fill(padding[:, None], -1)
+        return weights, ids
+
+    def check_loaded(self, layer_name: str) -> None:
+        """ValueError for a bias or a table that is missing, or that no layer could route by."""
+        if self.bias is not None and not self.bias.isfinite().all():
+            raise ValueError(
+                f"{layer_name}: gate.bias is missing from the checkpoint or not finite"
+            )
+        if self.table is None:
+            return
+        outside = (self.table < 0) | (self.table >= self.num_experts)
+        if outside.any():
+            row, slot = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"{layer_name}: gate.tid2eid[{row}, {slot}] is {int(self.table[row, slot])}, and "
+                f"expert ids go from 0 to {self.num_experts - 1} (-1 everywhere: it is missing "
+                "from the checkpoint)"
+            )
+
+
+def why_not_ours(vllm_router: FusedMoERouter) -> str | None:
+    """What this router does that Dsv4Router does not, or None. Such a layer keeps vLLM's."""
+    if getattr(vllm_router, "scoring_func", None) != "sqrtsoftplus":
+        return f"{type(vllm_router).__name__} does not score by sqrt(softplus)"
+    if not vllm_router.renormalize:
+        return "its weights are not renormalised"
+    if getattr(vllm_router, "bias_vl", None) is not None:
+        return "image tokens have a bias of their own (bias_vl)"
+    if getattr(vllm_router, "num_fused_shared_experts", 0):
+        return "shared experts are fused into it"
+    return None
+
+
+def padding_mask(num_tokens: int) -> torch.Tensor | None:
+    """(num_tokens,) bool, the rows that only fill a CUDA graph's batch, where vLLM says which."""
+    if not envs.VLLM_MOE_SKIP_PADDING or not is_forward_context_available():
+        return None
+    is_padding = get_forward_context().is_padding
+    return None if is_padding is None else is_padding[:num_tokens]

@@ -1,0 +1,74 @@
+"""Where the router is put in: vLLM builds its MoE layers through a class that can be replaced."""
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
+from vllm_dsv4_moe.router import Dsv4Router, why_not_ours
+
+logger = init_logger("vllm.dsv4_moe")
+
+
+class Dsv4MoERunner(MoERunner):
+    """vLLM's runner with this package's router, on layers whose experts are this package's."""
+
+    def __init__(
+        self,
+        layer_name: str,
+        moe_config,
+        router: FusedMoERouter,
+        routed_experts: RoutedExperts,
+        *args,
+        **kwargs,
+    ) -> None:
+        if isinstance(routed_experts.quant_method, ModelOptNvFp4Dsv4Method):
+            router = _our_router(layer_name, router, routed_experts)
+        super().__init__(layer_name, moe_config, router, routed_experts, *args, **kwargs)
+
+
+def _our_router(
+    layer_name: str, router: FusedMoERouter, routed_experts: RoutedExperts
+) -> FusedMoERouter:
+    reason = why_not_ours(router)
+    if reason is not None:
+        logger.warning_once("dsv4-moe: vLLM's own router stays in %s: %s", layer_name, reason)
+        return router
+    # 0.32 keeps the table in its router, 0.33 also in its experts.
+    table = getattr(router, "_hash_indices_table", None)
+    method = routed_experts.quant_method
+    ours = Dsv4Router(
+        router,
+        table,
+        method.router_op(),
+        num_experts=routed_experts.moe_config.num_logical_experts,
+        hash_weights=method.settings.hash_weights,
+    )
+    if get_current_vllm_config().load_config.load_format != "dummy":
+        _mark_as_not_loaded(ours)
+    method.router = ours
+    return ours
+
+
+def _mark_as_not_loaded(router: Dsv4Router) -> None:
+    """vLLM fills the table at random; a checkpoint without one would go unnoticed."""
+    for tensor, value in ((router.table, -1), (router.bias, torch.nan)):
+        if tensor is not None:
+            tensor.data.fill_(value)
+
+
+def install() -> None:
+    """Have vLLM build its MoE layers with Dsv4MoERunner. RuntimeError if another plugin has one."""
+    present = op_registry_oot.get(MoERunner.__name__)
+    if present is Dsv4MoERunner:
+        return
+    if present is not None:
+        raise RuntimeError(
+            f"{present.__module__}.{present.__qualname__} has replaced vLLM's MoERunner, which "
+            "vllm-dsv4-moe replaces too: name the plugins that you want in VLLM_PLUGINS"
+        )
+    MoERunner.register_oot(Dsv4MoERunner)

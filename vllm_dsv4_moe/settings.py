@@ -1,0 +1,148 @@
+"""Every option of the plugin: one dataclass, read once, from vLLM's additional config and the
+environment.
+
+    vllm serve MODEL --additional-config '{"dsv4_moe": {"activation_scale": "token"}}'
+    VLLM_DSV4_MOE_ACTIVATION_SCALE=token vllm serve MODEL
+
+The command line wins over the environment. A name or value that is not known is refused.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CONFIG_KEY = "dsv4_moe"
+ENV_PREFIX = "VLLM_DSV4_MOE_"
+
+
+def _option(default: Any, help: str, *, allowed: tuple[str, ...] = (), check: Any = None) -> Any:
+    """A dataclass field with what the table says of it. check: value -> what is wrong, or None."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "allowed": allowed, "check": check}
+    )
+
+
+def _check_headroom(value: float) -> str | None:
+    if value > 0 and math.isfinite(value) and math.frexp(value)[0] == 0.5:
+        return None
+    return "a positive power of two"
+
+
+def _check_interval(value: float) -> str | None:
+    return None if value >= 0 and math.isfinite(value) else "0 or a number of seconds"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's options; the field's name is the option's name."""
+
+    backend: str = _option(
+        "auto",
+        "what runs the experts; `auto` goes by the GPU's compute capability",
+        allowed=("auto", "reference", "sm90", "sm100"),
+    )
+    activations: str = _option(
+        "auto",
+        "how the experts' inputs are multiplied: quantised to `nvfp4` (W4A4) or as they are, `bf16` "
+        "(W4A16); `auto` is `bf16` on sm90, which cannot multiply FP4, and `nvfp4` elsewhere",
+        allowed=("auto", "nvfp4", "bf16"),
+    )
+    activation_scale: str = _option(
+        "warmup",
+        "where the global scales of W4A4 activations come from: seeded synthetic tokens at load, "
+        "each `token`'s own maximum, the `checkpoint`'s `input_scale`, or a `file`",
+        allowed=("warmup", "token", "checkpoint", "file"),
+    )
+    activation_scale_file: str = _option(
+        "", "what `dsv4-moe calibrate` wrote; with `activation_scale` = `file`"
+    )
+    headroom: float = _option(
+        64.0,
+        "how many times the warm-up's largest activation a scale of `warmup` leaves room for",
+        check=_check_headroom,
+    )
+    hash_weights: str = _option(
+        "scored",
+        "weights of hash-routed experts: their renormalised scores, or equal shares",
+        allowed=("scored", "uniform"),
+    )
+    saturation_log_interval: float = _option(
+        60.0,
+        "seconds between looks at the counter of NVFP4 blocks that did not fit; 0 never looks",
+        check=_check_interval,
+    )
+
+    def __post_init__(self) -> None:
+        if (self.activation_scale == "file") != bool(self.activation_scale_file):
+            raise ValueError(
+                f"activation_scale is {self.activation_scale!r} and activation_scale_file is "
+                f"{self.activation_scale_file!r}: set both (the first to 'file') or neither"
+            )
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def read_settings(additional_config: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    """Settings of one vLLM process. ValueError names what is not known and what is."""
+    values = {}
+    for key, text in environ.items():
+        if key.startswith(ENV_PREFIX):
+            name = key.removeprefix(ENV_PREFIX).lower()
+            values[name] = _checked(name, _parsed(name, text, key), key)
+    given = additional_config.get(CONFIG_KEY, {})
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{CONFIG_KEY} is {given!r} in additional_config: it must be an object")
+    for name, value in given.items():
+        values[name] = _checked(name, value, f"{CONFIG_KEY}.{name}")
+    return Settings(**values)
+
+
+def _field(name: str, where: str) -> dataclasses.Field:
+    if name not in FIELDS:
+        raise ValueError(f"{where} is not a setting of vllm-dsv4-moe: there are {_names(FIELDS)}")
+    return FIELDS[name]
+
+
+def _parsed(name: str, text: str, where: str) -> Any:
+    """An environment variable's text as the field's type."""
+    if _field(name, where).type is not float:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{where} is {text!r}: it must be a number") from None
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    field = _field(name, where)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number if field.type is float else isinstance(value, str)):
+        kind = "number" if field.type is float else "string"
+        raise ValueError(f"{where} is {json.dumps(value)}: it must be a {kind}")
+    allowed, check = field.metadata["allowed"], field.metadata["check"]
+    if allowed and value not in allowed:
+        raise ValueError(f"{where} is {value!r}: it must be one of {_names(allowed)}")
+    if check is not None and check(value) is not None:
+        raise ValueError(f"{where} is {value!r}: it must be {check(value)}")
+    return float(value) if field.type is float else value
+
+
+def _names(names: Any) -> str:
+    return ", ".join(names)
+
+
+def settings_table() -> str:
+    """The README's table of settings, in markdown."""
+    lines = ["| setting | default | values | what it does |", "|---|---|---|---|"]
+    for name, field in FIELDS.items():
+        if field.type is float:
+            values, default = "number", f"`{field.default:g}`"
+        else:
+            values = " ".join(f"`{value}`" for value in field.metadata["allowed"]) or "path"
+            default = f"`{field.default}`" if field.default else "none"
+        lines.append(f"| `{name}` | {default} | {values} | {field.metadata['help']} |")
+    return "\n".join(lines) + "\n"
