@@ -94,7 +94,7 @@ class LoadRecord:
             self.loaded[name].add((local, shard_id))
             return loaded if return_success else None
 
-        load.supports_moe_loading = True
+        load.supports_moe_loading = True  # type: ignore[attr-defined]
         return load
 
     def _check(self, name: str, tensor: torch.Tensor, shard: str, expert: int) -> None:
@@ -131,6 +131,7 @@ class LoadRecord:
 def expected_tensors(sizes: ExpertSizes) -> dict[str, CheckpointTensor]:
     """By parameter, what the checkpoint has for each expert."""
     hidden, inter = sizes.hidden, sizes.intermediate * sizes.tp_size
+    shapes: dict[str, tuple[int, ...]]
     expected = {}
     for prefix, shards, (rows, columns) in (
         ("w13", ("w1", "w3"), (inter, hidden)),
@@ -142,7 +143,7 @@ def expected_tensors(sizes: ExpertSizes) -> dict[str, CheckpointTensor]:
             ("weight_scale_2", torch.float32, ()),
             ("input_scale", torch.float32, ()),
         ):
-            shapes = dict.fromkeys(shards, shape)
+            shapes = {shard: shape for shard in shards}
             expected[f"{prefix}_{suffix}"] = CheckpointTensor(suffix, dtype, shapes)
     return expected
 

@@ -5,12 +5,14 @@ needs no flag. Module level throughout: vLLM pickles the config to its other pro
 """
 
 import os
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization import (
+    QuantizationConfig,
     get_quantization_config,
     register_quantization_config,
 )
@@ -24,18 +26,26 @@ METHOD_NAME = "deepseek_v4_fp8"
 logger = init_logger("vllm.dsv4_moe")
 
 
-class OurLayers:
+class OurLayers(QuantizationConfig):
     """To be mixed into the class that vLLM has for this method name, before it."""
 
+    # What that class has.
+    ignored_layers: list[str]
+    packed_modules_mapping: dict[str, list[str]]
+    expert_dtype: str
+    moe_quant_algo: str
+
+    _settings: Settings | None = None
+    _announced: frozenset[str] = frozenset()
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if not isinstance(layer, RoutedExperts):
-            return super().get_quant_method(layer, prefix)
-        if self.is_ours(prefix):
-            logger.info_once("dsv4-moe: NVFP4 experts are this plugin's (first: %s)", prefix)
-            return ModelOptNvFp4Dsv4Method(layer.moe_config, self.settings())
-        method = super().get_quant_method(layer, prefix)
-        name = type(method).__name__
-        logger.info_once("dsv4-moe: vLLM keeps the experts of %s (%s)", prefix, name)
+        if isinstance(layer, RoutedExperts) and self.is_ours(prefix):
+            method = ModelOptNvFp4Dsv4Method(layer.moe_config, self.settings())
+            self._announce(f"this plugin runs NVFP4 experts, on {method.backend.name}", prefix)
+            return method
+        method = super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
+        if isinstance(layer, RoutedExperts):
+            self._announce(f"vLLM keeps the experts of {type(method).__name__}", prefix)
         return method
 
     def is_ours(self, prefix: str) -> bool:
@@ -52,17 +62,25 @@ class OurLayers:
         return by_layer is None or by_layer(prefix)
 
     def settings(self) -> Settings:
-        if getattr(self, "_dsv4_settings", None) is None:
-            self._dsv4_settings = read_settings(
-                get_current_vllm_config().additional_config, os.environ
-            )
-        return self._dsv4_settings
+        if self._settings is None:
+            config = get_current_vllm_config().additional_config
+            self._settings = read_settings(config if isinstance(config, dict) else {}, os.environ)
+        return self._settings
+
+    def _announce(self, what: str, prefix: str) -> None:
+        """Say once whose the layers of one kind are."""
+        if what not in self._announced:
+            self._announced |= {what}
+            logger.info("dsv4-moe: %s (first: %s)", what, prefix)
 
 
-class Dsv4Fp8Config(OurLayers, get_quantization_config(METHOD_NAME)):
+_VllmsOwn: Any = get_quantization_config(METHOD_NAME)
+
+
+class Dsv4Fp8Config(OurLayers, _VllmsOwn):
     """DeepSeek-V4's quantisation as vLLM has it, with this package's NVFP4 experts."""
 
 
 def install() -> None:
-    """Answer for the method name; register_quantization_config overwrites, so again is the same."""
+    """Answer for the method name. Registering overwrites, so a second time changes nothing."""
     register_quantization_config(METHOD_NAME)(Dsv4Fp8Config)

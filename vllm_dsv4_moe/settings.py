@@ -46,8 +46,8 @@ class Settings:
     )
     activations: str = _option(
         "auto",
-        "how the experts' inputs are multiplied: quantised to `nvfp4` (W4A4) or as they are, `bf16` "
-        "(W4A16); `auto` is `bf16` on sm90, which cannot multiply FP4, and `nvfp4` elsewhere",
+        "how the experts' inputs are multiplied: quantised to `nvfp4` (W4A4) or as they are, "
+        "`bf16` (W4A16); `auto` is `bf16` on sm90, which has no FP4, and `nvfp4` elsewhere",
         allowed=("auto", "nvfp4", "bf16"),
     )
     activation_scale: str = _option(
