@@ -41,7 +41,7 @@ class MoeShape(NamedTuple):
     intermediate: int  # of this rank, if tensor-parallel
     max_num_tokens: int  # in one call, all dispatched ranks' tokens together
     quantize_activations: bool  # W4A4; otherwise W4A16
-    scale_per_row: bool = False  # W4A4 with the `token` policy
+    scale_per_row: bool = False  # of x or h: `token`, and `warmup` of a layer without a limit
 
 
 class Buffers(NamedTuple):
@@ -188,6 +188,7 @@ def prepare_layer(
     assert weights.hidden == shape.hidden, weights.w13.shape
     assert weights.intermediate == shape.intermediate, weights.w2.shape
     assert (activation_scales is not None) == shape.quantize_activations, shape
+    shape = shape._replace(scale_per_row=None in (activation_scales or ()))
     saturated = torch.zeros(1, dtype=torch.int64, device=weights.w13.device)
     return MoeLayer(backend, shape, backend.prepare(weights), limit, activation_scales, saturated)
 
