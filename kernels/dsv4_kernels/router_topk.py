@@ -1,0 +1,178 @@
+"""Router: logits and bias, or a table of expert ids by token id -> expert ids and weights.
+
+    score = sqrt(softplus(logits))                        fp32, exact far below zero
+    dense: ids = top_k(score + bias)                      bias selects only; ties to the lower id
+    hash:  ids = table[token_id]
+    image tokens: ids = top_k(score + image bias)         on dense and hash layers
+    weights = score[ids] / sum(score[ids]) * scaling      over the slots that have an expert
+
+(DeepSeek-V4 report, section 2.1.) A warp routes one or more tokens: it holds their scores in
+registers and takes the largest top_k times; the selected logits are read again, for the weights,
+so that hash layers read no others. Ids equal the reference's, weights are within a few ulp.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
+from dsv4_kernels.routing import check_routing, router_scores, select_experts, shares
+from dsv4_kernels.types import NUM_IMAGE_TOKEN_IDS, ImageBias, Routing
+
+
+class Config(NamedTuple):
+    tokens: int  # per program
+    num_warps: int
+
+
+def choose_config(num_tokens: int, selects: bool) -> Config:
+    """Programs of one warp while they fit the GPU at once; selects is False for hash alone."""
+    if not selects:
+        return Config(tokens=4, num_warps=1) if num_tokens <= 2048 else Config(32, 4)
+    return Config(tokens=1 if num_tokens <= 2048 else 2, num_warps=1)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_experts", "vocab", "first_image_id"])
+def _router_kernel(
+    logits_ptr,
+    bias_ptr,
+    table_ptr,
+    token_ids_ptr,
+    image_bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    num_tokens,
+    num_experts,
+    vocab,
+    first_image_id,
+    scaling,
+    TOP_K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    EXPERT_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_IMAGE_BIAS: tl.constexpr,
+    NUM_IMAGE_IDS: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    launch_pdl: tl.constexpr,
+):
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    in_batch = tokens < num_tokens
+    experts = tl.arange(0, EXPERT_BLOCK)[None, :]
+    slots = tl.arange(0, K_BLOCK)[None, :]
+    bias = tl.zeros([1, EXPERT_BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + experts, mask=experts < num_experts, other=0.0).to(tl.float32)
+    wait_for_inputs(launch_pdl)
+
+    # Phase 1: ids by the table.
+    ids = tl.full([TOKENS, K_BLOCK], -1, tl.int32)
+    is_image = tl.zeros([TOKENS, 1], tl.int1)
+    if HAS_TABLE or HAS_IMAGE_BIAS:
+        token_ids = tl.load(token_ids_ptr + tokens, mask=in_batch, other=-1).to(tl.int64)
+    if HAS_TABLE:
+        known = (token_ids >= 0) & (token_ids < vocab) & (slots < TOP_K)
+        hashed = tl.load(table_ptr + token_ids * TOP_K + slots, mask=known, other=-1)
+        ids = tl.where((hashed >= 0) & (hashed < num_experts), hashed, -1).to(tl.int32)
+    if HAS_IMAGE_BIAS:
+        is_image = (token_ids >= first_image_id) & (token_ids < first_image_id + NUM_IMAGE_IDS)
+
+    # Phase 2: ids by the scores, on dense layers and for image tokens.
+    selects = True
+    if HAS_TABLE:
+        selects = tl.max(tl.max(is_image.to(tl.int32), axis=1), axis=0) > 0
+    if HAS_IMAGE_BIAS or not HAS_TABLE:
+        if selects:
+            logits = tl.load(
+                logits_ptr + tokens.to(tl.int64) * num_experts + experts,
+                mask=in_batch & (experts < num_experts),
+                other=0.0,
+            ).to(tl.float32)
+            scores = router_scores(logits)
+            selection = scores + bias
+            if HAS_IMAGE_BIAS:
+                image_bias = tl.load(image_bias_ptr + experts, mask=experts < num_experts, other=0)
+                selection = tl.where(is_image, scores + image_bias.to(tl.float32), selection)
+            top = select_experts(
+                selection, scores < 0, experts, num_experts, TOP_K, K_BLOCK, TOKENS
+            )
+            if HAS_TABLE:
+                ids = tl.where(is_image, top, ids)
+            else:
+                ids = top
+
+    # Phase 3: weights of the selected.
+    live = (ids >= 0) & in_batch
+    if UNIFORM and not HAS_IMAGE_BIAS:
+        selected_scores = tl.zeros([TOKENS, K_BLOCK], tl.float32)
+    else:
+        selected = tl.load(
+            logits_ptr + tokens.to(tl.int64) * num_experts + ids, mask=live, other=0.0
+        )
+        selected_scores = router_scores(selected.to(tl.float32))
+        if UNIFORM:
+            selected_scores = tl.where(is_image, selected_scores, 0.0)
+    in_row = in_batch & (slots < TOP_K)
+    out = tokens.to(tl.int64) * TOP_K + slots
+    tl.store(weights_ptr + out, shares(selected_scores, live, scaling), mask=in_row)
+    tl.store(ids_ptr + out, ids, mask=in_row)
+
+
+def router_topk(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    bias: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+    image_bias: ImageBias | None = None,
+    scaling: float = 1.0,
+    hash_weights: str = "scored",
+    ids_dtype: torch.dtype = torch.int32,
+    out: Routing | None = None,
+) -> Routing:
+    """Expert ids and weights of every token: what `reference.router_topk` says, on the GPU.
+
+    logits (num_tokens, num_experts <= 512) float, contiguous; top_k <= 16; bias (num_experts,)
+    float; table (vocab, top_k) int32 or int64 with token_ids (num_tokens,) int32 or int64; out
+    (num_tokens, top_k) float32 weights and int32 or int64 ids, made here if None.
+    """
+    num_tokens, num_experts = logits.shape
+    if out is None:
+        weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
+        out = Routing(weights, torch.empty_like(weights, dtype=ids_dtype))
+    check_routing(num_experts, top_k, bias, table, token_ids, image_bias, hash_weights, out)
+    assert logits.is_contiguous(), logits.stride()
+    if num_tokens == 0:
+        return out
+    assert token_ids is None or token_ids.shape == (num_tokens,), token_ids.shape
+    config = choose_config(num_tokens, selects=table is None or image_bias is not None)
+    _router_kernel[(triton.cdiv(num_tokens, config.tokens),)](
+        logits,
+        bias,
+        table,
+        token_ids,
+        image_bias.bias if image_bias else None,
+        out.weights,
+        out.ids,
+        num_tokens,
+        num_experts,
+        len(table) if table is not None else 0,
+        image_bias.first_token_id if image_bias else 0,
+        scaling,
+        TOP_K=top_k,
+        K_BLOCK=triton.next_power_of_2(top_k),
+        EXPERT_BLOCK=triton.next_power_of_2(num_experts),
+        TOKENS=config.tokens,
+        HAS_BIAS=bias is not None and table is None,
+        HAS_TABLE=table is not None,
+        HAS_IMAGE_BIAS=image_bias is not None,
+        NUM_IMAGE_IDS=NUM_IMAGE_TOKEN_IDS,
+        UNIFORM=table is not None and hash_weights == "uniform",
+        launch_pdl=supports_pdl(logits),
+        num_warps=config.num_warps,
+    )
+    return out
