@@ -1,0 +1,79 @@
+"""Compile every Triton kernel, as its op launches it, for a GPU that need not be there.
+
+    python tests/compile_kernels.py 100      compute capability times ten; prints one line a kernel
+
+The ops run on CPU tensors, with each launch replaced by a compilation to a cubin. Compiled kernels
+and interpreted ones exclude one another in a process, so tests start this as a program.
+"""
+
+import inspect
+import sys
+
+import torch
+import triton
+from dsv4_kernels import pdl
+from dsv4_kernels.combine import combine
+from dsv4_kernels.expert_layout import expert_layout
+from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
+from dsv4_kernels.router_topk import router_topk
+from dsv4_kernels.types import ImageBias
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+HIDDEN, EXPERTS, TOP_K = 7168, 384, 6
+
+
+def compile_launches(target: GPUTarget) -> None:
+    """From here on, `kernel[grid](...)` compiles the kernel for the target and prints its size."""
+
+    def run(self, *args, grid, warmup, **kwargs):
+        parameters = inspect.signature(self.fn).parameters
+        options = {k: v for k, v in kwargs.items() if k not in parameters or k == "launch_pdl"}
+        kwargs = {k: v for k, v in kwargs.items() if k in parameters}
+        values = inspect.signature(self.fn).bind(*args, **kwargs).arguments
+        constexprs = {
+            parameter.name: values[parameter.name]
+            for parameter in self.params
+            if parameter.is_constexpr or values[parameter.name] is None
+        }
+        signature = {
+            name: "constexpr" if name in constexprs else mangle_type(value)
+            for name, value in values.items()
+        }
+        aligned = {
+            (place,): [["tt.divisibility", 16]]
+            for place, kind in enumerate(signature.values())
+            if kind.startswith("*")
+        }
+        source = ASTSource(self, signature, constexprs, aligned)
+        cubin = triton.compile(source, target=target, options=options).asm["cubin"]
+        print(f"{self.fn.__name__}: {len(cubin)} bytes for sm_{target.arch}")
+
+    JITFunction.run = run
+    pdl._has_pdl = lambda device: True
+
+
+def launch_everything() -> None:
+    for num_tokens in (1, 8192):
+        logits = torch.zeros(num_tokens, EXPERTS)
+        token_ids = torch.zeros(num_tokens, dtype=torch.int32)
+        table = torch.zeros(100, TOP_K, dtype=torch.int64)
+        image_bias = ImageBias(torch.zeros(EXPERTS), 7)
+        router_topk(logits, TOP_K, bias=torch.zeros(EXPERTS))
+        router_topk(logits, TOP_K, table=table, token_ids=token_ids, ids_dtype=torch.int64)
+        router_topk(logits, TOP_K, table=table, token_ids=token_ids, image_bias=image_bias)
+        ids = torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
+        layout = expert_layout(ids, EXPERTS, torch.zeros(EXPERTS, dtype=torch.int32), tile=128)
+    x = torch.zeros(8192, HIDDEN, dtype=torch.bfloat16)
+    for scale in (None, torch.ones(1), torch.ones(EXPERTS)):
+        saturated = torch.zeros(1, dtype=torch.int64)
+        nvfp4_quantize(x, scale, layout, swizzled=True, saturated=saturated)
+    nvfp4_quantize(x, torch.ones(8192))
+    rows = torch.empty(len(layout.row_to_slot), HIDDEN, dtype=torch.bfloat16)
+    combine(rows, layout.slot_to_row)
+
+
+if __name__ == "__main__":
+    compile_launches(GPUTarget("cuda", int(sys.argv[1]), 32))
+    launch_everything()
