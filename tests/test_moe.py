@@ -1,4 +1,4 @@
-"""The layer through `moe`: refusals, the workspace's size and its views."""
+"""The layer through `moe`: expert parallelism, refusals, the workspace's size and its views."""
 
 import pytest
 import torch
@@ -67,6 +67,104 @@ def run(layer: moe.MoeLayer, x: torch.Tensor, routing: Routing, **kwargs) -> tor
     out = torch.full_like(x, torch.nan)
     workspace = torch.empty(moe.workspace_bytes(layer.backend, layer.shape), dtype=torch.uint8)
     return moe.moe(x, routing, layer, workspace, out=out, **kwargs)
+
+
+EP_SHAPE = SHAPE._replace(num_experts=16, num_local_experts=16, top_k=4)
+POLICIES = {
+    "w4a16": lambda local: None,
+    "static": lambda local: ActivationScales(torch.full((1,), 0.01), EP_FC2_SCALES[local]),
+    "token": lambda local: ActivationScales(None, None),
+}
+# Different for every expert: a rank that took another's would be seen.
+EP_FC2_SCALES = torch.logspace(-3, -1, 16)
+
+
+def ep_placement(name: str, ranks: int) -> list[list[int]]:
+    """The (logical) expert of every local slot, by rank; "redundant" has two copies more each."""
+    each = 16 // ranks
+    if name == "round-robin":
+        return [list(range(rank, 16, ranks)) for rank in range(ranks)]
+    linear = [list(range(rank * each, (rank + 1) * each)) for rank in range(ranks)]
+    if name == "redundant":
+        return [experts + [(3 * rank) % 16, 5] for rank, experts in enumerate(linear)]
+    return linear
+
+
+def physical_routing(routing: Routing, placement: list[list[int]]) -> tuple[Routing, list]:
+    """Ids of copies, each use of an expert another one, as EPLB spreads them; a map per rank."""
+    logical = [expert for experts in placement for expert in experts]
+    copies = [[p for p, e in enumerate(logical) if e == expert] for expert in range(16)]
+    if len(logical) == 16:  # no copies: vLLM keeps logical ids, wherever the experts are
+        numbers = placement
+        ids = routing.ids
+    else:
+        numbers = list(torch.arange(len(logical)).view(len(placement), -1).tolist())
+        flat = [copies[e][use % len(copies[e])] for use, e in enumerate(routing.ids.flatten())]
+        ids = torch.tensor(flat, dtype=torch.int32).view_as(routing.ids)
+    maps = []
+    for local in numbers:
+        expert_map = torch.full((len(logical),), -1, dtype=torch.int32)
+        expert_map[local] = torch.arange(len(local), dtype=torch.int32)
+        maps.append(expert_map)
+    return Routing(routing.weights, ids), maps
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["linear", "round-robin", "redundant"])
+def test_the_sum_over_ranks_is_the_single_rank_output(name, ranks, policy):
+    """Tolerance: a rank rounds its fp32 sum to bf16, by 2^-8 of it at most, and so does the single
+    rank; the rows that are summed are the same. So each element is within 2^-8 of the magnitudes
+    that were rounded, cancellation between ranks included.
+    """
+    weights = random_weights(EP_SHAPE)
+    x = torch.randn(33, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    routing = random_routing(33, EP_SHAPE)
+    quantise = policy != "w4a16"
+
+    def output(experts: list[int], used: Routing, expert_map, num_experts: int) -> torch.Tensor:
+        shape = EP_SHAPE._replace(
+            num_experts=num_experts,
+            num_local_experts=len(experts),
+            quantize_activations=quantise,
+            scale_per_row=policy == "token",
+        )
+        layer = moe.prepare_layer(
+            moe.choose_backend("reference", shape, None),
+            shape,
+            ExpertWeights(*(tensor[experts] for tensor in weights)),
+            limit=10.0,
+            activation_scales=POLICIES[policy](experts),
+        )
+        return run(layer, x, used, expert_map=expert_map).float()
+
+    single = output(list(range(16)), routing, None, 16)
+    placement = ep_placement(name, ranks)
+    used, maps = physical_routing(routing, placement)
+    parts = [output(e, used, m, len(m)) for e, m in zip(placement, maps, strict=True)]
+    bound = (sum(part.abs() for part in parts) + single.abs()) * 2.0**-8
+    assert ((sum(parts) - single).abs() <= bound).all()
+    assert single.abs().min(dim=1).values.max() > 0, "every token has an output"
+    if ranks == 1 and name == "linear":
+        assert parts[0].equal(single)
+
+
+def test_a_token_may_name_one_expert_twice():
+    """A hash table's row may: both slots count, also where fewer experts are local than top_k."""
+    shape = SHAPE._replace(num_local_experts=1)
+    weights = random_weights(shape)
+    layer = make_layer(shape, weights)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expert_map = torch.tensor([-1, -1, 0, -1, -1, -1], dtype=torch.int32)
+    shares = torch.tensor([0.5, 0.25, 0.25]).repeat(5, 1)
+    thrice = run(layer, x, Routing(shares, torch.full((5, 3), 2)), expert_map=expert_map)
+    apart = [
+        run(layer, x, Routing(shares, torch.tensor(ids).repeat(5, 1)), expert_map=expert_map)
+        for ids in ([2, -1, -1], [-1, 2, 0], [5, 1, 2])
+    ]
+    torch.testing.assert_close(
+        thrice.float(), sum(part.float() for part in apart), rtol=0.02, atol=0
+    )
 
 
 def test_no_tokens_is_not_an_error():
