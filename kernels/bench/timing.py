@@ -1,0 +1,69 @@
+"""One timer for every bench: a CUDA graph of calls, replayed, with events around each replay.
+
+A bench verifies its kernel first, then hands `time_us` one call per input set. Where the inputs of
+a real layer come from memory, enough sets to fill the L2 cache twice (`cold_sets`) keep them cold;
+where a kernel reads what the kernel before it wrote, one call repeated keeps them warm. Times are
+medians, per call, of back-to-back launches as a captured layer makes them.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+def time_us(calls: Sequence[Callable[[], object]], *, replays: int = 40) -> float:
+    """Median microseconds per call over replays of one graph that makes every call once."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:  # compiles what it launches
+            call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        for _ in range(3):
+            graph.replay()
+        spans = []
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            spans.append((start, end))
+        stream.synchronize()
+    return median(start.elapsed_time(end) for start, end in spans) * 1000 / len(calls)
+
+
+def time_warm_us(call: Callable[[], object]) -> float:
+    """One call, 20 times in a graph: its inputs stay in L2 where they fit."""
+    return time_us([call] * 20)
+
+
+def cold_sets(bytes_per_set: int) -> int:
+    """How many input sets exceed the L2 cache twice over; 2 at least."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, -(-2 * cache // bytes_per_set) + 1)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large copy on the device, counting those read and those written."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (time_us([lambda: target.copy_(source)], replays=10) * 1e-6)
+
+
+def write_results(path: Path, rows: list[dict], commit: str, **facts) -> None:
+    """JSON of a bench's rows with what they were measured on."""
+    where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
+    path.write_text(json.dumps({**where, **facts, "rows": rows}, indent=1) + "\n")
+
+
+def checkout_commit() -> str:
+    """The commit of this file's checkout; benches take --commit where there is no git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
