@@ -51,6 +51,14 @@ if [ ! -f "$venv/.serve" ] || [ pyproject.toml -nt "$venv/.serve" ] ||
     # A build writes beside its sources: give it a copy.
     cp -R tests/cpu_host "$venv/cpu_host"
     pip install --no-deps --no-build-isolation "$venv/cpu_host" || die "tests/cpu_host failed"
+    if ! "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
+      # Whatever is loaded under this name serves vLLM's extension: load it as Python starts.
+      numa=$venv/lib/libnuma.so.1
+      gcc -shared -fPIC -Wl,-soname,libnuma.so.1 -Wl,--version-script,tests/cpu_host/numa.map \
+        -o "$numa" tests/cpu_host/numa.c || die "tests/cpu_host/numa.c did not compile"
+      site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+      echo "import ctypes; ctypes.CDLL('$numa')" >"$site/libnuma.pth"
+    fi
   fi
   pip install --no-build-isolation --editable . || die "the plugin could not be installed"
   touch "$venv/.serve"
