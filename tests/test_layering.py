@@ -1,0 +1,146 @@
+"""Imports point down only: adapter -> moe, weights -> op -> types -> torch, triton, cutlass.
+
+The rules are in `violations`; each file of both packages is parsed against them, and each rule is
+shown to catch what it forbids.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"vllm_dsv4_moe": ROOT / "vllm_dsv4_moe", "dsv4_kernels": ROOT / "kernels/dsv4_kernels"}
+FILES = {
+    f"{package}.{path.stem}": path
+    for package, folder in PACKAGES.items()
+    for path in sorted(folder.rglob("*.py"))
+}
+# What several ops share, besides the contract itself: programmatic launch, routing's device code.
+SHARED = {"types", "pdl", "routing"}
+# Everything else that the kernels may import is Python's own.
+KERNEL_LIBRARIES = {"torch", "triton", "cutlass", "cuda"}
+HEAVY = ("torch", "triton", "cutlass", "vllm", "transformers", "numpy")
+
+
+def imports(tree: ast.AST, at_load: bool = True) -> Iterator[tuple[str, bool]]:
+    """(dotted name, whether loading the module imports it); `from a import b` is a.b."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, at_load) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            yield from ((f"{name}.{alias.name}", at_load) for alias in node.names)
+        else:
+            inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from imports(node, at_load and not inside)
+
+
+def op_of(name: str) -> str:
+    """grouped_gemm of grouped_gemm_sm90 and grouped_gemm_sm100_kernel."""
+    return name.split("_sm")[0]
+
+
+def violations(module: str, source: str) -> list[str]:
+    tree = ast.parse(source)
+    package, name = module.split(".")
+    found = []
+    for imported, at_load in imports(tree):
+        top, _, rest = imported.partition(".")
+        ours = rest.split(".")[0]
+        if imported.startswith("."):
+            found.append(f"relative import {imported}")
+        elif name == "__init__" and at_load:
+            found.append(f"a package's __init__ imports {imported} when it is loaded")
+        elif top == "vllm_dsv4_moe" and package != top:
+            found.append(f"the kernels import the adapter: {imported}")
+        elif top == "vllm" and package != "vllm_dsv4_moe":
+            found.append(f"only the adapter imports vllm: {imported}")
+        elif top == "dsv4_kernels" and ours == "reference" and at_load:
+            found.append("reference is a backend: import it where that backend runs")
+        elif package == "dsv4_kernels":
+            found += kernel_violations(name, top, ours)
+    if package == "dsv4_kernels":
+        found += environment_reads(tree)
+    return found
+
+
+def kernel_violations(name: str, top: str, ours: str) -> list[str]:
+    """Of one import in dsv4_kernels.<name>: dsv4_kernels.<ours>, or another top-level package."""
+    if top != "dsv4_kernels":
+        known = top in KERNEL_LIBRARIES or top in sys.stdlib_module_names
+        return [] if known else [f"kernels stand on {sorted(KERNEL_LIBRARIES)}, not on {top}"]
+    if ours == "reference":
+        return [] if name == "moe" else ["production code imports reference in moe alone"]
+    if name == "types" or (name == "reference" and ours != "types"):
+        return [f"{name} imports {ours}"]
+    if name in SHARED:
+        return [] if ours in SHARED else [f"{name}, which ops share, imports {ours}"]
+    if name in ("moe", "weights") or ours in SHARED or op_of(ours) == op_of(name):
+        return []
+    return [f"op {name} imports {ours}: ops stand on {sorted(SHARED)} only"]
+
+
+def environment_reads(tree: ast.AST) -> list[str]:
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Attribute, ast.alias))]
+    names = {n.attr if isinstance(n, ast.Attribute) else n.name for n in nodes}
+    return [f"kernels take arguments, not os.{n}" for n in names & {"environ", "getenv", "putenv"}]
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_down(module):
+    assert violations(module, FILES[module].read_text()) == []
+
+
+CAUGHT = {
+    "vllm in a kernel": ("dsv4_kernels.combine", "import vllm.envs"),
+    "vllm inside a function": ("dsv4_kernels.moe", "def f():\n    from vllm import envs"),
+    "the adapter in a kernel": ("dsv4_kernels.moe", "from vllm_dsv4_moe import settings"),
+    "one op in another": ("dsv4_kernels.combine", "from dsv4_kernels import expert_layout"),
+    "an op's names in another": ("dsv4_kernels.combine", "from dsv4_kernels.router_topk import x"),
+    "moe in an op": ("dsv4_kernels.combine", "from dsv4_kernels.moe import MoeShape"),
+    "an op in types": ("dsv4_kernels.types", "from dsv4_kernels.combine import combine"),
+    "an op in reference": ("dsv4_kernels.reference", "import dsv4_kernels.combine"),
+    "an op in what ops share": ("dsv4_kernels.pdl", "import dsv4_kernels.combine"),
+    "reference in an op": ("dsv4_kernels.combine", "def f():\n    import dsv4_kernels.reference"),
+    "reference when moe loads": ("dsv4_kernels.moe", "from dsv4_kernels import reference"),
+    "reference when the adapter loads": ("vllm_dsv4_moe.x", "import dsv4_kernels.reference"),
+    "another library": ("dsv4_kernels.moe", "import scipy"),
+    "the environment": ("dsv4_kernels.moe", "import os\nx = os.environ['X']"),
+    "getenv": ("dsv4_kernels.moe", "from os import getenv"),
+    "a relative import": ("vllm_dsv4_moe.router", "from . import settings"),
+    "an import in __init__": ("vllm_dsv4_moe.__init__", "try:\n    import torch\nexcept: pass"),
+}
+
+
+@pytest.mark.parametrize("module, source", CAUGHT.values(), ids=CAUGHT)
+def test_the_rules_catch(module, source):
+    assert len(violations(module, source)) == 1
+
+
+ALLOWED = {
+    "an op's device file": ("dsv4_kernels.grouped_gemm", "import dsv4_kernels.grouped_gemm_sm90"),
+    "types in an op": ("dsv4_kernels.combine", "from dsv4_kernels.types import Routing\nimport os"),
+    "an op in moe": ("dsv4_kernels.moe", "from dsv4_kernels.combine import combine"),
+    "the reference backend": ("dsv4_kernels.moe", "def f():\n    import dsv4_kernels.reference"),
+    "vllm in the adapter": ("vllm_dsv4_moe.x", "import vllm, os\nx = os.environ"),
+}
+
+
+@pytest.mark.parametrize("module, source", ALLOWED.values(), ids=ALLOWED)
+def test_the_rules_allow(module, source):
+    assert violations(module, source) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_loading_a_package_loads_nothing_heavy(package):
+    """vLLM imports plugins before it forks: CUDA must not be touched, nor torch loaded, by then."""
+    code = f"import sys, {package}; print([m for m in {HEAVY} if m in sys.modules])"
+    path = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]}; "
+    result = subprocess.run(
+        [sys.executable, "-c", path + code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
