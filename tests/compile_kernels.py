@@ -14,6 +14,7 @@ import triton
 from dsv4_kernels import pdl
 from dsv4_kernels.combine import combine
 from dsv4_kernels.expert_layout import expert_layout
+from dsv4_kernels.gate_route import gate_route
 from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
 from dsv4_kernels.router_topk import router_topk
 from dsv4_kernels.types import ImageBias
@@ -46,6 +47,8 @@ def compile_launches(target: GPUTarget) -> None:
             for place, kind in enumerate(signature.values())
             if kind.startswith("*")
         }
+        if "WIDEN" in constexprs:  # the tensors are on the CPU here
+            constexprs["WIDEN"] = False
         source = ASTSource(self, signature, constexprs, aligned)
         cubin = triton.compile(source, target=target, options=options).asm["cubin"]
         print(f"{self.fn.__name__}: {len(cubin)} bytes for sm_{target.arch}")
@@ -66,6 +69,13 @@ def launch_everything() -> None:
         ids = torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
         layout = expert_layout(ids, EXPERTS, torch.zeros(EXPERTS, dtype=torch.int32), tile=128)
     x = torch.zeros(8192, HIDDEN, dtype=torch.bfloat16)
+    gate = torch.zeros(EXPERTS, HIDDEN, dtype=torch.bfloat16)
+    for num_tokens in (1, 64):
+        gate_route(x[:num_tokens], gate, TOP_K, bias=torch.zeros(EXPERTS))
+    token_ids = torch.zeros(1, dtype=torch.int32)
+    hashed = {"table": table, "token_ids": token_ids, "hash_weights": "uniform"}
+    gate_route(x[:1], gate, TOP_K, **hashed)
+    gate_route(x[:1], gate, TOP_K, image_bias=image_bias, **hashed)
     for scale in (None, torch.ones(1), torch.ones(EXPERTS)):
         saturated = torch.zeros(1, dtype=torch.int64)
         nvfp4_quantize(x, scale, layout, swizzled=True, saturated=saturated)
