@@ -1,11 +1,11 @@
-"""The layer through `moe`: expert parallelism, refusals, the workspace's size and its views."""
+"""The layer through `moe`: the chain of kernels, expert parallelism, refusals."""
 
 import pytest
 import torch
-from dsv4_kernels import moe
-from dsv4_kernels.types import ActivationScales, ExpertWeights, Routing
+from dsv4_kernels import moe, reference
+from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeShape, Routing
 
-SHAPE = moe.MoeShape(
+SHAPE = MoeShape(
     num_experts=6,
     num_local_experts=6,
     top_k=3,
@@ -16,7 +16,7 @@ SHAPE = moe.MoeShape(
 )
 
 
-def random_weights(shape: moe.MoeShape, seed: int = 0) -> ExpertWeights:
+def random_weights(shape: MoeShape, seed: int = 0) -> ExpertWeights:
     """Codes at random, block scales around 1, global scales that keep the outputs near 1."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,7 +40,7 @@ def random_weights(shape: moe.MoeShape, seed: int = 0) -> ExpertWeights:
     )
 
 
-def random_routing(num_tokens: int, shape: moe.MoeShape, seed: int = 1) -> Routing:
+def random_routing(num_tokens: int, shape: MoeShape, seed: int = 1) -> Routing:
     generator = torch.Generator().manual_seed(seed)
     keys = torch.rand(num_tokens, shape.num_experts, generator=generator)
     ids = keys.argsort(1)[:, : shape.top_k].int()
@@ -52,7 +52,7 @@ def unit_scales(num_local_experts: int) -> ActivationScales:
     return ActivationScales(torch.full((1,), 0.01), torch.full((num_local_experts,), 0.01))
 
 
-def make_layer(shape: moe.MoeShape, weights: ExpertWeights, limit: float | None = 10.0):
+def make_layer(shape: MoeShape, weights: ExpertWeights, limit: float | None = 10.0):
     scales = unit_scales(shape.num_local_experts) if shape.quantize_activations else None
     return moe.prepare_layer(
         moe.choose_backend("reference", shape, None),
@@ -167,6 +167,114 @@ def test_a_token_may_name_one_expert_twice():
     )
 
 
+# The kernels' chain around GEMMs that are the oracle's: what is left is layout, quantise, combine,
+# the arena, and the order of the calls.
+
+
+def unswizzle(scales: torch.Tensor, columns: int) -> torch.Tensor:
+    """128x4 blocks, whose bytes are [row % 32][row // 32][column], to row-major."""
+    blocks = scales.view(torch.uint8).view(len(scales) // 128, -1, 32, 4, 4)
+    rows = blocks.permute(0, 3, 2, 1, 4).reshape(scales.shape)[:, :columns]
+    return rows.contiguous().view(torch.float8_e4m3fn)
+
+
+def swizzle(scales: torch.Tensor) -> torch.Tensor:
+    blocks = scales.view(torch.uint8).view(len(scales) // 128, 4, 32, -1, 4)
+    return blocks.permute(0, 3, 2, 1, 4).reshape(scales.shape).contiguous()
+
+
+def dequantized(rows, global_scale: torch.Tensor, used: slice) -> torch.Tensor:
+    codes = rows.codes[used]
+    scales = unswizzle(rows.block_scales, codes.shape[1] // 8)[used]
+    return reference.nvfp4_dequantize(codes, scales, global_scale.reshape(-1, 1))
+
+
+def groups(layout):
+    starts, counts = layout.offsets.tolist(), layout.counts.tolist()
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(starts[expert], starts[expert] + count)
+
+
+def oracle_fc1(x, routing_weights, layout, layer, *, out) -> None:
+    scales, top_k = layer.activation_scales, routing_weights.shape[1]
+    for expert, used in groups(layout):
+        slots = layout.row_to_slot[used].long()
+        if scales is None:
+            rows = x[slots // top_k].float()
+        else:
+            own = x.global_scales[used] if scales.fc1 is None else scales.fc1
+            rows = dequantized(x, own, used)
+        h = reference.fc1(rows, layer.weights, expert, routing_weights.flatten()[slots], 10.0)
+        if scales is None:
+            out[used] = h.bfloat16()
+            continue
+        gs = None if scales.fc2 is None else scales.fc2[expert : expert + 1]
+        quantized, overflow = reference.nvfp4_quantize(h, gs)
+        layer.saturated.add_(overflow)
+        out.codes[used] = quantized.codes
+        whole = unswizzle(out.block_scales, out.block_scales.shape[1]).view(torch.uint8)
+        whole[used, : h.shape[1] // 16] = quantized.block_scales.view(torch.uint8)
+        out.block_scales.view(torch.uint8).copy_(swizzle(whole))
+        if gs is None:
+            out.global_scales[used] = quantized.global_scales
+
+
+def oracle_fc2(h, layout, layer, *, out) -> None:
+    scales = layer.activation_scales
+    for expert, used in groups(layout):
+        if scales is None:
+            rows = h[used].float()
+        else:
+            own = h.global_scales[used] if scales.fc2 is None else scales.fc2[expert : expert + 1]
+            rows = dequantized(h, own, used)
+        out[used] = reference.fc2(rows, layer.weights, expert).bfloat16()
+
+
+CHAIN = moe.Backend(
+    name="chain",
+    supports=lambda shape, capability: None,
+    prepare=lambda weights: weights,
+    tile=lambda shape, num_tokens: 8 if num_tokens < 16 else 128,
+    run=moe.run_kernels,
+    fc1=oracle_fc1,
+    fc2=oracle_fc2,
+)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("num_tokens", [1, 17])
+@pytest.mark.parametrize("rank", [None, 0, 3], ids=["no-ep", "rank-0-of-4", "rank-3-of-4"])
+def test_the_chain_of_kernels_is_the_oracle_bit_for_bit(rank, num_tokens, policy):
+    local = list(range(16)) if rank is None else list(range(rank, 16, 4))
+    expert_map = torch.full((16,), -1, dtype=torch.int32)
+    expert_map[local] = torch.arange(len(local), dtype=torch.int32)
+    shape = EP_SHAPE._replace(
+        num_local_experts=len(local),
+        quantize_activations=policy != "w4a16",
+        scale_per_row=policy == "token",
+    )
+    weights = ExpertWeights(*(tensor[local] for tensor in random_weights(EP_SHAPE)))
+    x = torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    x[0] *= 1000
+    routing = random_routing(num_tokens, EP_SHAPE)
+    outputs = []
+    for backend in (CHAIN, moe.BACKENDS["reference"]):
+        scales = POLICIES[policy](local)
+        layer = moe.prepare_layer(backend, shape, weights, limit=10.0, activation_scales=scales)
+        workspace = torch.full((moe.workspace_bytes(backend, shape),), 0x7F, dtype=torch.uint8)
+        out = torch.full_like(x, torch.nan)
+        # Twice: the second call finds what the first left in the arena.
+        for _ in range(2):
+            moe.moe(x, routing, layer, workspace, expert_map=expert_map, out=out)
+        outputs.append((out, int(layer.saturated)))
+    (ours, our_count), (expected, expected_count) = outputs
+    assert ours.equal(expected)
+    assert our_count == expected_count
+    if rank is None:
+        assert (our_count > 0) == (policy == "static"), "one token is 1000 times larger"
+
+
 def test_no_tokens_is_not_an_error():
     layer = make_layer(SHAPE, random_weights(SHAPE))
     out = run(layer, torch.zeros(0, 64, dtype=torch.bfloat16), random_routing(0, SHAPE))
@@ -196,43 +304,3 @@ def test_a_size_that_nvfp4_cannot_split_is_refused_with_the_remedy():
     shape = SHAPE._replace(intermediate=2304 // 32)
     with pytest.raises(ValueError, match="intermediate size 72 .* NVFP4 block, 16: use a tensor-p"):
         moe.choose_backend("auto", shape, None)
-
-
-# A backend that lays rows out, as the kernels' do, to size and carve a workspace without a GPU.
-TILED = moe.Backend(
-    name="tiled",
-    supports=lambda shape, capability: None,
-    prepare=lambda weights: weights,
-    tile=lambda shape, num_tokens: 8 if num_tokens < 16 else 128,
-    run=lambda *args: None,
-)
-
-
-@pytest.mark.parametrize("per_row", [False, True], ids=["static-scale", "scale-per-row"])
-@pytest.mark.parametrize("quantized", [False, True], ids=["w4a16", "w4a4"])
-@pytest.mark.parametrize("num_tokens", [1, 15, 16, 33])
-def test_views_are_aligned_disjoint_and_fill_the_workspace(num_tokens, quantized, per_row):
-    shape = SHAPE._replace(quantize_activations=quantized, scale_per_row=quantized and per_row)
-    needed = moe.workspace_bytes(TILED, shape, num_tokens)
-    workspace = torch.zeros(needed, dtype=torch.uint8)
-    buffers = moe.carve(workspace, TILED, shape, num_tokens)
-    views = [*buffers.layout, buffers.rows]
-    for rows in (buffers.x, buffers.h):
-        views += [rows] if isinstance(rows, torch.Tensor) else list(rows or ())
-    views = [view for view in views if view is not None]
-    for view in views:
-        assert (view.data_ptr() - workspace.data_ptr()) % moe.ALIGNMENT == 0
-        view.view(torch.uint8).add_(1)
-    assert workspace.max() == 1
-    assert int(workspace.sum()) == sum(view.nbytes for view in views)
-
-
-def test_workspace_never_shrinks_with_more_tokens():
-    sizes = [moe.workspace_bytes(TILED, SHAPE, tokens) for tokens in range(1, 40)]
-    assert sizes == sorted(sizes)
-
-
-def test_a_workspace_that_is_too_small_names_both_sizes():
-    needed = moe.workspace_bytes(TILED, SHAPE, 16)
-    with pytest.raises(ValueError, match=f"16 tokens need {needed} bytes .* given {needed - 256}"):
-        moe.carve(torch.empty(needed - 256, dtype=torch.uint8), TILED, SHAPE, 16)

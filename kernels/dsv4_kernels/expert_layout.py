@@ -45,9 +45,14 @@ def choose_config(num_slots: int) -> Config:
 
 
 def scratch_size(num_tokens: int, top_k: int, num_local_experts: int) -> int:
-    """int32 elements of scratch that a layout needs; 0 where one launch does it."""
-    config = choose_config(num_tokens * top_k)
-    return config.programs * num_local_experts if config.counted_before else 0
+    """int32 elements of scratch that suffice for a layout of up to so many tokens.
+
+    0 where one launch does it. Fewer tokens may have more programs than more tokens have, so it
+    is for the most programs there can be.
+    """
+    if not choose_config(num_tokens * top_k).counted_before:
+        return 0
+    return MAX_PROGRAMS * num_local_experts
 
 
 @triton.jit

@@ -5,70 +5,45 @@
     y[t] = sum over local slots j of W2_e h,  e = routing.ids[t, j],
     h = routing.weights[t, j] * silu(min(W1_e x[t], L)) * clamp(W3_e x[t], -L, L)
 
-The bracketed steps exist in W4A4 only. Everything between the two ends lives in a workspace that
-all layers share; `workspace_bytes` is the one place that says how large it is, and whoever
-allocates (vLLM's workspace manager, a test) asks it. Nothing here synchronises, allocates or
-looks at a value on the device, the `reference` backend excepted.
+The bracketed steps exist in W4A4 only. `run_kernels` is these calls in order; `moe` is what a
+model calls. Everything between the two ends lives in a workspace that all layers share, cut up by
+`workspace.py`. Nothing here synchronises, allocates or looks at a value on the device, the
+`reference` backend excepted.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
-from typing import NamedTuple
 
 import torch
 
+from dsv4_kernels import workspace as arena
 from dsv4_kernels.types import (
     NVFP4_BLOCK,
     ActivationScales,
-    ExpertLayout,
     ExpertWeights,
+    MoeShape,
     QuantizedRows,
     Routing,
-    capacity,
 )
-
-ALIGNMENT = 256  # bytes; TMA asks for 128, a cache line pair is 256
-
-
-class MoeShape(NamedTuple):
-    """What a layer's kernels and buffers are chosen and sized by, on one rank."""
-
-    num_experts: int  # global, redundant (EPLB) copies included
-    num_local_experts: int
-    top_k: int
-    hidden: int
-    intermediate: int  # of this rank, if tensor-parallel
-    max_num_tokens: int  # in one call, all dispatched ranks' tokens together
-    quantize_activations: bool  # W4A4; otherwise W4A16
-    scale_per_row: bool = False  # of x or h: `token`, and `warmup` of a layer without a limit
-
-
-class Buffers(NamedTuple):
-    """A workspace, carved: what the steps of the layer hand to one another."""
-
-    layout: ExpertLayout
-    x: QuantizedRows | None  # (capacity, hidden), W4A4 only
-    h: QuantizedRows | torch.Tensor  # (capacity, intermediate); bf16 in W4A16
-    rows: torch.Tensor  # (capacity, hidden) bf16, what `combine` sums
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the layer. `supports` and `tile` are pure and need no GPU.
-
-    Row tile 0 says that the backend lays nothing out in the workspace.
-    """
+    """One way to run the layer. `supports` and `tile` are pure and need no GPU."""
 
     name: str
     # (shape, compute capability or None without a GPU) -> why it cannot run the layer, or None
     supports: Callable[[MoeShape, tuple[int, int] | None], str | None]
     # Checkpoint layout -> this backend's, in place; called once, at load.
     prepare: Callable[[ExpertWeights], ExpertWeights]
-    # (shape, num_tokens) -> row tile; never falls as num_tokens grows
+    # (shape, num_tokens) -> rows that a group is padded to; 0 if it needs no workspace at all
     tile: Callable[[MoeShape, int], int]
-    # (hidden_states, routing, layer, buffers, expert_map, out)
+    # (hidden_states, routing, layer, workspace, expert_map, out): `run_kernels`, or the oracle
     run: Callable[..., None]
+    # (x, routing weights, layout, layer, out=h), x being hidden_states or quantised, placed rows
+    fc1: Callable[..., None] | None = None
+    # (h, layout, layer, out=rows)
+    fc2: Callable[..., None] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,16 +77,55 @@ def moe(
     num_tokens = len(hidden_states)
     _check_call(hidden_states, routing, layer, expert_map, out)
     if num_tokens > 0:
-        buffers = carve(workspace, layer.backend, layer.shape, num_tokens)
-        layer.backend.run(hidden_states, routing, layer, buffers, expert_map, out)
+        layer.backend.run(hidden_states, routing, layer, workspace, expert_map, out)
     return out
+
+
+def run_kernels(
+    hidden_states: torch.Tensor,
+    routing: Routing,
+    layer: MoeLayer,
+    workspace: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """The layer on a GPU, one call a step, each into its part of the workspace."""
+    from dsv4_kernels.combine import combine
+    from dsv4_kernels.expert_layout import expert_layout
+    from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
+
+    backend, shape, num_tokens = layer.backend, layer.shape, len(hidden_states)
+    tile = backend.tile(shape, num_tokens)
+    buffers = arena.carve(workspace, shape, tile, num_tokens)
+    layout = expert_layout(
+        routing.ids,
+        shape.num_local_experts,
+        expert_map,
+        tile,
+        out=buffers.layout,
+        scratch=buffers.layout_scratch,
+    )
+    x: torch.Tensor | QuantizedRows = hidden_states
+    if layer.activation_scales is not None:
+        x = nvfp4_quantize(
+            hidden_states,
+            layer.activation_scales.fc1,
+            layout,
+            swizzled=True,
+            saturated=layer.saturated,
+            out=buffers.x,
+        )
+    assert backend.fc1 is not None and backend.fc2 is not None, backend.name
+    backend.fc1(x, routing.weights, layout, layer, out=buffers.h)
+    backend.fc2(buffers.h, layout, layer, out=buffers.rows)
+    combine(buffers.rows, layout.slot_to_row, out=out)
 
 
 def _run_reference(
     hidden_states: torch.Tensor,
     routing: Routing,
     layer: MoeLayer,
-    buffers: Buffers | None,
+    workspace: torch.Tensor,
     expert_map: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
@@ -193,78 +207,11 @@ def prepare_layer(
     return MoeLayer(backend, shape, backend.prepare(weights), limit, activation_scales, saturated)
 
 
-def _spec(backend: Backend, shape: MoeShape, num_tokens: int) -> dict[str, tuple]:
-    """Shape and dtype of every buffer of the layer at num_tokens, by name."""
-    tile = backend.tile(shape, num_tokens)
-    if tile == 0:
-        return {}
-    rows = capacity(num_tokens, shape.top_k, shape.num_local_experts, tile)
-    spec: dict[str, tuple] = {
-        "slot_to_row": ((num_tokens, shape.top_k), torch.int32),
-        "row_to_slot": ((rows,), torch.int32),
-        "counts": ((shape.num_local_experts,), torch.int32),
-        "offsets": ((shape.num_local_experts + 1,), torch.int32),
-        "tile_to_expert": ((rows // tile,), torch.int32),
-    }
-    if shape.quantize_activations:
-        for name, width in (("x", shape.hidden), ("h", shape.intermediate)):
-            spec[f"{name}_codes"] = ((rows, width // 2), torch.uint8)
-            spec[f"{name}_block_scales"] = (block_scales_shape(rows, width), torch.float8_e4m3fn)
-            if shape.scale_per_row:
-                spec[f"{name}_global_scales"] = ((rows,), torch.float32)
-    else:
-        spec["h"] = ((rows, shape.intermediate), torch.bfloat16)
-    spec["rows"] = ((rows, shape.hidden), torch.bfloat16)
-    return spec
-
-
-def block_scales_shape(rows: int, width: int) -> tuple[int, int]:
-    """Of E4M3 block scales in 128x4 blocks: both sides of (rows, width // 16) rounded up."""
-    return -(-rows // 128) * 128, -(-width // (4 * NVFP4_BLOCK)) * 4
-
-
-def workspace_bytes(backend: Backend, shape: MoeShape, num_tokens: int | None = None) -> int:
-    """Bytes of workspace that `moe` needs at num_tokens, by default the most it is sized for."""
-    num_tokens = shape.max_num_tokens if num_tokens is None else num_tokens
-    return sum(map(_aligned_bytes, _spec(backend, shape, num_tokens).values()))
-
-
-def _aligned_bytes(entry: tuple) -> int:
-    size, dtype = entry
-    return -(-prod(size) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-
-
-def carve(
-    workspace: torch.Tensor, backend: Backend, shape: MoeShape, num_tokens: int
-) -> Buffers | None:
-    """Typed views of a uint8 workspace, each at a multiple of 256 bytes; None without any."""
-    spec = _spec(backend, shape, num_tokens)
-    if not spec:
-        return None
-    needed = workspace_bytes(backend, shape, num_tokens)
-    if workspace.numel() < needed:
-        raise ValueError(
-            f"{num_tokens} tokens need {needed} bytes of MoE workspace and were given "
-            f"{workspace.numel()}: allocate workspace_bytes(...)"
-        )
-    assert workspace.dtype == torch.uint8, workspace.dtype
-    views, start = {}, 0
-    for name, (size, dtype) in spec.items():
-        end = start + prod(size) * dtype.itemsize
-        views[name] = workspace[start:end].view(dtype).view(size)
-        start += _aligned_bytes((size, dtype))
-    layout = ExpertLayout(*(views[field] for field in ExpertLayout._fields))
-    if not shape.quantize_activations:
-        return Buffers(layout, None, views["h"], views["rows"])
-    x, h = (
-        QuantizedRows(
-            views[f"{name}_codes"],
-            views[f"{name}_block_scales"],
-            views.get(f"{name}_global_scales"),
-        )
-        for name in ("x", "h")
-    )
-    return Buffers(layout, x, h, views["rows"])
+def workspace_bytes(backend: Backend, shape: MoeShape) -> int:
+    """Bytes of workspace in which any call of up to shape.max_num_tokens fits; 0 for none."""
+    if backend.tile(shape, 1) == 0:
+        return 0
+    return arena.workspace_bytes(shape, backend.tile)
 
 
 def _check_call(

@@ -83,6 +83,19 @@ class ActivationScales(NamedTuple):
     fc2: torch.Tensor | None  # (num_local_experts,) float32
 
 
+class MoeShape(NamedTuple):
+    """What a layer's kernels and buffers are chosen and sized by, on one rank."""
+
+    num_experts: int  # global, redundant (EPLB) copies included
+    num_local_experts: int
+    top_k: int
+    hidden: int
+    intermediate: int  # of this rank, if tensor-parallel
+    max_num_tokens: int  # in one call, all dispatched ranks' tokens together
+    quantize_activations: bool  # W4A4; otherwise W4A16
+    scale_per_row: bool = False  # of x or h: `token`, and `warmup` of a layer without a limit
+
+
 def capacity(num_tokens: int, top_k: int, num_local_experts: int, tile: int) -> int:
     """Rows that any routing of num_tokens fits in, a multiple of the tile.
 

@@ -1,0 +1,123 @@
+"""The arena of a call: how large it is, and which part of it is what. The one place that says so.
+
+Whoever allocates (vLLM's workspace manager, a test) asks `workspace_bytes`, once, for the most
+tokens of a call; `carve` makes typed views of its bytes for a call of any size. All layers share
+the arena: nothing in it outlives the call.
+"""
+
+import functools
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from dsv4_kernels.types import NVFP4_BLOCK, ExpertLayout, MoeShape, QuantizedRows, capacity
+
+ALIGNMENT = 256  # bytes; TMA asks for 128
+Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Buffers(NamedTuple):
+    """A workspace, carved: what the steps of the layer hand to one another.
+
+    x and rows overlap: FC1 reads x for the last time before FC2 writes the first of rows.
+    """
+
+    layout: ExpertLayout
+    layout_scratch: torch.Tensor  # int32
+    x: QuantizedRows | None  # (capacity, hidden), W4A4 only
+    h: QuantizedRows | torch.Tensor  # (capacity, intermediate); bf16 in W4A16
+    rows: torch.Tensor  # (capacity, hidden) bf16, what `combine` sums
+
+
+def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spec]:
+    """Shape and dtype of every buffer at num_tokens, by name: what stays, then x and rows."""
+    from dsv4_kernels.expert_layout import scratch_size
+
+    local = shape.num_local_experts
+    rows = capacity(num_tokens, shape.top_k, local, tile)
+    stays: Spec = {
+        "slot_to_row": ((num_tokens, shape.top_k), torch.int32),
+        "row_to_slot": ((rows,), torch.int32),
+        "counts": ((local,), torch.int32),
+        "offsets": ((local + 1,), torch.int32),
+        "tile_to_expert": ((rows // tile,), torch.int32),
+        "layout_scratch": ((scratch_size(num_tokens, shape.top_k, local),), torch.int32),
+    }
+    x: Spec = {}
+    if shape.quantize_activations:
+        x = _quantized_spec("x", rows, shape.hidden, shape.scale_per_row)
+        stays |= _quantized_spec("h", rows, shape.intermediate, shape.scale_per_row)
+    else:
+        stays["h"] = ((rows, shape.intermediate), torch.bfloat16)
+    return stays, x, {"rows": ((rows, shape.hidden), torch.bfloat16)}
+
+
+def _quantized_spec(name: str, rows: int, width: int, scale_per_row: bool) -> Spec:
+    """QuantizedRows, with block scales in 128x4 blocks: both of their sides rounded up."""
+    scales = (-(-rows // 128) * 128, -(-width // (4 * NVFP4_BLOCK)) * 4)
+    return {
+        f"{name}_codes": ((rows, width // 2), torch.uint8),
+        f"{name}_block_scales": (scales, torch.float8_e4m3fn),
+        f"{name}_global_scales": ((rows if scale_per_row else 0,), torch.float32),
+    }
+
+
+@functools.cache
+def workspace_bytes(shape: MoeShape, tile: Callable[[MoeShape, int], int]) -> int:
+    """Bytes in which any call of up to shape.max_num_tokens fits.
+
+    tile is the backend's, of a shape and a number of tokens. Sizes grow with the tokens while the
+    tile stays, so only the last number of tokens before each change of tile matters.
+    """
+    tiles = [tile(shape, num_tokens) for num_tokens in range(1, shape.max_num_tokens + 1)]
+    changes = [a != b for a, b in zip(tiles, tiles[1:] + [-1], strict=True)]
+    last = [num_tokens for num_tokens, change in enumerate(changes, start=1) if change]
+    return max(call_bytes(shape, tiles[num_tokens - 1], num_tokens) for num_tokens in last)
+
+
+def call_bytes(shape: MoeShape, tile: int, num_tokens: int) -> int:
+    """Bytes of one call's buffers, each rounded up to the alignment."""
+    stays, *either = (
+        sum(_padded_bytes(*entry) for entry in spec.values())
+        for spec in _specs(shape, tile, num_tokens)
+    )
+    return stays + max(either)
+
+
+def _padded_bytes(size: tuple[int, ...], dtype: torch.dtype) -> int:
+    return -(-prod(size) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def carve(workspace: torch.Tensor, shape: MoeShape, tile: int, num_tokens: int) -> Buffers:
+    """Typed views of a uint8 workspace, each at a multiple of 256 bytes from its start."""
+    needed = call_bytes(shape, tile, num_tokens)
+    if workspace.numel() < needed:
+        raise ValueError(
+            f"{num_tokens} tokens need {needed} bytes of MoE workspace and were given "
+            f"{workspace.numel()}: allocate workspace_bytes(...)"
+        )
+    assert workspace.dtype == torch.uint8, workspace.dtype
+    stays, *either = _specs(shape, tile, num_tokens)
+    views, shared = _views(workspace, stays)
+    for spec in either:
+        views |= _views(workspace[shared:], spec)[0]
+    layout = ExpertLayout(*(views[field] for field in ExpertLayout._fields))
+    if not shape.quantize_activations:
+        return Buffers(layout, views["layout_scratch"], None, views["h"], views["rows"])
+    x, h = (
+        QuantizedRows(*(views[f"{name}_{field}"] for field in QuantizedRows._fields))
+        for name in ("x", "h")
+    )
+    return Buffers(layout, views["layout_scratch"], x, h, views["rows"])
+
+
+def _views(workspace: torch.Tensor, spec: Spec) -> tuple[dict[str, torch.Tensor], int]:
+    """The buffers of a spec from the start of a workspace, and where they end."""
+    views, start = {}, 0
+    for name, (size, dtype) in spec.items():
+        end = start + prod(size) * dtype.itemsize
+        views[name] = workspace[start:end].view(dtype).view(size)
+        start += _padded_bytes(size, dtype)
+    return views, start
