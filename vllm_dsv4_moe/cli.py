@@ -8,6 +8,7 @@ from collections.abc import Sequence
 # A command's module has add_arguments(parser) and run(args) -> exit status, and imports torch or
 # vLLM inside run only.
 COMMANDS = {
+    "inspect": ("vllm_dsv4_moe.inspect_command", "check a checkpoint without loading it"),
     "tiny": ("vllm_dsv4_moe.tiny", "write a small random NVFP4 checkpoint with a tokenizer"),
 }
 
