@@ -328,11 +328,11 @@ def test_kinds_name_ranges_of_layers_and_experts():
     found = kinds(
         dict(checkpoint_tensors(ModelSizes.from_config(nvfp4(PRO) | {"n_routed_experts": 8})))
     )
-    names = {kind.name: kind.count for kind in found}
+    names = {kind.name: kind.num_tensors for kind in found}
     assert names["layers.0-60.ffn.experts.0-7.w1.weight"] == 61 * 8
     assert names["layers.2,4..60.attn.indexer.wq_b.weight"] == 30
     assert names["layers.0,1,3..59.attn.compressor.ape"] == 31
-    assert sum(kind.count for kind in found) == 285_660 - 61 * 376 * 12 - 376 * 6
+    assert sum(kind.num_tensors for kind in found) == 285_660 - 61 * 376 * 12 - 376 * 6
 
 
 def test_json_says_the_same(original, capsys):

@@ -40,7 +40,7 @@ class Kind(NamedTuple):
     """Expected tensors of one name (numbers apart), dtype and shape."""
 
     name: str  # layers.0-42.ffn.experts.0-255.w1.weight
-    count: int
+    num_tensors: int
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int

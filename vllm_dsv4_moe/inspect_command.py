@@ -112,7 +112,7 @@ def print_details(console: "Console", found: Inspection) -> None:
     table = Table("tensor", "count", "dtype", "shape", "size", title="Expected tensors")
     for kind in found.kinds:
         shape = _escape(str(list(kind.shape)))
-        table.add_row(kind.name, f"{kind.count:,}", kind.dtype, shape, _size(kind.num_bytes))
+        table.add_row(kind.name, f"{kind.num_tensors:,}", kind.dtype, shape, _size(kind.num_bytes))
     console.print(table)
     for title in ("missing", "mismatched", "extra"):
         for name in getattr(found, title):
