@@ -22,6 +22,7 @@ class ExpertSizes(NamedTuple):
     """Sizes of one layer's experts on one rank."""
 
     num_experts: int  # local
+    num_global_experts: int  # EPLB's copies included
     hidden: int
     intermediate: int  # of this rank
     tp_size: int  # into how many ranks the checkpoint's intermediate size is cut
@@ -39,18 +40,21 @@ class CheckpointTensor(NamedTuple):
 def create_expert_params(
     layer: Module, sizes: ExpertSizes, weight_loader: Callable
 ) -> "LoadRecord":
-    """Register the parameters, experts leading and contiguous as EPLB wants them."""
-    num_experts, hidden, inter, _ = sizes
+    """Register the parameters, experts leading and contiguous as EPLB wants them.
+
+    Input scales are kept for all global experts: a policy takes the maximum over them.
+    """
+    num_experts, num_global, hidden, inter, _ = sizes
     block = NVFP4_BLOCK
     params = {
         "w13_weight": torch.empty(num_experts, 2 * inter, hidden // 2, dtype=torch.uint8),
         "w2_weight": torch.empty(num_experts, hidden, inter // 2, dtype=torch.uint8),
         "w13_weight_scale": _empty_scales(num_experts, 2 * inter, hidden // block),
         "w2_weight_scale": _empty_scales(num_experts, hidden, inter // block),
-        "w13_weight_scale_2": torch.full((num_experts, 2), torch.nan),
-        "w2_weight_scale_2": torch.full((num_experts,), torch.nan),
-        "w13_input_scale": torch.full((num_experts, 2), torch.nan),
-        "w2_input_scale": torch.full((num_experts,), torch.nan),
+        "w13_weight_scale_2": _no_scales(num_experts, 2),
+        "w2_weight_scale_2": _no_scales(num_experts),
+        "w13_input_scale": _no_scales(num_global, 2),
+        "w2_input_scale": _no_scales(num_global),
     }
     record = LoadRecord(layer, sizes, weight_loader)
     for name, data in params.items():
@@ -64,6 +68,11 @@ def _empty_scales(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float8_e4m3fn)
 
 
+def _no_scales(*shape: int) -> torch.Tensor:
+    # vLLM builds the model with bfloat16 as the default dtype.
+    return torch.full(shape, torch.nan, dtype=torch.float32)
+
+
 class LoadRecord:
     """vLLM's weight loader, with each tensor checked on its way in and remembered."""
 
@@ -72,6 +81,7 @@ class LoadRecord:
         self.weight_loader = weight_loader
         self.expected = expected_tensors(sizes)
         self.num_experts = sizes.num_experts
+        self.num_logical = layer.moe_config.num_logical_experts
         # parameter -> (local expert, shard) that came
         self.loaded: dict[str, set[tuple[int, str]]] = {name: set() for name in self.expected}
 
@@ -85,9 +95,9 @@ class LoadRecord:
             return_success: bool = False,
         ) -> bool | None:
             local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
-            if local == -1:
+            if local == -1 and name not in INPUT_SCALES:
                 return False if return_success else None
-            self._check(name, loaded_weight, shard_id, expert_id)
+            self._check(name, loaded_weight, shard_id, expert_id % self.num_logical)
             loaded = self.weight_loader(
                 param, loaded_weight, weight_name, shard_id, expert_id, return_success=True
             )
@@ -120,7 +130,7 @@ class LoadRecord:
             missing = sorted(wanted - self.loaded[name])
             if missing:
                 local, shard = missing[0]
-                expert = global_expert(self.layer, local)
+                expert = local_experts(self.layer)[local]
                 raise ValueError(
                     f"{self.layer.layer_name}.{expert}.{shard}.{suffix} is missing from the "
                     f"checkpoint ({len(missing)} of {len(wanted)} {suffix} tensors of this rank's "
@@ -153,12 +163,19 @@ def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{name} [{', '.join(map(str, shape))}]" if shape else f"a {name} scalar"
 
 
-def global_expert(layer: Module, local: int) -> int:
-    """The id that the checkpoint has for a local expert (or for what it is a copy of)."""
-    expert_map = layer._expert_map
-    if expert_map is None:
-        return local
-    return int((expert_map == local).nonzero()[0, 0])
+def local_experts(layer: Module) -> list[int]:
+    """The checkpoint's id of each local expert, as loaded.
+
+    EPLB's redundant experts come after the checkpoint's, and are copies of them in order.
+    """
+    num_local, num_logical = layer.local_num_experts, layer.moe_config.num_logical_experts
+    if layer.expert_map is None:
+        return [expert % num_logical for expert in range(num_local)]
+    experts = [0] * num_local
+    for expert, local in enumerate(layer.expert_map.tolist()):
+        if local >= 0:
+            experts[local] = expert % num_logical
+    return experts
 
 
 def check_scales(layer: Module) -> None:
@@ -192,7 +209,7 @@ def _tensor_name(layer: Module, name: str, where: list[int]) -> str:
     """The checkpoint's name of an expert tensor; where is (local expert, 0 for w1 or 1 for w3)."""
     prefix, suffix = name.split("_", 1)
     shard = "w2" if prefix == "w2" else ("w1", "w3")[where[1]]
-    return f"{layer.layer_name}.{global_expert(layer, where[0])}.{shard}.{suffix}"
+    return f"{layer.layer_name}.{local_experts(layer)[where[0]]}.{shard}.{suffix}"
 
 
 def fill_dummy_scales(layer: Module) -> None:

@@ -3,7 +3,6 @@
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from dsv4_kernels.moe import AUTO, MoeLayer, MoeShape, choose_backend, prepare_layer
-from dsv4_kernels.types import ActivationScales
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
@@ -22,6 +21,8 @@ from vllm_dsv4_moe.expert_params import (
 )
 from vllm_dsv4_moe.experts import Dsv4Experts
 from vllm_dsv4_moe.router import Dsv4Router
+from vllm_dsv4_moe.saturation import SATURATION
+from vllm_dsv4_moe.scale_policy import activation_scales
 from vllm_dsv4_moe.settings import Settings
 
 
@@ -32,6 +33,8 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         super().__init__(moe_config)
         self.settings = settings
         self.experts_cls = Dsv4Experts
+        # vLLM's weight loader then also loads the input scales of experts on other ranks.
+        self.use_global_sf = True
         self.router: Dsv4Router | None = None
         self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
         capability = current_platform.get_device_capability()
@@ -66,7 +69,9 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
                 f"{self.shape.hidden} to {hidden_size}: choose another --all2all-backend"
             )
         tp_size = self.moe.moe_parallel_config.tp_size
-        sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition, tp_size)
+        sizes = ExpertSizes(
+            num_experts, self.moe.num_experts, hidden_size, intermediate_size_per_partition, tp_size
+        )
         self.record = create_expert_params(layer, sizes, extra["weight_loader"])
         if current_platform.is_cpu():
             # vLLM's CPU model looks for input scales under this name: the same storage again.
@@ -76,6 +81,16 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
                 layer.register_parameter(f"{name}_2", alias)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        # vLLM calls this with the model's dtype as the default; the scales' arithmetic is fp32.
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            self._finish(layer)
+        finally:
+            torch.set_default_dtype(default)
+
+    def _finish(self, layer: RoutedExperts) -> None:
+        """Check what was loaded, and make of it the layer that runs."""
         if self.is_dummy:
             fill_dummy_scales(layer)
         else:
@@ -83,7 +98,9 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
             if self.router is not None:
                 self.router.check_loaded(layer.layer_name)
         check_scales(layer)
-        scales = self._activation_scales(layer)
+        scales = None
+        if self.shape.quantize_activations:
+            scales = activation_scales(layer, self.settings)
         for name in INPUT_SCALES:
             delattr(layer, name)
             layer._parameters.pop(f"{name}_2", None)
@@ -91,12 +108,10 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         moe_layer = prepare_layer(
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )
+        if self.shape.quantize_activations:
+            interval = self.settings.saturation_log_interval
+            SATURATION.add(layer.layer_name, moe_layer.saturated, interval)
         self._build_kernel(layer, moe_layer)
-
-    def _activation_scales(self, layer: RoutedExperts) -> ActivationScales | None:
-        if not self.shape.quantize_activations:
-            return None
-        return ActivationScales(None, None)
 
     def _build_kernel(self, layer: RoutedExperts, moe_layer: MoeLayer) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)

@@ -26,9 +26,8 @@ def _option(default: Any, help: str, *, allowed: tuple[str, ...] = (), check: An
 
 
 def _check_headroom(value: float) -> str | None:
-    if value > 0 and math.isfinite(value) and math.frexp(value)[0] == 0.5:
-        return None
-    return "a positive power of two"
+    fits = 1 <= value <= 2**20 and math.frexp(value)[0] == 0.5
+    return None if fits else "a power of two from 1 to 1048576"
 
 
 def _check_interval(value: float) -> str | None:

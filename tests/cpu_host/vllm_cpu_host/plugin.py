@@ -1,4 +1,11 @@
-"""Two gaps of vLLM 0.32's and 0.33's CPU build that DeepSeek-V4 falls into, filled."""
+"""Two gaps of vLLM 0.32's and 0.33's CPU build that DeepSeek-V4 falls into, filled.
+
+And the way for a test to look into vLLM's processes: CPU_HOST_PROBE=module:function is imported
+and called in each of them.
+"""
+
+import os
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -13,6 +20,9 @@ def register() -> None:
     _check_instructions()
     _complete_the_tile_schedule()
     _give_the_communicator_uneven_collectives()
+    if "CPU_HOST_PROBE" in os.environ:
+        module, _, function = os.environ["CPU_HOST_PROBE"].partition(":")
+        getattr(import_module(module), function)()
 
 
 def _check_instructions() -> None:
