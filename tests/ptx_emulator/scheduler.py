@@ -1,0 +1,375 @@
+"""Runs the gangs of one cluster after another, and decides who goes next."""
+
+import ctypes
+import random
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.ptx_emulator.async_engine import AsyncEngine
+from tests.ptx_emulator.findings import EmulatorError, Finding, Unsupported
+from tests.ptx_emulator.instructions.table import COMPILERS
+from tests.ptx_emulator.memory import SHARED_BASE, GlobalMemory
+from tests.ptx_emulator.operands import Binder
+from tests.ptx_emulator.parser import Kernel, parse
+from tests.ptx_emulator.program import BRANCH, COLLECTIVE, CONTROL, EXIT, PLAIN, Signal, Step
+from tests.ptx_emulator.threads import CONVERGENCE, WARP, Cta, Gang, Strand
+
+GANG_WARPS = 4
+PARAM_ALIGN = 128
+
+
+class Launch(NamedTuple):
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    params: list[bytes]
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    attributes: tuple[tuple[int, int], ...] = ()  # CUDA launch attribute id, first word
+
+
+class Machine:
+    """One emulated device: runs launches of one PTX module.
+
+    mode and seed: see `async_engine`. In random mode warps also run apart from one another.
+    """
+
+    def __init__(
+        self,
+        ptx: str,
+        mode: str = "eager",
+        seed: int = 0,
+        num_sms: int = 132,
+        max_instructions: int = 50_000_000,
+    ):
+        self.kernels = parse(ptx)
+        self.memory = GlobalMemory()
+        self.mode = mode
+        self.seed = seed
+        self.num_sms = num_sms
+        self.max_instructions = max_instructions
+        self.instructions = 0  # warp-instructions executed
+        self.events = 0  # changes that other threads can notice
+        self.counts: Counter[str] = Counter()  # of the asynchronous and ordering instructions
+        self.random = random.Random(seed)
+        self.gang_warps = 1 if mode == "random" and seed % 2 else GANG_WARPS
+        self.quantum = 64 if mode == "random" else 100_000
+
+    def run(self, launch: Launch) -> None:
+        """Run every cluster of the grid; raises a Finding at the first mistake."""
+        kernel = self.kernels[launch.kernel]
+        self.launch = launch
+        for axis in range(3):
+            if launch.grid[axis] % launch.cluster[axis]:
+                raise Finding("descriptor", f"grid {launch.grid} in clusters of {launch.cluster}")
+        self.dynamic_offset = -(-kernel.static_shared_bytes // 1024) * 1024
+        block = self._copy_params(kernel, launch)
+        try:
+            self.program = self._compile(kernel)
+            self.kernel = kernel
+            clusters = [launch.grid[a] // launch.cluster[a] for a in range(3)]
+            for index in np.ndindex(clusters[2], clusters[1], clusters[0]):
+                self._run_cluster(index[::-1])
+        finally:
+            self.memory.remove(block)
+
+    def _copy_params(self, kernel: Kernel, launch: Launch) -> int:
+        """Copy the parameters to aligned memory; sets `symbols`, returns the region's start."""
+        sizes = [-(-max(size, 1) // PARAM_ALIGN) * PARAM_ALIGN for _, size in kernel.params]
+        total = sum(sizes) + PARAM_ALIGN
+        self._params = ctypes.create_string_buffer(total + PARAM_ALIGN)
+        start = -(-ctypes.addressof(self._params) // PARAM_ALIGN) * PARAM_ALIGN
+        self.symbols: dict[str, int] = {}
+        at = start
+        for (name, size), value, step in zip(kernel.params, launch.params, sizes, strict=True):
+            ctypes.memmove(at, value, size)
+            self.symbols[name] = at
+            at += step
+        self.memory.add_bytes(start, total, "the kernel's parameters")
+        return start
+
+    def _compile(self, kernel: Kernel) -> list[Step]:
+        program = []
+        for instruction in kernel.instructions:
+            binder = Binder(kernel, self.symbols, instruction)
+            compiler = COMPILERS.get(binder.parts[0])
+            try:
+                if compiler is None:
+                    raise binder.unsupported()
+                step = compiler(binder)
+                if instruction.guard is not None:
+                    register, negated = instruction.guard
+                    step = step._replace(guard=binder.read(("!" * negated) + register, "pred"))
+            except Unsupported as error:
+                error.where = f"\n  at line {instruction.line} of {kernel.name[:60]}"
+                raise
+            program.append(step)
+        program.append(Step(EXIT, None, None))
+        return program
+
+    # The cluster under way.
+
+    def _run_cluster(self, cluster_index: tuple[int, ...]) -> None:
+        launch = self.launch
+        self.engine = AsyncEngine(self.mode, self.seed)
+        num_warps = -(-int(np.prod(launch.block)) // WARP)
+        ctas: list[Cta] = []
+        for z, y, x in np.ndindex(*launch.cluster[::-1]):
+            index = tuple(cluster_index[a] * launch.cluster[a] + (x, y, z)[a] for a in range(3))
+            ctas.append(Cta(self, index, len(ctas), num_warps))
+        self.cluster_arrived = 0
+        self.cluster_phase = 0
+        self.cluster_warps = num_warps * len(ctas)
+        self.cluster_waiting: list[Strand] = []
+        for cta in ctas:
+            cta.cluster = ctas
+            for first in range(0, num_warps, self.gang_warps):
+                width = min(self.gang_warps, num_warps - first)
+                cta.gangs.append(Gang(cta, first, width, len(self.kernel.registers)))
+        with np.errstate(all="ignore"):
+            self._schedule([gang for cta in ctas for gang in cta.gangs])
+            self.engine.retire_all()
+        self._check_exit(ctas)
+
+    def _schedule(self, gangs: list[Gang]) -> None:
+        while True:
+            live = [gang for gang in gangs if gang.strands]
+            if not live:
+                return
+            if self.mode != "eager":
+                self.random.shuffle(live)
+            before = self.events
+            ran = False
+            for gang in live:
+                ran |= self._run_gang(gang)
+                if self.mode == "random" and self.random.random() < 0.3:
+                    self.engine.retire_one()
+            if ran or self.events != before:
+                continue
+            # Everyone waits. A failed try_wait may go on without the phase, so try that first.
+            places = [[s.pc for s in gang.strands] for gang in live]
+            for gang in live:
+                self._wake(gang)
+            if self.events != before or places != [[s.pc for s in g.strands] for g in live]:
+                continue
+            if not self.engine.retire_one():
+                raise self._deadlock(live)
+
+    def _run_gang(self, gang: Gang) -> bool:
+        """Run a gang until it waits or its turn is over; True where something ran."""
+        budget = self.quantum
+        while budget > 0 and gang.strands:
+            strand = self._pick(gang)
+            if strand is None:
+                break
+            budget -= self._run_strand(gang, strand, budget)
+        return budget < self.quantum
+
+    def _wake(self, gang: Gang) -> None:
+        """One more turn for strands that wait for an mbarrier: some only peeked at it."""
+        for strand in list(gang.strands):
+            if strand.parked is not None and strand.blocked is None and strand in gang.strands:
+                self._run_strand(gang, strand, self.quantum)
+
+    def _pick(self, gang: Gang) -> Strand | None:
+        """The strand to run: lowest instruction first among those that share a warp."""
+        if len(gang.strands) > 1:
+            gang.merge()
+        ready = []
+        for strand in gang.strands:
+            if strand.blocked is not None:
+                continue
+            if strand.parked is not None:
+                barrier, completions = strand.parked
+                if barrier.completions == completions:
+                    continue
+            ready.append(strand)
+        if len(ready) < 2:
+            return ready[0] if ready else None
+        ready.sort(key=lambda s: s.pc)
+        if self.mode != "random":
+            return ready[0]
+        free = [
+            s
+            for i, s in enumerate(ready)
+            if not any(set(s.warps) & set(o.warps) for o in ready[:i])
+        ]
+        return self.random.choice(free)
+
+    def _run_strand(self, gang: Gang, strand: Strand, budget: int) -> int:
+        """Run one strand until it waits, splits, meets another or uses up the budget."""
+        others = [s.pc for s in gang.strands if s is not strand and s.pc > strand.pc]
+        meeting = min(others, default=len(self.program) + 1)
+        strand.parked = None
+        gang.strand = strand
+        count = 0
+        pc = strand.pc
+        try:
+            while count < budget:
+                step = self.program[pc]
+                count += 1
+                mask = strand.mask
+                if step.guard is not None:
+                    gang.active = mask
+                    chosen = step.guard(gang)
+                    active = chosen & mask
+                    lanes = np.count_nonzero(active)
+                    if lanes == strand.size:
+                        active = mask
+                    elif step.kind == BRANCH or step.kind == EXIT:
+                        if lanes:
+                            strand.pc = pc
+                            self._diverge(gang, strand, active, step)
+                            return count
+                        active = None
+                    elif lanes == 0:
+                        active = None
+                    elif step.kind != PLAIN and not self._partial_warps(active, mask):
+                        strand.pc = pc
+                        _, rest = gang.split(strand, active)
+                        rest.pc += 1
+                        return count
+                    if active is None:
+                        pc += 1
+                        if pc >= meeting:
+                            break
+                        continue
+                else:
+                    active = mask
+                if step.kind == BRANCH:
+                    pc = step.target
+                elif step.kind == EXIT:
+                    strand.pc = pc
+                    self._exit(gang, strand)
+                    return count
+                else:
+                    gang.active = active
+                    if step.kind == COLLECTIVE and not self._converged(gang, strand, active, pc):
+                        return count
+                    signal = step.action(gang, active)
+                    pc += 1
+                    if step.kind == CONTROL or step.kind == COLLECTIVE:
+                        if signal is not None:
+                            if signal.retry:
+                                return count
+                            strand.pc = pc
+                            self._stop(strand, signal)
+                            return count
+                if pc >= meeting:
+                    break
+            strand.pc = pc
+            return count
+        except EmulatorError as error:
+            if not error.where:
+                error.where = self._where(gang, strand, pc)
+            raise
+        finally:
+            self.instructions += count * len(strand.warps)
+            if self.instructions > self.max_instructions:
+                raise Finding("livelock", f"more than {self.max_instructions} warp-instructions")
+
+    @staticmethod
+    def _partial_warps(active: np.ndarray, mask: np.ndarray) -> bool:
+        """Whether `active` holds a part of a warp of `mask` only."""
+        chosen, there = (m.reshape(-1, WARP).sum(axis=1) for m in (active, mask))
+        return bool(((chosen > 0) & (chosen < there)).any())
+
+    @staticmethod
+    def _stop(strand: Strand, signal: Signal) -> None:
+        if signal.barrier is not None:
+            strand.parked = (signal.barrier, signal.barrier.completions)
+        else:
+            strand.blocked = signal.blocked
+
+    def _diverge(self, gang: Gang, strand: Strand, active: np.ndarray, step: Step) -> None:
+        taken, rest = gang.split(strand, active)
+        rest.pc += 1
+        if step.kind == BRANCH:
+            taken.pc = step.target
+        else:
+            self._exit(gang, taken)
+
+    def _exit(self, gang: Gang, strand: Strand) -> None:
+        gang.strands.remove(strand)
+        self.events += 1
+
+    def _converged(self, gang: Gang, strand: Strand, active: np.ndarray, pc: int) -> bool:
+        """Whether every warp of `active` is there in full; otherwise the strand is split.
+
+        Whole warps go on at the next turn, the others wait for the rest of their lanes.
+        """
+        if active is gang.full:
+            return True
+        by_warp = active.reshape(-1, WARP).sum(axis=1)
+        expected = gang.exists.reshape(-1, WARP).sum(axis=1)
+        partial = (by_warp > 0) & (by_warp < expected)
+        if not partial.any():
+            return True
+        strand.pc = pc
+        lanes = np.repeat(partial, WARP)
+        in_strand = strand.mask.reshape(-1, WARP).sum(axis=1)
+        if (in_strand[partial] == expected[partial]).all():
+            raise Finding("divergent", f"`{self.kernel.instructions[pc]}` by a part of a warp")
+        waiting = strand
+        if (strand.mask & ~lanes).any():
+            waiting, _ = gang.split(strand, lanes)
+        waiting.blocked = CONVERGENCE
+        return False
+
+    # Messages.
+
+    def _where(self, gang: Gang, strand: Strand, pc: int) -> str:
+        if pc >= len(self.kernel.instructions):
+            return ""
+        instruction = self.kernel.instructions[pc]
+        warps = ", ".join(str(gang.first_warp + w) for w in strand.warps)
+        return (
+            f"\n  at line {instruction.line}: {str(instruction)[:160]}"
+            f"\n  warp {warps} of CTA {gang.cta.index}, mode {self.mode}, seed {self.seed}"
+        )
+
+    def _deadlock(self, live: list[Gang]) -> Finding:
+        lines, kind = [], "deadlock"
+        for gang in live:
+            for strand in gang.strands:
+                waits = strand.blocked
+                if strand.blocked == CONVERGENCE:
+                    kind = "divergent"
+                if strand.parked is not None:
+                    barrier = strand.parked[0]
+                    offset = next(
+                        (
+                            f"{c.rank}:{o - SHARED_BASE}"
+                            for c in gang.cta.cluster
+                            for o, b in c.mbarriers.items()
+                            if b is barrier
+                        ),
+                        "?",
+                    )
+                    waits = (
+                        f"mbarrier {offset} (pending {barrier.pending} of {barrier.count}, "
+                        f"{barrier.pending_bytes} bytes, {barrier.completions} phases done)"
+                    )
+                pc = min(strand.pc, len(self.kernel.instructions) - 1)
+                warps = ",".join(str(gang.first_warp + w) for w in strand.warps)
+                lines.append(
+                    f"  CTA {gang.cta.index} warp {warps} at line "
+                    f"{self.kernel.instructions[pc].line} waits for {waits}"
+                )
+        return Finding(kind, "nothing can go on\n" + "\n".join(lines))
+
+    def _check_exit(self, ctas: list[Cta]) -> None:
+        for cta in ctas:
+            if cta.tensor.allocations:
+                raise Finding(
+                    "tmem", f"CTA {cta.index} exits owning columns {cta.tensor.allocations}"
+                )
+            for offset, barrier in cta.mbarriers.items():
+                if barrier.pending_bytes:
+                    raise Finding(
+                        "mbarrier",
+                        f"CTA {cta.index} exits with {barrier.pending_bytes} bytes outstanding "
+                        f"on the mbarrier at shared byte {offset - SHARED_BASE}",
+                    )

@@ -1,0 +1,280 @@
+"""CTAs, gangs of warps that run in lockstep when they can, and their registers."""
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tests.ptx_emulator.async_engine import Operation
+from tests.ptx_emulator.barriers import MBarrier, NamedBarrier, Visibility
+from tests.ptx_emulator.findings import Finding
+from tests.ptx_emulator.memory import (
+    OFFSET_MASK,
+    RANK_SHIFT,
+    SHARED_BASE,
+    SHARED_LIMIT,
+    SharedMemory,
+    TensorMemory,
+)
+
+if TYPE_CHECKING:
+    from tests.ptx_emulator.scheduler import Machine
+
+WARP = 32
+SPECIAL_REGISTERS = {
+    *(
+        f"%{name}.{axis}"
+        for name in "tid ntid ctaid nctaid clusterid nclusterid cluster_ctaid cluster_nctaid".split()
+        for axis in "xyz"
+    ),
+    *"%laneid %warpid %cluster_ctarank %cluster_nctarank %smid %nsmid".split(),
+    *(f"%lanemask_{order}" for order in "eq lt le gt ge".split()),
+    *"%dynamic_smem_size %total_smem_size %is_explicit_cluster".split(),
+}
+CONVERGENCE = "the other lanes of its warp"
+
+
+class AsyncResult:
+    """Registers that an asynchronous instruction owns, until the program waits for it."""
+
+    def __init__(self, name: str, wait: str, lanes: np.ndarray, readable: bool = False):
+        self.name = name
+        self.wait = wait  # the instruction that gives the registers back, for messages
+        self.lanes = lanes
+        self.pending = lanes.copy()  # lanes that have not waited yet
+        self.readable = readable  # inputs: they may be read, but not overwritten
+        self.values: list[np.ndarray] | None = None  # per register, once complete
+
+    def value(self, position: int) -> np.ndarray | None:
+        return None if self.values is None else self.values[position]
+
+    def settle(self, lanes: np.ndarray | slice) -> None:
+        self.pending[lanes] = False
+
+
+class InFlight:
+    """What a register holds while an AsyncResult owns some of its lanes.
+
+    `previous` is what the other lanes hold, and for inputs what all of them hold.
+    """
+
+    __slots__ = ("owner", "position", "previous")
+    # Readers compare dtypes first, so a register in flight takes their slow path.
+    dtype = None
+
+    def __init__(self, owner: AsyncResult, position: int, previous: "np.ndarray | InFlight | None"):
+        self.owner = owner
+        self.position = position
+        self.previous = previous
+
+    def read(self, active: np.ndarray) -> np.ndarray:
+        """The value of every lane; a Finding where `active` touches lanes not waited for."""
+        owner = self.owner
+        if not owner.readable and (owner.pending & active).any():
+            raise Finding("async-wait", f"{owner.name} writes a register, read before {owner.wait}")
+        return self.merged(active)
+
+    def merged(self, active: np.ndarray) -> np.ndarray:
+        owner, base = self.owner, self.previous
+        values = owner.value(self.position)
+        if base.__class__ is InFlight:
+            base = base.read(active if owner.readable else active & ~owner.lanes)
+        if values is None:
+            return base
+        if base is None:
+            return values
+        return np.where(owner.lanes, values, base.view(values.dtype))
+
+    def overwrite(self, active: np.ndarray) -> "np.ndarray | InFlight | None":
+        """What the register holds, for a write by `active` to be laid over."""
+        owner = self.owner
+        if (owner.pending & active).any():
+            verb = "reads" if owner.readable else "writes"
+            raise Finding(
+                "async-wait", f"{owner.name} {verb} a register, overwritten before {owner.wait}"
+            )
+        return self if owner.pending.any() else self.merged(active)
+
+    def beside(self, value: np.ndarray, active: np.ndarray) -> "InFlight":
+        """The same register with new values on the lanes of `active`, which nobody owns."""
+        base = self.previous
+        if base.__class__ is InFlight:
+            base = base.beside(value, active)
+        elif base is None:
+            base = value
+        else:
+            base = np.where(active, value, base.view(value.dtype))
+        return InFlight(self.owner, self.position, base)
+
+
+class Cta:
+    def __init__(self, machine: "Machine", index: tuple[int, int, int], rank: int, num_warps: int):
+        launch = machine.launch
+        self.machine = machine
+        self.index = index
+        self.rank = rank
+        self.num_warps = num_warps
+        self.shared_base = rank << RANK_SHIFT | SHARED_BASE
+        self.dynamic_base = self.shared_base + machine.dynamic_offset
+        self.shared = SharedMemory(machine.dynamic_offset + launch.shared_bytes)
+        self.tensor = TensorMemory()
+        self.mbarriers: dict[int, MBarrier] = {}
+        self.barriers: dict[int, NamedBarrier] = {}
+        self.visibility = Visibility(num_warps)
+        self.tensor_queue: deque[Operation] = machine.engine.new_queue()
+        self.gangs: list[Gang] = []
+        self.cluster: list[Cta] = []
+
+    def peer(self, address: int) -> "Cta":
+        """The CTA of the cluster that a shared address belongs to."""
+        rank = address >> RANK_SHIFT
+        if address >= SHARED_LIMIT or rank >= len(self.cluster):
+            raise Finding("out-of-bounds", f"{address:#x} is no shared address of this cluster")
+        return self.cluster[rank]
+
+    def pair(self) -> tuple["Cta", "Cta"]:
+        """The two CTAs of cta_group::2 that this CTA is one of."""
+        even = self.rank & ~1
+        if even + 1 >= len(self.cluster):
+            raise Finding("descriptor", "cta_group::2 in a cluster without a second CTA")
+        return self.cluster[even], self.cluster[even + 1]
+
+    def mbarrier(self, address: int) -> MBarrier:
+        cta = self.peer(address)
+        if address % 8:
+            raise Finding("misaligned", f"mbarrier at {address:#x}; a multiple of 8")
+        barrier = cta.mbarriers.get(address & OFFSET_MASK)
+        if barrier is None:
+            raise Finding(
+                "mbarrier",
+                f"none was initialised at shared byte {(address & OFFSET_MASK) - SHARED_BASE} of "
+                f"CTA {cta.rank}",
+            )
+        return barrier
+
+
+class Strand:
+    """Lanes of one gang at one instruction."""
+
+    __slots__ = ("pc", "mask", "size", "warps", "blocked", "parked")
+
+    def __init__(self, pc: int, mask: np.ndarray):
+        self.pc = pc
+        self.mask = mask
+        self.size = int(np.count_nonzero(mask))
+        self.warps = np.nonzero(mask.reshape(-1, WARP).any(axis=1))[0].tolist()
+        self.blocked: str | None = None  # what the strand waits for
+        # Its last try_wait failed on this barrier, which had completed so many phases.
+        self.parked: tuple[MBarrier, int] | None = None
+
+
+class Gang:
+    """Up to four warps of one CTA, aligned, with one register file.
+
+    They execute an instruction together while they are at the same place, and apart otherwise.
+    """
+
+    def __init__(self, cta: Cta, first_warp: int, num_warps: int, num_registers: int):
+        self.cta = cta
+        self.machine = cta.machine
+        self.first_warp = first_warp
+        self.num_warps = num_warps
+        self.lanes = num_warps * WARP
+        self.full = np.ones(self.lanes, bool)
+        self.active = self.full
+        launch = self.machine.launch
+        self.thread = np.arange(self.lanes, dtype=np.int64) + first_warp * WARP
+        self.exists = self.thread < int(np.prod(launch.block))
+        self.registers: list = [None] * num_registers
+        mask = self.full if self.exists.all() else self.exists
+        self.strands = [Strand(0, mask)]
+        self.strand = self.strands[0]  # the one that runs
+        self.special = self._special_registers()
+        # Per lane: cp.async and bulk operations not in a group yet, and the groups.
+        self.copies: list[list[Operation]] = [[] for _ in range(self.lanes)]
+        self.copy_groups: list[list[list[Operation]]] = [[] for _ in range(self.lanes)]
+        self.bulk: list[list] = [[] for _ in range(self.lanes)]
+        self.bulk_groups: list[list[list]] = [[] for _ in range(self.lanes)]
+        # Per warp: wgmma operations not in a group yet, and the groups.
+        self.wgmma: list[list] = [[] for _ in range(num_warps)]
+        self.wgmma_groups: list[list[list]] = [[] for _ in range(num_warps)]
+        self.fenced_values: dict[int, object] | None = None  # by id, at the last wgmma.fence
+        self.wgmma_queue = self.machine.engine.new_queue()
+        # Per warp: tcgen05.ld and tcgen05.st not waited for.
+        self.tensor_loads: list[list] = [[] for _ in range(num_warps)]
+        self.tensor_stores: list[list] = [[] for _ in range(num_warps)]
+        self.cluster_phase = [-1] * num_warps
+
+    def _special_registers(self) -> dict[str, np.ndarray]:
+        cta, launch = self.cta, self.machine.launch
+        x, y, _ = launch.block
+        lane = self.thread % WARP
+        values = {
+            "%tid.x": self.thread % x,
+            "%tid.y": self.thread // x % y,
+            "%tid.z": self.thread // (x * y),
+            "%laneid": lane,
+            "%warpid": self.thread // WARP,
+            "%cluster_ctarank": cta.rank,
+            "%cluster_nctarank": int(np.prod(launch.cluster)),
+            "%nsmid": self.machine.num_sms,
+            "%smid": cta.index[0] % self.machine.num_sms,
+            "%lanemask_lt": (1 << lane) - 1,
+            "%lanemask_le": (2 << lane) - 1,
+            "%lanemask_eq": 1 << lane,
+            "%lanemask_ge": (0xFFFFFFFF << lane) & 0xFFFFFFFF,
+            "%lanemask_gt": (0xFFFFFFFE << lane) & 0xFFFFFFFF,
+            "%dynamic_smem_size": launch.shared_bytes,
+            "%total_smem_size": launch.shared_bytes,
+            "%is_explicit_cluster": int(launch.cluster != (1, 1, 1)),
+        }
+        for axis, name in enumerate("xyz"):
+            cluster = launch.cluster[axis]
+            values[f"%ctaid.{name}"] = cta.index[axis]
+            values[f"%nctaid.{name}"] = launch.grid[axis]
+            values[f"%ntid.{name}"] = launch.block[axis]
+            values[f"%clusterid.{name}"] = cta.index[axis] // cluster
+            values[f"%nclusterid.{name}"] = launch.grid[axis] // cluster
+            values[f"%cluster_ctaid.{name}"] = cta.index[axis] % cluster
+            values[f"%cluster_nctaid.{name}"] = cluster
+        return {
+            name: np.ascontiguousarray(np.broadcast_to(value, self.lanes)).astype(np.uint32)
+            for name, value in values.items()
+        }
+
+    def warps_of(self, mask: np.ndarray) -> list[int]:
+        """Warps of this gang with a lane in the mask."""
+        if mask is self.full:
+            return list(range(self.num_warps))
+        return np.nonzero(mask.reshape(-1, WARP).any(axis=1))[0].tolist()
+
+    def warp_lanes(self, warp: int) -> slice:
+        return slice(warp * WARP, warp * WARP + WARP)
+
+    def split(self, strand: Strand, mask: np.ndarray) -> tuple[Strand, Strand]:
+        """Two strands at the same place instead of one: the lanes of `mask`, and the rest."""
+        self.strands.remove(strand)
+        taken = Strand(strand.pc, strand.mask & mask)
+        rest = Strand(strand.pc, strand.mask & ~mask)
+        self.strands += [taken, rest]
+        return taken, rest
+
+    def merge(self) -> None:
+        """Join the strands that are at the same instruction and wait for nothing else."""
+        at: dict[int, Strand] = {}
+        for strand in list(self.strands):
+            if strand.blocked not in (None, CONVERGENCE):
+                continue
+            other = at.get(strand.pc)
+            if other is None:
+                at[strand.pc] = strand
+                continue
+            mask = strand.mask | other.mask
+            joined = Strand(strand.pc, self.full if mask.all() else mask)
+            joined.parked = strand.parked or other.parked
+            if strand.blocked and other.blocked and not set(strand.warps) & set(other.warps):
+                joined.blocked = CONVERGENCE
+            self.strands.remove(strand)
+            self.strands.remove(other)
+            self.strands.append(joined)
+            at[strand.pc] = joined
