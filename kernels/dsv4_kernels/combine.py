@@ -35,27 +35,28 @@ def round_to_bf16(x):
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
 
 
-@triton.jit(do_not_specialize=["hidden"])
+@triton.jit
 def _combine_kernel(
     rows_ptr,
     slot_to_row_ptr,
     out_ptr,
-    hidden,
+    HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
     wait_for_inputs(launch_pdl)
-    token = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = (HIDDEN + BLOCK - 1) // BLOCK
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(TOP_K):
         row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
-        width = tl.where(row >= 0, hidden, 0)
-        term = tl.load(rows_ptr + row * hidden + columns, mask=columns < width, other=0.0)
+        width = tl.where(row >= 0, HIDDEN, 0)
+        term = tl.load(rows_ptr + row * HIDDEN + columns, mask=columns < width, other=0.0)
         total += term.to(tl.float32)
     out = round_to_bf16(total).to(tl.bfloat16)
-    tl.store(out_ptr + token * hidden + columns, out, mask=columns < hidden)
+    tl.store(out_ptr + token * HIDDEN + columns, out, mask=columns < HIDDEN)
 
 
 def combine(
@@ -76,11 +77,11 @@ def combine(
     if num_tokens == 0:
         return out
     config = choose_config(hidden)
-    _combine_kernel[(triton.cdiv(hidden, config.block), num_tokens)](
+    _combine_kernel[(num_tokens * triton.cdiv(hidden, config.block),)](
         rows,
         slot_to_row,
         out,
-        hidden,
+        HIDDEN=hidden,
         TOP_K=top_k,
         BLOCK=config.block,
         launch_pdl=supports_pdl(rows),

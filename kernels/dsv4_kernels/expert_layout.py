@@ -156,8 +156,9 @@ def _layout_kernel(
         slots = (program * steps + step) * STEP + index
         local = _local_experts(ids_ptr, map_ptr, slots, num_slots, map_size, NUM_LOCAL, HAS_MAP)
         is_local = local < NUM_LOCAL
-        earlier = (local[:, None] == local[None, :]) & (index[:, None] > index[None, :])
-        rank = tl.sum(earlier.to(tl.int32), axis=1)
+        # Summed along axis 0, which a thread mostly has to itself.
+        earlier = (local[:, None] == local[None, :]) & (index[:, None] < index[None, :])
+        rank = tl.sum(earlier.to(tl.int32), axis=0)
         row = rank + tl.gather(running, tl.where(is_local, local, 0), axis=0)
         tl.store(slot_to_row_ptr + slots, tl.where(is_local, row, -1), mask=slots < num_slots)
         tl.store(row_to_slot_ptr + row, slots, mask=is_local)
@@ -167,7 +168,7 @@ def _layout_kernel(
     for first in range(program * TILES, num_tiles, tl.num_programs(0) * TILES):
         tiles = first + tl.arange(0, TILES)
         is_live = tiles * TILE < num_rows
-        expert = tl.sum((ends[None, :] <= tiles[:, None] * TILE).to(tl.int32), axis=1)
+        expert = tl.sum((ends[:, None] <= tiles[None, :] * TILE).to(tl.int32), axis=0)
         expert = tl.where(is_live, expert, 0)
         live_end = tl.where(is_live, tl.gather(starts + total, expert, axis=0), 0)
         in_layout = tiles < num_tiles

@@ -105,7 +105,8 @@ def _quantize_kernel(
     launch_pdl: tl.constexpr,
 ):
     wait_for_inputs(launch_pdl)
-    token = tl.program_id(1).to(tl.int64)
+    programs_per_row = (scale_columns + BLOCKS - 1) // BLOCKS
+    token = (tl.program_id(0) // programs_per_row).to(tl.int64)
     num_rows = 1
     if HAS_LAYOUT:
         slots = tl.arange(0, K_BLOCK)
@@ -113,7 +114,7 @@ def _quantize_kernel(
         num_rows = tl.sum((rows >= 0).to(tl.int32), axis=0)
     if num_rows > 0:
         # Phase 1: the token's values, and the largest of every block.
-        block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+        block = tl.program_id(0) % programs_per_row * BLOCKS + tl.arange(0, BLOCKS)
         in_row = block < num_blocks
         words = block[:, None] * 8 + tl.arange(0, 8)[None, :]
         pairs = tl.load(x_ptr + token * num_blocks * 8 + words, mask=in_row[:, None], other=0)
@@ -213,7 +214,7 @@ def nvfp4_quantize(
     top_k = 1 if layout is None else layout.slot_to_row.shape[1]
     tile = 1 if layout is None else rows // max(1, len(layout.tile_to_expert))
     config = choose_config(scales_shape[1], whole_rows=policy == OWN)
-    _quantize_kernel[(triton.cdiv(scales_shape[1], config.blocks), num_tokens)](
+    _quantize_kernel[(num_tokens * triton.cdiv(scales_shape[1], config.blocks),)](
         x.view(torch.int32),
         layout.slot_to_row if layout else None,
         layout.tile_to_expert if layout else None,

@@ -34,7 +34,7 @@ def choose_config(num_tokens: int, selects: bool) -> Config:
     return Config(tokens=1 if num_tokens <= 2048 else 2, num_warps=1)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_experts", "vocab", "first_image_id"])
+@triton.jit(do_not_specialize=["num_tokens", "vocab", "first_image_id"])
 def _router_kernel(
     logits_ptr,
     bias_ptr,
@@ -44,10 +44,10 @@ def _router_kernel(
     weights_ptr,
     ids_ptr,
     num_tokens,
-    num_experts,
     vocab,
     first_image_id,
     scaling,
+    NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     K_BLOCK: tl.constexpr,
     EXPERT_BLOCK: tl.constexpr,
@@ -65,7 +65,7 @@ def _router_kernel(
     slots = tl.arange(0, K_BLOCK)[None, :]
     bias = tl.zeros([1, EXPERT_BLOCK], tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + experts, mask=experts < num_experts, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + experts, mask=experts < NUM_EXPERTS, other=0.0).to(tl.float32)
     wait_for_inputs(launch_pdl)
 
     # Phase 1: ids by the table.
@@ -76,7 +76,7 @@ def _router_kernel(
     if HAS_TABLE:
         known = (token_ids >= 0) & (token_ids < vocab) & (slots < TOP_K)
         hashed = tl.load(table_ptr + token_ids * TOP_K + slots, mask=known, other=-1)
-        ids = tl.where((hashed >= 0) & (hashed < num_experts), hashed, -1).to(tl.int32)
+        ids = tl.where((hashed >= 0) & (hashed < NUM_EXPERTS), hashed, -1).to(tl.int32)
     if HAS_IMAGE_BIAS:
         is_image = (token_ids >= first_image_id) & (token_ids < first_image_id + NUM_IMAGE_IDS)
 
@@ -87,17 +87,17 @@ def _router_kernel(
     if HAS_IMAGE_BIAS or not HAS_TABLE:
         if selects:
             logits = tl.load(
-                logits_ptr + tokens.to(tl.int64) * num_experts + experts,
-                mask=in_batch & (experts < num_experts),
+                logits_ptr + tokens.to(tl.int64) * NUM_EXPERTS + experts,
+                mask=in_batch & (experts < NUM_EXPERTS),
                 other=0.0,
             ).to(tl.float32)
             scores = router_scores(logits)
             selection = scores + bias
             if HAS_IMAGE_BIAS:
-                image_bias = tl.load(image_bias_ptr + experts, mask=experts < num_experts, other=0)
+                image_bias = tl.load(image_bias_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
                 selection = tl.where(is_image, scores + image_bias.to(tl.float32), selection)
             top = select_experts(
-                selection, scores < 0, experts, num_experts, TOP_K, K_BLOCK, TOKENS
+                selection, scores < 0, experts, NUM_EXPERTS, TOP_K, K_BLOCK, TOKENS
             )
             if HAS_TABLE:
                 ids = tl.where(is_image, top, ids)
@@ -110,7 +110,7 @@ def _router_kernel(
         selected_scores = tl.zeros([TOKENS, K_BLOCK], tl.float32)
     else:
         selected = tl.load(
-            logits_ptr + tokens.to(tl.int64) * num_experts + ids, mask=live, other=0.0
+            logits_ptr + tokens.to(tl.int64) * NUM_EXPERTS + ids, mask=live, other=0.0
         )
         selected_scores = router_scores(selected.to(tl.float32))
         if UNIFORM:
@@ -159,10 +159,10 @@ def router_topk(
         out.weights,
         out.ids,
         num_tokens,
-        num_experts,
         len(table) if table is not None else 0,
         image_bias.first_token_id if image_bias else 0,
         scaling,
+        NUM_EXPERTS=num_experts,
         TOP_K=top_k,
         K_BLOCK=triton.next_power_of_2(top_k),
         EXPERT_BLOCK=triton.next_power_of_2(num_experts),
