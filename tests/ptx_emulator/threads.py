@@ -24,7 +24,8 @@ WARP = 32
 SPECIAL_REGISTERS = {
     *(
         f"%{name}.{axis}"
-        for name in "tid ntid ctaid nctaid clusterid nclusterid cluster_ctaid cluster_nctaid".split()
+        for name in "tid ntid ctaid nctaid clusterid nclusterid".split()
+        + ["cluster_ctaid", "cluster_nctaid"]
         for axis in "xyz"
     ),
     *"%laneid %warpid %cluster_ctarank %cluster_nctarank %smid %nsmid".split(),
