@@ -8,8 +8,9 @@ from collections.abc import Sequence
 # A command's module has add_arguments(parser) and run(args) -> exit status, and imports torch or
 # vLLM inside run only.
 COMMANDS = {
-    "inspect": ("vllm_dsv4_moe.inspect_command", "check a checkpoint without loading it"),
+    "doctor": ("vllm_dsv4_moe.doctor", "say whether this machine can serve, and how"),
     "tiny": ("vllm_dsv4_moe.tiny", "write a small random NVFP4 checkpoint with a tokenizer"),
+    "inspect": ("vllm_dsv4_moe.inspect_command", "check a checkpoint without loading it"),
 }
 
 

@@ -1,0 +1,142 @@
+"""`dsv4-moe doctor`, and that the command line starts without torch."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from vllm_dsv4_moe import doctor
+from vllm_dsv4_moe.cli import main
+
+OURS = EntryPoint("dsv4_moe", "vllm_dsv4_moe:register", doctor.PLUGIN_GROUP)
+OTHER = EntryPoint("other", "other:register", doctor.PLUGIN_GROUP)
+INSTALLED = {"vllm": "0.32.0+cpu", "torch": "2.13.0", "triton": "3.9.0"}
+H200 = doctor.Gpu("NVIDIA H200", (9, 0), 150_754_820_096)
+
+
+def statuses(checks):
+    return {check.name: check.status for check in checks}
+
+
+def only(checks):
+    (check,) = checks
+    return check
+
+
+@pytest.mark.parametrize(
+    ("changes", "bad", "words"),
+    [
+        pytest.param({}, None, "", id="supported"),
+        pytest.param({"vllm": "0.33.1"}, None, "", id="patch-release"),
+        pytest.param({"vllm": "0.31.0"}, "vllm", "is not supported", id="old-vllm"),
+        pytest.param({"triton": None}, "triton", "not installed", id="no-triton"),
+    ],
+)
+def test_versions(changes, bad, words):
+    checks = list(doctor.check_versions(INSTALLED | changes))
+    assert [check.name for check in checks if check.status == "bad"] == ([bad] if bad else [])
+    assert any(words in check.text for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("found", "environ", "status", "words"),
+    [
+        pytest.param([OURS, OTHER], {}, "ok", "others: other", id="found"),
+        pytest.param([OURS], {"VLLM_PLUGINS": "a,dsv4_moe"}, "ok", "vLLM loads", id="named"),
+        pytest.param([OTHER], {}, "bad", "no entry point dsv4_moe", id="not-installed"),
+        pytest.param([OURS], {"VLLM_PLUGINS": "other"}, "bad", "leaves it out", id="left-out"),
+        pytest.param([OURS], {"VLLM_PLUGINS": ""}, "bad", "leaves it out", id="no-plugins"),
+    ],
+)
+def test_entry_point(found, environ, status, words):
+    check = only(doctor.check_entry_point(found, environ))
+    assert check.status == status and words in check.text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "status", "words"),
+    [
+        pytest.param([H200], "", "ok", "NVIDIA H200, compute capability 9.0, 140 GiB", id="h200"),
+        pytest.param([], "avx512f avx512_bf16", "note", "small checkpoints", id="cpu"),
+        pytest.param([], "avx512f", "bad", "lacks avx512_bf16", id="old-cpu"),
+    ],
+)
+def test_devices(tmp_path, gpus, flags, status, words):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags\t\t: fpu {flags} tsc\n")
+    check = only(doctor.check_devices(gpus, cpuinfo))
+    assert check.status == status and words in check.text
+
+
+def test_settings_are_shown_and_refused_by_name():
+    check = only(doctor.check_settings({"VLLM_DSV4_MOE_ACTIVATION_SCALE": "token"}))
+    assert check == doctor.Check("settings", "ok", "VLLM_DSV4_MOE_ACTIVATION_SCALE=token")
+    check = only(doctor.check_settings({"VLLM_DSV4_MOE_SPEED": "max"}))
+    assert check.status == "bad" and "VLLM_DSV4_MOE_SPEED is not a setting" in check.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "environ", "status", "words"),
+    [
+        pytest.param(None, {}, "note", "auto means reference", id="no-gpu"),
+        pytest.param((8, 0), {}, "bad", "compute capability 8.0", id="a100"),
+        pytest.param(
+            (9, 0), {"VLLM_DSV4_MOE_BACKEND": "reference"}, "note", "not for speed", id="forced"
+        ),
+        pytest.param(
+            (9, 0),
+            {"VLLM_DSV4_MOE_BACKEND": "sm90", "VLLM_DSV4_MOE_ACTIVATIONS": "nvfp4"},
+            "bad",
+            "multiplies bf16 only",
+            id="w4a4-on-hopper",
+        ),
+        pytest.param(
+            None, {"VLLM_DSV4_MOE_BACKEND": "sm100"}, "bad", "sm100", id="sm100-without-a-gpu"
+        ),
+    ],
+)
+def test_backend(capability, environ, status, words):
+    check = list(doctor.check_backends(capability, environ))[-1]
+    assert check.name == "backend" and check.status == status and words in check.text
+
+
+def test_every_backend_says_why_not():
+    checks = statuses(doctor.check_backends(None, {}))
+    assert checks == {"sm90": "note", "sm100": "note", "reference": "ok", "backend": "note"}
+
+
+def test_this_machine_is_healthy_as_vllm_sees_it():
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_dsv4_moe.cli", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["healthy"], done.stdout + done.stderr
+    texts = {check["name"]: check["text"] for check in found["checks"]}
+    assert texts["register"] == "deepseek_v4_fp8 is Dsv4Fp8Config"
+
+
+def test_an_unfit_machine_ends_in_status_1(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    monkeypatch.setenv("VLLM_DSV4_MOE_BACKEND", "fast")
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "BAD  plugin" in text and "BAD  settings" in text and "not healthy" in text
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom vllm_dsv4_moe.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'vllm', 'triton', 'cutlass', 'numpy', 'transformers', 'rich'}\n"
+        "print(sorted(heavy & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *help_text, imported = done.stdout.splitlines()
+    assert imported == "[]"
+    for name in ("doctor", "tiny", "inspect"):
+        assert any(line.strip().startswith(name) for line in help_text)
