@@ -25,8 +25,12 @@ def score(z: float) -> float:
 
 
 def choose(row: list[float], bias: list[float], top_k: int) -> list[int]:
-    """Greedy: the best remaining expert, first of equals; NaN only when no number is left."""
+    """Greedy: the best remaining expert, first of equals; NaN only when no number is left.
+
+    A NaN in the bias counts as -inf.
+    """
     left, chosen = list(range(len(row))), []
+    bias = [-math.inf if math.isnan(b) else b for b in bias]
     for _ in range(top_k):
         numbers = [e for e in left if not math.isnan(row[e])]
         best = left[0] if not numbers else numbers[0]
@@ -87,7 +91,8 @@ KINDS = [
 @pytest.mark.parametrize("top_k", [1, 6, 16])
 @pytest.mark.parametrize("num_experts", [6, 32, 144, 256, 384, 512])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dense_routing_is_the_formula(kind, num_experts, top_k):
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_dense_routing_is_the_formula(dtype, kind, num_experts, top_k):
     if top_k > num_experts:
         with pytest.raises(AssertionError, match=f"{top_k} of {num_experts} experts"):
             reference.router_topk(torch.zeros(1, num_experts), top_k)
@@ -96,13 +101,26 @@ def test_dense_routing_is_the_formula(kind, num_experts, top_k):
     logits = make_logits(kind, num_tokens, num_experts)
     # Multiples of 1/8 keep equal scores equal after the bias; it is drawn apart from the logits.
     bias = None if "ties" in kind else torch.arange(num_experts) % 3 / 8
-    routing = reference.router_topk(logits, top_k, bias=bias, scaling=2.5)
+    routing = reference.router_topk(logits, top_k, bias=bias, scaling=2.5, ids_dtype=dtype)
+    assert routing.ids.dtype == dtype
     for token, row in enumerate(logits.tolist()):
         expected = choose(row, [0.0] * num_experts if bias is None else bias.tolist(), top_k)
         assert routing.ids[token].tolist() == expected
         weights = routing.weights[token].double().numpy()
         np.testing.assert_allclose(weights, shares(row, expected, 2.5), rtol=1e-6, atol=1e-37)
     assert routing.weights.isfinite().all()
+
+
+def test_an_expert_that_the_bias_excludes_comes_before_a_nan_logit():
+    num_experts = 16
+    logits = make_logits("some-nan", 8, num_experts)
+    bias = torch.arange(num_experts) / 8
+    bias[::3], bias[1::5] = -torch.inf, torch.nan
+    routing = reference.router_topk(logits, num_experts, bias=bias)
+    for token, row in enumerate(logits.tolist()):
+        expected = choose(row, bias.tolist(), num_experts)
+        assert routing.ids[token].tolist() == expected
+        np.testing.assert_allclose(routing.weights[token], shares(row, expected, 1.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -297,6 +315,18 @@ def test_nvfp4_is_the_format(kind, gs):
             expected_saturated += overflow
     assert saturated == expected_saturated
     assert reference.nvfp4_dequantize(*rows[:2], rows.global_scales[:, None]).isfinite().all()
+
+
+def test_nvfp4_divides_by_6_and_then_by_the_global_scale():
+    """At ties of E4M3, where one rounding more or less, or a reciprocal, shows."""
+    generator = torch.Generator().manual_seed(13)
+    gs = torch.exp2(torch.rand(400, generator=generator) * 8 - 6)
+    x = torch.rand(400, 16, generator=generator) * gs[:, None]
+    x[:, 5] = 6 * 1.0625 * gs
+    x[1::2, 5] = x[1::2, 5].nextafter(torch.tensor(0.0))
+    rows, _ = reference.nvfp4_quantize(x, gs)
+    expected = [quantize_block(row, float(g))[1] for row, g in zip(x.tolist(), gs, strict=True)]
+    assert rows.block_scales.view(torch.uint8).flatten().tolist() == expected
 
 
 def test_a_scale_per_row_never_saturates_a_finite_row():

@@ -35,8 +35,12 @@ def test_views_are_aligned_and_only_x_and_rows_overlap(num_tokens, tile, shape):
         view.view(torch.uint8).add_(1)
     assert int(workspace.sum()) == sum(v.nbytes for v in [*stays, *x, buffers.rows])
     assert workspace.max() == (2 if x else 1)
-    # Past the views that stay, x and rows begin at the same byte.
-    first_shared = sum(-(-v.nbytes // ALIGNMENT) * ALIGNMENT for v in stays)
+    # Past the views that stay, x and rows begin at the same byte, and nothing comes after them.
+    first_shared, end_of_x, end_of_rows = (
+        sum(-(-v.nbytes // ALIGNMENT) * ALIGNMENT for v in views)
+        for views in (stays, x, [buffers.rows])
+    )
+    assert needed == first_shared + max(end_of_x, end_of_rows)
     assert workspace[:first_shared].max() == 1
     assert buffers.rows.data_ptr() == workspace.data_ptr() + first_shared
     assert not x or x[0].data_ptr() == buffers.rows.data_ptr()
