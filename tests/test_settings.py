@@ -1,12 +1,17 @@
 """The plugin's options: read from two places, refused by name, rendered as a table."""
 
 import pytest
+from dsv4_kernels.activation_scale import HEADROOM
 
 from vllm_dsv4_moe.settings import FIELDS, Settings, read_settings, settings_table
 
 
 def test_nothing_given_means_the_defaults():
     assert read_settings({}, {}) == Settings()
+
+
+def test_the_default_headroom_is_the_one_that_was_measured():
+    assert Settings().headroom == HEADROOM
 
 
 def test_the_command_line_wins_over_the_environment():

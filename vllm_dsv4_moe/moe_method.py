@@ -179,7 +179,8 @@ def moe_shape(
         intermediate=config.intermediate_size_per_partition,
         max_num_tokens=max_num_tokens(config),
         quantize_activations=quantizes_activations(settings, capability),
-        scale_per_row=settings.activation_scale == "token",
+        scale_per_row=settings.activation_scale == "token"
+        or (settings.activation_scale == "warmup" and config.swiglu_limit is None),
     )
 
 

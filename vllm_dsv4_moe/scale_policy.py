@@ -21,8 +21,9 @@ def activation_scales(layer: Module, settings: Settings) -> ActivationScales:
         scales = _from_source(layer, settings)
     except ValueError as error:
         raise ValueError(f"{layer.layer_name}: {error}") from error
+    if scales.fc2 is None:
+        return scales
     # EPLB moves an expert's parameters between ranks; the scale of its FC2 goes along.
-    assert scales.fc2 is not None
     param = Parameter(scales.fc2.contiguous(), requires_grad=False)
     layer.register_parameter("w2_activation_scale", param)
     return ActivationScales(scales.fc1, param.data)

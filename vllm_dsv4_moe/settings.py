@@ -59,7 +59,7 @@ class Settings:
         "", "what `dsv4-moe calibrate` wrote; with `activation_scale` = `file`"
     )
     headroom: float = _option(
-        64.0,
+        32.0,
         "how many times the warm-up's largest activation a scale of `warmup` leaves room for",
         check=_check_headroom,
     )
