@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from dsv4_kernels import reference
+from dsv4_kernels import expert_layout, reference
 from dsv4_kernels.types import ExpertLayout, capacity
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -112,22 +112,37 @@ def check(layout: ExpertLayout, case: Case, local: list[int]) -> None:
     assert (layout.tile_to_expert[offsets[-1] // case.tile :] == -1).all()
 
 
-IMPLEMENTATIONS = {"reference": reference.expert_layout}
+def on_device(ids, num_local, expert_map, tile) -> ExpertLayout:
+    """The kernel's layout, of ids and a map that are moved to where it runs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    expert_map = None if expert_map is None else expert_map.to(device)
+    layout = expert_layout.expert_layout(ids.to(device), num_local, expert_map, tile)
+    return ExpertLayout(*(tensor.cpu() for tensor in layout))
+
+
+IMPLEMENTATIONS = {"reference": (reference.expert_layout, 300), "triton": (on_device, 60)}
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@given(case=cases())
-@example(case=ALL_ON_ONE)
-@settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-def test_every_local_slot_has_one_row(name, case):
+def test_every_local_slot_has_one_row(name):
+    layout_of, examples = IMPLEMENTATIONS[name]
+    no_pauses = [HealthCheck.too_slow]
+
+    @given(case=cases())
+    @example(case=ALL_ON_ONE)
+    @settings(
+        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=no_pauses
+    )
+    def check_all(case):
+        check_ranks(layout_of, case)
+
+    check_all()
+
+
+def check_ranks(layout_of, case: Case) -> None:
     owners = [0] * case.ids.numel()
     for expert_map in case.maps:
-        layout = IMPLEMENTATIONS[name](case.ids, case.num_local, expert_map, case.tile)
+        layout = layout_of(case.ids, case.num_local, expert_map, case.tile)
         local = local_ids(case, expert_map)
         check(layout, case, local)
         rows = layout.slot_to_row.flatten().tolist()
