@@ -245,19 +245,24 @@ class TestFile:
 @pytest.fixture(scope="module")
 def results() -> dict:
     measured = activation_error.measure()
-    print(activation_error.markdown(measured))
+    for limit in activation_error.LIMITS:
+        print(activation_error.markdown(measured, limit))
     return {(r.policy, r.headroom, r.limit, r.size): r for r in measured}
 
 
 def test_the_kept_numbers_are_this_codes(results):
     """1e-3: another build of PyTorch sums in another order, and a rounded value may tip over."""
-    kept = json.loads(Path(activation_error.__file__).with_suffix(".json").read_text())
+    kept = activation_error.kept()
     assert len(kept) == len(results)
     for entry in kept:
-        entry = activation_error.Result(**entry)
         now = results[entry.policy, entry.headroom, entry.limit, entry.size]
         assert now.error == pytest.approx(entry.error, abs=1e-3)
         assert now.saturated == pytest.approx(entry.saturated, abs=8)
+
+
+def test_the_readme_has_the_kept_numbers():
+    readme = Path(__file__).parents[1] / "README.md"
+    assert activation_error.markdown(activation_error.kept(), 10.0) in readme.read_text()
 
 
 def test_every_result_is_finite(results):

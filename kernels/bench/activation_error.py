@@ -1,6 +1,6 @@
 """What W4A4's activation scales cost: relative L2 error of the layer against bf16 activations.
 
-    python kernels/bench/activation_error.py [--json OUT]
+    PYTHONPATH=kernels python kernels/bench/activation_error.py [--json OUT | --kept]
 
 The same NVFP4 weights and tokens through the oracle twice, W4A4 and W4A16; error is the norm of
 the difference over the norm of W4A16's output. Tokens have unit RMS, a few loud channels and one
@@ -20,6 +20,7 @@ NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, NUM_TOKENS, SCALING = 8, 4, 512, 256, 
 HEADROOMS = (1, 4, 16, 32, 64, 256)
 SIZES = (0.1, 1, 30, 3000)
 LIMITS = (10.0, None)
+KEPT = Path(__file__).with_suffix(".json")
 
 
 class Result(NamedTuple):
@@ -118,28 +119,34 @@ def measure(seed: int = 0) -> list[Result]:
     return results
 
 
-def markdown(results: list[Result]) -> str:
-    """One row a policy, one column a token size and limit; saturated blocks in brackets."""
-    columns = [(limit, size) for limit in LIMITS for size in SIZES]
-    titles = [
-        f"{'no limit' if limit is None else f'limit {limit:g}'}, {s}x" for limit, s in columns
+def markdown(results: list[Result], limit: float | None) -> str:
+    """One row a policy, one column a token size; saturated blocks in brackets."""
+    lines = [
+        "| policy | " + " | ".join(f"tokens × {size:g}" for size in SIZES) + " |",
+        "|---" * (len(SIZES) + 1) + "|",
     ]
-    lines = ["| policy | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
-    cells = {(r.policy, r.headroom, r.limit, r.size): r for r in results}
-    for policy, headroom in dict.fromkeys((r.policy, r.headroom) for r in results):
-        name = policy if headroom is None else f"{policy}, headroom {headroom}"
-        row = [cells[policy, headroom, limit, size] for limit, size in columns]
-        text = [f"{r.error:.2%}" + (f" ({r.saturated})" if r.saturated else "") for r in row]
+    cells = {(r.policy, r.headroom, r.size): r for r in results if r.limit == limit}
+    for policy, headroom in dict.fromkeys((p, h) for p, h, _ in cells):
+        name = f"`{policy}`" + ("" if headroom is None else f", headroom {headroom}")
+        row = [cells[policy, headroom, size] for size in SIZES]
+        text = [f"{r.error:.1%}" + (f" ({r.saturated})" if r.saturated else "") for r in row]
         lines.append(f"| {name} | " + " | ".join(text) + " |")
     return "\n".join(lines)
 
 
+def kept() -> list[Result]:
+    """What `--json` wrote beside this file."""
+    return [Result(**entry) for entry in json.loads(KEPT.read_text())]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--json", type=Path, help=f"write the results here too ({KEPT.name})")
+    parser.add_argument("--kept", action="store_true", help="print the kept results instead")
     args = parser.parse_args()
-    results = measure()
-    print(markdown(results))
+    results = kept() if args.kept else measure()
+    for limit in LIMITS:
+        print(f"swiglu_limit {limit}\n\n{markdown(results, limit)}\n")
     if args.json is not None:
         lines = ",\n ".join(json.dumps(result._asdict()) for result in results)
         args.json.write_text(f"[{lines}]\n")
