@@ -1,5 +1,7 @@
 """The quantisation method of NVFP4 expert layers: create weights, and make a layer of them."""
 
+from collections.abc import Callable
+
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from dsv4_kernels.moe import AUTO, MoeLayer, MoeShape, choose_backend, prepare_layer
@@ -29,9 +31,15 @@ from vllm_dsv4_moe.settings import Settings
 class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
     """One NVFP4 layer's experts. vLLM's weight loader goes by "ModelOpt" in the class's name."""
 
-    def __init__(self, moe_config: FusedMoEConfig, settings: Settings) -> None:
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        settings: Settings,
+        announce: Callable[[str], None] = lambda backend: None,
+    ) -> None:
         super().__init__(moe_config)
         self.settings = settings
+        self.announce = announce  # called with the backend's name before a layer is made
         self.experts_cls = Dsv4Experts
         # vLLM's weight loader then also loads the input scales of experts on other ranks.
         self.use_global_sf = True
@@ -81,6 +89,7 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
                 layer.register_parameter(f"{name}_2", alias)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        self.announce(self.backend.name)
         # vLLM calls this with the model's dtype as the default; the scales' arithmetic is fp32.
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)

@@ -5,6 +5,7 @@ needs no flag. Module level throughout: vLLM pickles the config to its other pro
 """
 
 import os
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vllm.model_executor.layers.quantization import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
 from vllm_dsv4_moe.settings import Settings, read_settings
@@ -37,12 +39,12 @@ class OurLayers(QuantizationConfig):
 
     _settings: Settings | None = None
     _announced: frozenset[str] = frozenset()
+    _ours: tuple[int, ...] = ()  # layers that are built and not announced
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts) and self.is_ours(prefix):
-            method = ModelOptNvFp4Dsv4Method(layer.moe_config, self.settings())
-            self._announce(f"this plugin runs NVFP4 experts, on {method.backend.name}", prefix)
-            return method
+            self._ours += (extract_layer_index(prefix),)
+            return ModelOptNvFp4Dsv4Method(layer.moe_config, self.settings(), self.announce_ours)
         method = super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
         if isinstance(layer, RoutedExperts):
             self._announce(f"vLLM keeps the experts of {type(method).__name__}", prefix)
@@ -67,11 +69,29 @@ class OurLayers(QuantizationConfig):
             self._settings = read_settings(config if isinstance(config, dict) else {}, os.environ)
         return self._settings
 
+    def announce_ours(self, backend: str) -> None:
+        """Say once which layers are ours. All of a model's are built when its first is loaded."""
+        if self._ours:
+            layers = _ranges(self._ours)
+            logger.info(
+                "dsv4-moe: this plugin runs NVFP4 experts, on %s: layers %s", backend, layers
+            )
+            self._ours = ()
+
     def _announce(self, what: str, prefix: str) -> None:
         """Say once whose the layers of one kind are."""
         if what not in self._announced:
             self._announced |= {what}
             logger.info("dsv4-moe: %s (first: %s)", what, prefix)
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """0-2, 5 for the numbers 0, 1, 2 and 5, given in order."""
+    words = []
+    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in group]
+        words.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0]))
+    return ", ".join(words)
 
 
 _VllmsOwn: Any = get_quantization_config(METHOD_NAME)
