@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "doctor": ("vllm_dsv4_moe.doctor", "say whether this machine can serve, and how"),
     "tiny": ("vllm_dsv4_moe.tiny", "write a small random NVFP4 checkpoint with a tokenizer"),
+    "demo": ("vllm_dsv4_moe.demo", "serve a tiny checkpoint, ask it, show what ran where"),
     "inspect": ("vllm_dsv4_moe.inspect_command", "check a checkpoint without loading it"),
 }
 

@@ -1,0 +1,91 @@
+"""The demo's path and its failures, with a stand-in for the server; test_serve has the real one."""
+
+import sys
+import textwrap
+
+import pytest
+
+from vllm_dsv4_moe.cli import main
+
+ANNOUNCED = "INFO dsv4-moe: this plugin runs NVFP4 experts, on reference: layers 0-3"
+# Answers as vLLM does, after writing what vLLM would log.
+SERVER = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(200, b"")
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        chat = "messages" in asked
+        text = asked["messages"][0]["content"][:5] if chat else TEXT
+        choice = {"message": {"content": text}} if chat else {"text": text}
+        usage = {"prompt_tokens": 7, "completion_tokens": asked["max_tokens"]}
+        self.answer(STATUS, json.dumps({"choices": [choice], "usage": usage}).encode())
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+(port,) = [int(word.split("=")[1]) for word in sys.argv if word.startswith("--port=")]
+print(LOG, flush=True)
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    def make(log=ANNOUNCED, status=200, text="hello", code=SERVER):
+        source = tmp_path / "server.py"
+        source.write_text(
+            f"LOG, STATUS, TEXT = {log!r}, {status}, {text!r}\n{textwrap.dedent(code)}"
+        )
+        program = tmp_path / "python"
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {source} "$@"\n')
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return make
+
+
+def test_demo_shows_text_layers_and_figures(stand_in, tmp_path, capsys):
+    stand_in()
+    assert main(["demo", "--work", str(tmp_path / "work"), "--max-tokens", "5"]) == 0
+    text = capsys.readouterr().out
+    assert "layers 0-3 run on its reference backend" in text
+    assert "completion  'hello'" in text and "chat        'Which'" in text
+    assert "7 tokens in, 5 out" in text and "tokens/s" in text and "healthy after" in text
+    assert text.rstrip().endswith("stopped")
+    assert (tmp_path / "work/server.log").read_text() and (tmp_path / "work/model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        pytest.param({"log": "INFO nothing"}, "said nothing of its layers", id="no-plugin"),
+        pytest.param(
+            {"log": ANNOUNCED.replace("0-3", "0-2")}, "layers 0-2, not 0-3", id="layer-missing"
+        ),
+        pytest.param({"status": 500}, "answered 500", id="request-refused"),
+        pytest.param({"text": ""}, "completion request gave no text", id="empty-answer"),
+        pytest.param(
+            {"code": "raise ValueError('layer 1: scale is NaN')"},
+            "ValueError: layer 1: scale is NaN",
+            id="server-dies",
+        ),
+    ],
+)
+def test_failure_ends_in_status_1_with_the_log(stand_in, tmp_path, capsys, server, words):
+    stand_in(**server)
+    assert main(["demo", "--work", str(tmp_path / "work")]) == 1
+    text = capsys.readouterr().out
+    assert "the demo failed" in text and words in text and "--- last lines of" in text
+
+
+def test_work_folder_must_be_empty(tmp_path, capsys):
+    (tmp_path / "mine").write_text("")
+    assert main(["demo", "--work", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
