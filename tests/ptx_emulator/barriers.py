@@ -4,7 +4,7 @@ import numpy as np
 
 from tests.ptx_emulator.findings import Finding
 
-MAX_PENDING = (1 << 20) - 1  # PTX ISA 9.0, 9.7.13.15.1: range of counts
+MAX_PENDING = (1 << 20) - 1  # PTX ISA, "mbarrier": range of counts
 
 
 class Visibility:
@@ -42,7 +42,7 @@ class Visibility:
 
 
 class MBarrier:
-    """An mbarrier object (PTX ISA 9.0, 9.7.13.15). `parity` is that of the phase under way."""
+    """An mbarrier object (PTX ISA 9.0, 9.7.13). `parity` is that of the phase under way."""
 
     __slots__ = ("count", "pending", "pending_bytes", "parity", "published", "completions", "waits")
 

@@ -1,6 +1,6 @@
 """Matrix operands in shared memory, as wgmma and tcgen05 descriptors address them.
 
-PTX ISA 9.0, 9.7.15.5 (wgmma matrix descriptor and canonical layouts) and 9.7.16.4 (tcgen05).
+PTX ISA 9.0, 9.7.15 (wgmma: matrix descriptor, canonical layouts) and 9.7.16 (tcgen05).
 """
 
 from functools import lru_cache

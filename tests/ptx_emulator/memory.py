@@ -117,7 +117,7 @@ class SharedMemory:
     """One CTA's shared memory, poisoned, with a stamp per word that a thread wrote.
 
     A stamp says which warp wrote the word, at which of its epochs, until a proxy fence makes
-    the write visible to the asynchronous proxy (PTX ISA 9.0, 8.6 and 9.7.13 `fence.proxy`):
+    the write visible to the asynchronous proxy (PTX ISA, "Proxies" and `fence.proxy`):
     0 means visible, MBARRIER_STAMP an mbarrier object.
     """
 

@@ -1,6 +1,6 @@
 """Number formats below 32 bits as tables and vectorised conversions.
 
-Encodings: PTX ISA 9.0, "Alternate floating point data formats" (5.2.3) and "cvt" (9.7.9.21);
+Encodings: PTX ISA 9.0, "Alternate floating point data formats" and "cvt";
 E2M1, E4M3, E5M2 and UE8M0 as in the OCP Microscaling Formats specification 1.0.
 """
 

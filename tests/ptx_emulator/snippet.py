@@ -40,16 +40,29 @@ def run_snippet(
     }}
     """
     machine = Machine(ptx, mode, seed, max_instructions=200_000)
-    for name, buffer in buffers.items():
-        machine.memory.add_bytes(buffer.ctypes.data, buffer.nbytes, name, buffer)
-    addresses = [np.uint64(b.ctypes.data).tobytes() for b in buffers.values()]
+    copies = [_aligned_copy(buffer) for buffer in buffers.values()]
+    for name, copy in zip(buffers, copies, strict=True):
+        machine.memory.add_bytes(copy.ctypes.data, copy.nbytes, name, copy)
+    addresses = [np.uint64(c.ctypes.data).tobytes() for c in copies]
     machine.run(
         Launch("snippet", (ctas, 1, 1), (warps * WARP, 1, 1), shared_bytes, addresses, (ctas, 1, 1))
     )
+    for buffer, copy in zip(buffers.values(), copies, strict=True):
+        buffer.reshape(-1).view(np.uint8)[:] = copy
     return machine
 
 
-def lanewise(instructions: str, results: dict[str, type], **operands: list | np.ndarray) -> dict:
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    """The bytes of a C-contiguous array at a multiple of 256, as device allocations are."""
+    room = np.empty(array.nbytes + 256, np.uint8)
+    start = -room.ctypes.data % 256
+    room[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    return room[start : start + array.nbytes]
+
+
+def lanewise(
+    instructions: str, results: dict[str, type], shared_bytes: int = 0, **operands: np.ndarray
+) -> dict[str, np.ndarray]:
     """Run instructions on one warp with a register per operand, a lane per value.
 
     operands: arrays of up to 32 values; the last value fills the remaining lanes. results: NumPy
@@ -74,7 +87,7 @@ def lanewise(instructions: str, results: dict[str, type], **operands: list | np.
         else:
             before.append(_declaration(name, array.dtype, results[name] is bool))
             after[-1] = after[-1].replace(before[-1], "")
-    run_snippet("\n".join([*before, instructions, *after]), buffers)
+    run_snippet("\n".join([*before, instructions, *after]), buffers, shared_bytes=shared_bytes)
     return {n: a.astype(bool) if results[n] is bool else a for n, a in outputs.items()}
 
 

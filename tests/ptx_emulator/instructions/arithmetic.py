@@ -241,7 +241,7 @@ def _compile_multiply(binder: Binder, kind: str) -> Step:
 def compile_divide(binder: Binder) -> Step:
     """div and rem: integers truncate; f32 in every form is correctly rounded here.
 
-    div.full and div.approx may be off by 2 ulp (PTX ISA 9.0, 9.7.3.8); here they are not.
+    div.full and div.approx may be off by 2 ulp (PTX ISA, `div`); here they are not.
     """
     name, kind = binder.parts[0], binder.parts[-1]
     if kind in ("f32", "f64"):
@@ -354,7 +354,7 @@ def compile_prmt(binder: Binder) -> Step:
 
 
 def compile_bit_field(binder: Binder) -> Step:
-    """bfe and bfi (PTX ISA 9.0, 9.7.1.20 and 9.7.1.21), position and length modulo 256."""
+    """bfe and bfi: position and length modulo 256."""
     name, kind = binder.parts
     width = 8 * dtype_of(kind).itemsize
     unsigned = np.dtype(f"u{width // 8}").type

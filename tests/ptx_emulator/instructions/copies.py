@@ -1,4 +1,4 @@
-"""cp.async, cp.async.bulk and cp.async.bulk.tensor (PTX ISA 9.0, 9.7.9.25 to 9.7.9.27)."""
+"""cp.async, cp.async.bulk and cp.async.bulk.tensor (PTX ISA 9.0, 9.7.9)."""
 
 import numpy as np
 

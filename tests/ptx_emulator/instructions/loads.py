@@ -211,7 +211,7 @@ def _matrix_form(binder: Binder) -> tuple[int, bool]:
 
 
 def compile_ldmatrix(binder: Binder) -> Step:
-    """ldmatrix: lanes 8 i .. 8 i + 7 give the row addresses of matrix i (PTX ISA 9.7.14.5.15)."""
+    """ldmatrix: lanes 8 i .. 8 i + 7 give the row addresses of matrix i."""
     count, transposed = _matrix_form(binder)
     writes = [binder.write(t) for t in binder.vector(binder.operands[0])]
     address = binder.address(binder.operands[1])
@@ -235,7 +235,7 @@ def compile_ldmatrix(binder: Binder) -> Step:
 
 
 def compile_stmatrix(binder: Binder) -> Step:
-    """stmatrix: lanes 8 i .. 8 i + 7 give the row addresses of matrix i (PTX ISA 9.7.14.5.16)."""
+    """stmatrix: lanes 8 i .. 8 i + 7 give the row addresses of matrix i."""
     count, transposed = _matrix_form(binder)
     address = binder.address(binder.operands[0])
     reads = [binder.read(s, "b32") for s in binder.vector(binder.operands[1])]

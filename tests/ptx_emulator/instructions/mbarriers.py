@@ -1,4 +1,4 @@
-"""mbarrier (PTX ISA 9.0, 9.7.13.15)."""
+"""mbarrier (PTX ISA 9.0, 9.7.13)."""
 
 import numpy as np
 

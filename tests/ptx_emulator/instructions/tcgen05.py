@@ -168,7 +168,7 @@ def _compile_commit(binder: Binder) -> Step:
 
 
 class _Shape:
-    """What an instruction descriptor says (PTX ISA 9.0, 9.7.16.4.2)."""
+    """What an instruction descriptor says (PTX ISA 9.0, 9.7.16)."""
 
     def __init__(self, bits: int, num_ctas: int, block_scaled: bool):
         self.bits = bits
@@ -326,7 +326,7 @@ def _access_shape(binder: Binder) -> tuple[str, int]:
 
 
 # Per shape: lanes of tensor memory, and (lane, column) of each register of a thread, for .x1
-# (PTX ISA 9.0, 9.7.16.2.3, figures of the data movement shapes). .xN repeats along columns.
+# (PTX ISA 9.0, 9.7.16, figures of the data movement shapes). .xN repeats along columns.
 _T = np.arange(WARP)
 _FRAGMENTS = {
     "32x32b": (1, [(_T, 0 * _T)]),

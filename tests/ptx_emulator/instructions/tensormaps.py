@@ -1,4 +1,4 @@
-"""tensormap.replace and tensormap.cp_fenceproxy (PTX ISA 9.0, 9.7.9.28 and 9.7.9.29)."""
+"""tensormap.replace and tensormap.cp_fenceproxy (PTX ISA 9.0, 9.7.9)."""
 
 import numpy as np
 
