@@ -107,15 +107,16 @@ class LoadRecord:
         load.supports_moe_loading = True  # type: ignore[attr-defined]
         return load
 
-    def _check(self, name: str, tensor: torch.Tensor, shard: str, expert: int) -> None:
-        suffix, dtype, shapes = self.expected[name]
+    def _check(self, param: str, tensor: torch.Tensor, shard: str, expert: int) -> None:
+        suffix, dtype, shapes = self.expected[param]
         shape = tuple(tensor.shape)
         # A scalar may also come as one element of one dimension.
         matches = tensor.numel() == 1 if shapes[shard] == () else shape == shapes[shard]
         if not matches or tensor.dtype != dtype:
+            name = f"{checkpoint_prefix(self.layer)}.{expert}.{shard}.{suffix}"
             raise ValueError(
-                f"{self.layer.layer_name}.{expert}.{shard}.{suffix} is {_kind(tensor.dtype, shape)}"
-                f" in the checkpoint, and this model's config wants {_kind(dtype, shapes[shard])}"
+                f"{name} is {_kind(tensor.dtype, shape)} in the checkpoint, and this model's "
+                f"config wants {_kind(dtype, shapes[shard])}"
             )
 
     def check_complete(self) -> None:
@@ -132,9 +133,9 @@ class LoadRecord:
                 local, shard = missing[0]
                 expert = local_experts(self.layer)[local]
                 raise ValueError(
-                    f"{self.layer.layer_name}.{expert}.{shard}.{suffix} is missing from the "
-                    f"checkpoint ({len(missing)} of {len(wanted)} {suffix} tensors of this rank's "
-                    "experts are)"
+                    f"{checkpoint_prefix(self.layer)}.{expert}.{shard}.{suffix} is missing from "
+                    f"the checkpoint, with {len(missing)} of the {len(wanted)} {suffix} tensors of "
+                    "this rank's experts"
                 )
 
 
@@ -161,6 +162,11 @@ def expected_tensors(sizes: ExpertSizes) -> dict[str, CheckpointTensor]:
 def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     name = str(dtype).removeprefix("torch.")
     return f"{name} [{', '.join(map(str, shape))}]" if shape else f"a {name} scalar"
+
+
+def checkpoint_prefix(layer: Module) -> str:
+    """The layer's experts as the checkpoint calls them: layers.3.ffn.experts."""
+    return layer.layer_name.removeprefix("model.")
 
 
 def local_experts(layer: Module) -> list[int]:
@@ -209,7 +215,13 @@ def _tensor_name(layer: Module, name: str, where: list[int]) -> str:
     """The checkpoint's name of an expert tensor; where is (local expert, 0 for w1 or 1 for w3)."""
     prefix, suffix = name.split("_", 1)
     shard = "w2" if prefix == "w2" else ("w1", "w3")[where[1]]
-    return f"{layer.layer_name}.{local_experts(layer)[where[0]]}.{shard}.{suffix}"
+    return f"{checkpoint_prefix(layer)}.{local_experts(layer)[where[0]]}.{shard}.{suffix}"
+
+
+def gate_and_up_differ(layer: Module) -> bool:
+    """Whether w1 and w3 of some expert have different global scales: legal, and rare."""
+    scales = layer.w13_weight_scale_2.data
+    return bool((scales[:, 0] != scales[:, 1]).any())
 
 
 def fill_dummy_scales(layer: Module) -> None:

@@ -7,6 +7,7 @@ import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from dsv4_kernels.moe import AUTO, MoeLayer, MoeShape, choose_backend, prepare_layer
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -17,15 +18,19 @@ from vllm_dsv4_moe.expert_params import (
     INPUT_SCALES,
     ExpertSizes,
     check_scales,
+    checkpoint_prefix,
     create_expert_params,
     expert_weights,
     fill_dummy_scales,
+    gate_and_up_differ,
 )
 from vllm_dsv4_moe.experts import Dsv4Experts
 from vllm_dsv4_moe.router import Dsv4Router
 from vllm_dsv4_moe.saturation import SATURATION
 from vllm_dsv4_moe.scale_policy import activation_scales
 from vllm_dsv4_moe.settings import Settings
+
+logger = init_logger("vllm.dsv4_moe")
 
 
 class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
@@ -105,8 +110,11 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         else:
             self.record.check_complete()
             if self.router is not None:
-                self.router.check_loaded(layer.layer_name)
+                gate = checkpoint_prefix(layer).removesuffix("experts") + "gate"
+                self.router.check_loaded(gate)
         check_scales(layer)
+        if gate_and_up_differ(layer):
+            logger.info_once("dsv4-moe: w1 and w3 differ in weight_scale_2: each keeps its own")
         scales = None
         if self.shape.quantize_activations:
             scales = activation_scales(layer, self.settings)

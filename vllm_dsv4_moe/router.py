@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 import vllm.envs as envs
+from dsv4_kernels.types import ImageBias
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
@@ -18,7 +19,8 @@ class Dsv4Router(BaseRouter):
     """sqrt(softplus) scores; the experts are the top k with bias, or a token id's row of a table.
 
     bias (num_experts,) float32 or table (vocab, top_k) int32, one of them; num_experts counts the
-    experts that the checkpoint has, not their EPLB copies.
+    experts that the checkpoint has, not their EPLB copies. bias_vl (num_experts,) float32 is what
+    image tokens select by, ids image_sentinel_lo onwards; V4.1's model may set it later.
     """
 
     def __init__(
@@ -34,6 +36,8 @@ class Dsv4Router(BaseRouter):
         self.method_type = vllm_router.routing_method_type
         self.scaling = vllm_router.routed_scaling_factor
         self.bias = None if table is not None else vllm_router.e_score_correction_bias
+        self.bias_vl = vllm_router.bias_vl
+        self.image_sentinel_lo = vllm_router.image_sentinel_lo
         self.table = table
         self.route = route
         self.num_experts = num_experts
@@ -53,13 +57,14 @@ class Dsv4Router(BaseRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens = len(router_logits)
         padding = padding_mask(num_tokens)
+        image_bias = self._image_bias()
         token_ids = None
-        if self.table is not None:
+        if self.table is not None or image_bias is not None:
             if input_ids is None or len(input_ids) != num_tokens:
                 given = "none" if input_ids is None else str(len(input_ids))
                 raise ValueError(
-                    f"a hash-routed layer got {num_tokens} tokens and {given} token ids: it needs "
-                    "one id a token, so prompts of embeddings cannot be served"
+                    f"a layer that routes by token id got {num_tokens} tokens and {given} ids: it "
+                    "needs one a token, so prompts of embeddings cannot be served"
                 )
             token_ids = input_ids if padding is None else input_ids.masked_fill(padding, -1)
         weights, ids = self.route(
@@ -68,6 +73,7 @@ class Dsv4Router(BaseRouter):
             bias=self.bias,
             table=self.table,
             token_ids=token_ids,
+            image_bias=image_bias,
             scaling=self.scaling,
             hash_weights=self.hash_weights,
             ids_dtype=indices_type or torch.int32,
@@ -77,21 +83,28 @@ class Dsv4Router(BaseRouter):
             ids = ids.masked_fill(padding[:, None], -1)
         return weights, ids
 
-    def check_loaded(self, layer_name: str) -> None:
-        """ValueError for a bias or a table that is missing, or that no layer could route by."""
+    def _image_bias(self) -> ImageBias | None:
+        if self.bias_vl is None or self.image_sentinel_lo == 0:
+            return None
+        return ImageBias(self.bias_vl, self.image_sentinel_lo)
+
+    def check_loaded(self, gate: str) -> None:
+        """ValueError for a bias or a table that is missing, or that no layer could route by.
+
+        gate is the checkpoint's name of the module that holds them.
+        """
         if self.bias is not None and not self.bias.isfinite().all():
-            raise ValueError(
-                f"{layer_name}: gate.bias is missing from the checkpoint or not finite"
-            )
+            raise ValueError(f"{gate}.bias is missing from the checkpoint, or it is not finite")
         if self.table is None:
             return
+        if (self.table == -1).all():
+            raise ValueError(f"{gate}.tid2eid is missing from the checkpoint")
         outside = (self.table < 0) | (self.table >= self.num_experts)
         if outside.any():
             row, slot = outside.nonzero()[0].tolist()
             raise ValueError(
-                f"{layer_name}: gate.tid2eid[{row}, {slot}] is {int(self.table[row, slot])}, and "
-                f"expert ids go from 0 to {self.num_experts - 1} (-1 everywhere: it is missing "
-                "from the checkpoint)"
+                f"{gate}.tid2eid[{row}, {slot}] is {int(self.table[row, slot])}, and expert ids go "
+                f"from 0 to {self.num_experts - 1}"
             )
 
 
@@ -101,8 +114,6 @@ def why_not_ours(vllm_router: FusedMoERouter) -> str | None:
         return f"{type(vllm_router).__name__} does not score by sqrt(softplus)"
     if not vllm_router.renormalize:
         return "its weights are not renormalised"
-    if getattr(vllm_router, "bias_vl", None) is not None:
-        return "image tokens have a bias of their own (bias_vl)"
     if getattr(vllm_router, "num_fused_shared_experts", 0):
         return "shared experts are fused into it"
     return None

@@ -1,0 +1,111 @@
+"""A DeepSeek-V4 MoE layer in plain torch, straight from a checkpoint's safetensors.
+
+It shares no code with vLLM, the plugin or the kernels: formulas of DeepSeek-V4 section 2.1 and
+ModelOpt's NVFP4, in float64 except where the layer itself rounds (bf16 and NVFP4 activations, the
+gate and the shared expert in bf16, as the checkpoint has them).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+class PlainMoe:
+    """One layer. fc1_scale and fc2_scales (one an expert) quantise the activations to NVFP4;
+    "token" gives each row its own scale; None leaves the activations in bf16."""
+
+    def __init__(self, checkpoint: Path, layer: int, fc1_scale=None, fc2_scales=None) -> None:
+        self.config = json.loads((checkpoint / "config.json").read_text())
+        index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+        prefix = f"layers.{layer}.ffn."
+        names = [name for name in index if name.startswith(prefix)]
+        self.tensors = {}
+        for file in {index[name] for name in names}:
+            with safe_open(checkpoint / file, "pt") as opened:
+                for name in names:
+                    if index[name] == file:
+                        self.tensors[name.removeprefix(prefix)] = opened.get_tensor(name)
+        self.fc1_scale, self.fc2_scales = fc1_scale, fc2_scales
+        self.matrices: dict[str, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
+        """(num_tokens, hidden) bf16, (num_tokens,) -> routed plus shared experts, bf16."""
+        return self.shared(x) + self.routed(x, *self.route(x, token_ids))
+
+    def routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        routed = torch.zeros(x.shape)
+        # Each slot's rows are rounded to bf16, then added in fp32, slot by slot.
+        for slot in range(ids.shape[1]):
+            rows = torch.zeros_like(x)
+            for expert in ids[:, slot].unique().tolist():
+                chosen = ids[:, slot] == expert
+                rows[chosen] = self.expert(expert, x[chosen], weights[chosen, slot]).bfloat16()
+            routed += rows.float()
+        return routed.bfloat16()
+
+    def route(self, x: torch.Tensor, token_ids) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = F.linear(x, self.tensors["gate.weight"]).double().exp().log1p().sqrt()
+        if "gate.tid2eid" in self.tensors:
+            ids = self.tensors["gate.tid2eid"].long()[token_ids.long()]
+        else:
+            biased = scores + self.tensors["gate.bias"].double()
+            top_k = self.config["num_experts_per_tok"]
+            ids = biased.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        weights = scores.gather(1, ids)
+        weights = weights / weights.sum(1, keepdim=True)
+        return ids, weights * self.config["routed_scaling_factor"]
+
+    def expert(self, expert: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (self.matrix(f"experts.{expert}.w{n}") for n in (1, 3, 2))
+        limit = self.config["swiglu_limit"]
+        x = rounded(x, self.fc1_scale)
+        g = (x @ gate.T).clamp(max=limit)
+        u = (x @ up.T).clamp(-limit, limit)
+        h = g / (1 + torch.exp(-g)) * u * weight[:, None]
+        scales = self.fc2_scales
+        return rounded(h, scales[expert] if isinstance(scales, list) else scales) @ down.T
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """(out, in) float64 of an NVFP4 weight."""
+        if name not in self.matrices:
+            self.matrices[name] = self.dequantised(name)
+        return self.matrices[name]
+
+    def dequantised(self, name: str) -> torch.Tensor:
+        codes = self.tensors[f"{name}.weight"]
+        nibbles = torch.stack((codes % 16, codes // 16), 2).flatten(1).long()
+        values = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=torch.float64)[nibbles]
+        scales = self.tensors[f"{name}.weight_scale"].double().repeat_interleave(16, 1)
+        return values * scales * self.tensors[f"{name}.weight_scale_2"].double()
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (self.tensors[f"shared_experts.w{n}.weight"] for n in (1, 3, 2))
+        limit = self.config["swiglu_limit"]
+        g, u = F.linear(x, gate).clamp(max=limit), F.linear(x, up).clamp(-limit, limit)
+        return F.linear(g * torch.sigmoid(g) * u, down)
+
+
+def rounded(x: torch.Tensor, scale) -> torch.Tensor:
+    """x as the GEMM reads it: bf16, or NVFP4 with this global scale, in float64."""
+    if scale is None:
+        return x.bfloat16().double()
+    x = x.float()
+    if scale == "token":
+        scale = x.abs().amax(1, keepdim=True) / (6 * 448)
+        scale = torch.where(scale == 0, 1.0, scale)
+    blocks = x.unflatten(1, (-1, 16))
+    scale = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1)
+    block_scales = (blocks.abs().amax(2) / 6 / scale).clamp(max=448).to(torch.float8_e4m3fn)
+    step = (block_scales.float() * scale)[..., None]
+    scaled = torch.where(step > 0, blocks / step, 0.0)
+    # The nearest of the 15 values; of two equally near ones, the one with the even code.
+    values = torch.tensor(E2M1)
+    distance = (scaled.abs()[..., None] - values).abs()
+    odd = torch.arange(8) % 2 == 1
+    nearest = (distance + odd * 1e-7).argmin(-1)
+    return (values[nearest] * scaled.sign() * step).flatten(1).double()

@@ -1,0 +1,71 @@
+"""What the serving tests put into vLLM's processes, by way of cpu_host's CPU_HOST_PROBE.
+
+`record` keeps what each MoE layer was given and gave, as SERVE_PROBE_DIR/<process>-<call>.pt,
+while SERVE_PROBE_DIR/on exists. `substitute` has PlainMoe compute every MoE layer instead, from
+the checkpoint and the scales that SERVE_PROBE_PLAIN names.
+"""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import torch
+from plain_moe import PlainMoe
+
+
+def keep_chunked_prefill() -> None:
+    """vLLM turns chunked prefill off on a CPU without AMX; attention there does it all the same."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def updated(vllm_config) -> None:
+        scheduler = vllm_config.scheduler_config
+        asked = scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens
+        update(vllm_config)
+        scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens = asked
+
+    CpuPlatform.check_and_update_config = staticmethod(updated)
+
+
+def record() -> None:
+    keep_chunked_prefill()
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    folder = Path(os.environ["SERVE_PROBE_DIR"])
+    forward, calls = MoERunner.forward, itertools.count()
+
+    def recorded(self, hidden_states, router_logits, input_ids=None, shared_experts_input=None):
+        given = hidden_states.clone()
+        out = forward(self, hidden_states, router_logits, input_ids, shared_experts_input)
+        if (folder / "on").exists():
+            entry = {
+                "layer": self.layer_id,
+                "x": given,
+                "token_ids": None if input_ids is None else input_ids.clone(),
+                "out": out.clone(),
+                "local_experts": self.routed_experts.local_num_experts,
+            }
+            file = folder / f"{os.getpid()}-{next(calls):06}.pt"
+            torch.save(entry, file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)
+        return out
+
+    MoERunner.forward = recorded
+
+
+def substitute() -> None:
+    keep_chunked_prefill()
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    plain = json.loads(os.environ["SERVE_PROBE_PLAIN"])
+    layers = [
+        PlainMoe(Path(plain["checkpoint"]), number, *scales)
+        for number, scales in enumerate(plain["scales"])
+    ]
+
+    def substituted(self, hidden_states, router_logits, input_ids=None, shared_experts_input=None):
+        return layers[self.layer_id](hidden_states, input_ids)
+
+    MoERunner.forward = substituted
