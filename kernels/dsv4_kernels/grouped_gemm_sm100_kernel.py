@@ -104,9 +104,24 @@ class Gemm:
         return self.config.stages * self.stage_bytes + self.staging_bytes + barriers + 1024
 
     @property
+    def scale_columns(self) -> int:
+        """TMEM columns of a stage's scales: 4 for K = 64 and 128 rows."""
+        return (1 + self.scale_blocks) * 4 * (TILE_K // MMA_K)
+
+    @property
+    def acc_stride(self) -> int:
+        """TMEM columns from one accumulator to the next, less than a tile where they overlap."""
+        return min(self.config.tile, TMEM_COLUMNS - self.scale_columns - self.config.tile)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the two accumulators share columns: the last of the first, first of the second."""
+        return self.acc_stride < self.config.tile
+
+    @property
     def tmem_columns(self) -> int:
-        """Two accumulators, then the scales of a stage: 4 columns per K = 64 and 128 rows."""
-        return 2 * self.config.tile + (1 + self.scale_blocks) * 4 * (TILE_K // MMA_K)
+        """The two accumulators, then the scales."""
+        return self.acc_stride + self.config.tile + self.scale_columns
 
 
 class Dsv4GroupedGemmSm100:
@@ -120,10 +135,10 @@ class Dsv4GroupedGemmSm100:
         assert config.tile % CHUNK == 0 and config.tile <= 256, config
         assert gemm.token_rows % config.token_box == 0 and config.token_box % 8 == 0, config
         assert gemm.smem_bytes <= SMEM_LIMIT, (gemm.smem_bytes, gemm)
-        assert gemm.tmem_columns <= TMEM_COLUMNS, gemm.tmem_columns
+        assert gemm.acc_stride >= config.tile // 2, gemm.acc_stride
         self.gemm = gemm
         self.k_tiles = -(-gemm.k // TILE_K)
-        self.sfa_column = 2 * config.tile
+        self.sfa_column = gemm.acc_stride + config.tile
         self.sfb_column = self.sfa_column + 4 * (TILE_K // MMA_K)
         # Of every K = 64 the scales of all token blocks are beside one another in TMEM.
         self.sfb_step = 4 * gemm.scale_blocks
@@ -476,16 +491,19 @@ class Dsv4GroupedGemmSm100:
         sW, sX, sSFA, sSFB = (ptx.smem_address(s.iterator) for s in staged)
         index, step, num_work = work
         stage, phase = Int32(0), Int32(0)
-        buffer, acc_phase = Int32(0), Int32(1)
+        buffer = Int32(0)
+        # The accumulator whose release this tile waits for: its own, or, where the two overlap,
+        # the one of the tile before, of which the epilogue then reads the shared columns first.
+        waited, acc_phase = Int32(1 if gemm.overlaps else 0), Int32(1)
         while index < num_work:
             _, _, row, live = self._tile(index, layout)
             idesc = ptx.instruction_descriptor(TILE_M * config.num_ctas) | (
                 self._covering(live) // 8 << 17
             )
-            d = tmem + buffer * config.tile
+            d = tmem + buffer * gemm.acc_stride
             # Of a tile smaller than a 128-row block, the scales start at a later column.
             sfb = tmem + self.sfb_column + row % 128 // 32
-            cute.arch.mbarrier_wait(acc_empty + buffer, acc_phase)
+            cute.arch.mbarrier_wait(acc_empty + waited, acc_phase)
             ptx.fence_after_sync()
             for k in cutlass.range(self.k_tiles, unroll=1):
                 cute.arch.mbarrier_wait(full + stage, phase)
@@ -503,7 +521,8 @@ class Dsv4GroupedGemmSm100:
             with cute.arch.elect_one():
                 self._commit(acc_full + buffer)
             buffer ^= 1
-            acc_phase ^= buffer ^ 1
+            waited ^= 1
+            acc_phase ^= waited ^ 1
             index += step
 
     @cute.jit
@@ -561,30 +580,30 @@ class Dsv4GroupedGemmSm100:
             m_tile, expert, row, live = self._tile(index, layout)
             m_tile = m_tile * config.num_ctas + rank
             scales = self._tile_scales(expert, global_scales, outputs)
-            weight = self._routing_weight(row, live, routing)
-            source = tmem + buffer * config.tile + (warp << 21)
             chunks = (live + (CHUNK - 1)) // CHUNK
+            chunk, stride, last = self._chunk_order(chunks, buffer)
+            source = tmem + buffer * gemm.acc_stride + (warp << 21)
+            weight = self._routing_weight(row, live, chunk, routing)
             cute.arch.mbarrier_wait(acc_full + buffer, acc_phase)
             ptx.fence_after_sync()
-            for chunk in cutlass.range(chunks, unroll=1):
-                row_scales = self._row_scales(row, global_scales)
+            for i in cutlass.range(chunks, unroll=1):
+                row_scales = self._row_scales(row + chunk * CHUNK, global_scales)
                 low, high = ptx.load_accumulators(source + chunk * CHUNK)
-                if chunk == chunks - 1:
+                if i == last:
                     ptx.fence_before_sync()
                     with cute.arch.elect_one():
                         self._release(acc_empty + buffer)
-                place = (m_tile, row, live)
+                place = (m_tile, row + chunk * CHUNK, live - chunk * CHUNK)
+                chunk += stride
                 if cutlass.const_expr(gemm.op == "fc2"):
                     self._store_rows(place, low, high, scales, row_scales, outputs, staging, slot)
                     slot ^= 1
                 else:
-                    next_weight = self._routing_weight(row + CHUNK, live - CHUNK, routing)
+                    next_weight = self._routing_weight(row, live, chunk, routing)
                     overflow += self._store_activations(
                         place, low, high, scales, row_scales, weight, outputs, staging
                     )
                     weight = next_weight
-                row += CHUNK
-                live -= CHUNK
             buffer ^= 1
             acc_phase ^= buffer ^ 1
             index += step
@@ -598,6 +617,23 @@ class Dsv4GroupedGemmSm100:
                     cute.arch.red(
                         routing[2], count, op="add", dtype="u64", sem="relaxed", scope="gpu"
                     )
+
+    @cute.jit
+    def _chunk_order(self, chunks, buffer):
+        """First chunk of a tile and step to the next, and after how many the MMAs may go on.
+
+        Overlapping accumulators: the first is read from its end and the second from its start,
+        until only columns remain that the other does not have.
+        """
+        chunk, stride, last = Int32(0), Int32(1), chunks - 1
+        if cutlass.const_expr(self.gemm.overlaps):
+            own = self.gemm.acc_stride // CHUNK  # whole chunks that the second does not touch
+            shared = -(-(self.gemm.config.tile - self.gemm.acc_stride) // CHUNK)
+            last = cutlass.min(last, shared - 1)
+            if buffer == 0:
+                chunk, stride = chunks - 1, Int32(-1)
+                last = cutlass.max(chunks - 1 - own, 0)
+        return chunk, stride, last
 
     @cute.jit
     def _release(self, barrier):
@@ -636,13 +672,13 @@ class Dsv4GroupedGemmSm100:
         return scales
 
     @cute.jit
-    def _routing_weight(self, row, live, routing):
-        """fc1: the routing weight of this lane's token of the chunk that starts at row."""
+    def _routing_weight(self, row, live, chunk, routing):
+        """fc1: the routing weight of this lane's token of a chunk, if there is one."""
         weight = Float32(0.0)
         if cutlass.const_expr(self.gemm.op == "fc1"):
-            big, lane = cute.make_layout(1 << 30), cute.arch.lane_idx()
-            if lane < live:
-                slot = cute.make_tensor(routing[0], big)[row + lane]
+            big, token = cute.make_layout(1 << 30), chunk * CHUNK + cute.arch.lane_idx()
+            if token >= 0 and token < live:
+                slot = cute.make_tensor(routing[0], big)[row + token]
                 weight = cute.make_tensor(routing[1], big)[slot]
         return weight
 
@@ -669,7 +705,7 @@ class Dsv4GroupedGemmSm100:
                 for half in (low, high)
                 for i in (4 * j, 4 * j + 2)
             ]
-            ptx.stmatrix_x4_trans(address + j * 8 * 64, matrices)
+            ptx.stmatrix_x4_trans(address, matrices, j * 8 * 64)
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         pointer = cute.recast_ptr(staging + start, layout.inner, dtype=BFloat16)
@@ -691,14 +727,16 @@ class Dsv4GroupedGemmSm100:
         m_tile, row, live = place
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        values = self._transpose(self._swiglu(low, high, scales, row_scales), staging)
-        values = [value * weight for value in values]
+        weights = ptx.pack(weight, weight)
+        pairs = self._transpose(self._swiglu(low, high, scales, row_scales), staging)
+        pairs = [ptx.mul2(pair, weights) for pair in pairs]
+        values = [value for pair in pairs for value in ptx.unpack(pair)]
         column = (m_tile * NUM_EPILOGUE_WARPS + warp) * 16
         out = Int64(outputs[1].toint())
         width = self.gemm.out_features
         saturated = Int32(0)
         if cutlass.const_expr(self.gemm.quantize):
-            codes, scale, saturated = self._quantize(values, scales[2])
+            codes, scale, saturated = self._quantize(pairs, values, scales[2])
             line = row // 128 * (width // 64) + m_tile
             scale_at = Int64(line) * SCALE_BLOCK + (lane * 16 + row % 128 // 32 * 4 + warp)
             if lane < live:
@@ -732,7 +770,7 @@ class Dsv4GroupedGemmSm100:
 
     @cute.jit
     def _transpose(self, values, staging):
-        """From a lane's 2 rows x 8 tokens to its one token's 16 rows, through shared memory."""
+        """From a lane's 2 rows x 8 tokens to 8 pairs of its one token's 16 rows, through smem."""
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         base = ptx.smem_address(staging) + warp * (CHUNK * STAGING_PITCH)
@@ -740,16 +778,16 @@ class Dsv4GroupedGemmSm100:
         cute.arch.sync_warp()  # the previous chunk has been read
         for r in cutlass.range_constexpr(16):
             token, half = r // 4 * 8 + r % 2, r // 2 % 2
-            ptx.store_shared_f32(to, values[r], token * STAGING_PITCH + half * 8 * 4)
+            ptx.store_shared(to, values[r], token * STAGING_PITCH + half * 8 * 4)
         cute.arch.sync_warp()
         return [
-            value
+            pair
             for i in range(4)
-            for value in ptx.load_shared_f32x4(base + lane * STAGING_PITCH, 16 * i)
+            for pair in ptx.load_shared_pairs(base + lane * STAGING_PITCH, 16 * i)
         ]
 
     @cute.jit
-    def _quantize(self, values, global_scale):
+    def _quantize(self, pairs, values, global_scale):
         """NVFP4 of a block of 16, as `reference.nvfp4_quantize` has it: 2 words, scale, 0 or 1.
 
         A quotient is corrected by its remainder, which rounds it as a division would.
@@ -759,7 +797,9 @@ class Dsv4GroupedGemmSm100:
         if largest != largest:
             largest = self._largest(values, nan=False)
             saturated = Int32(1)
-        sixth = self._divide(cute.arch.fmin(largest, 3.4028234663852886e38), 6.0, 1.0 / 6.0)
+        sixth = self._divide(
+            cute.arch.fmin(largest, 3.4028234663852886e38), Float32(6.0), Float32(1.0 / 6.0)
+        )
         # Beyond 464 global scales all is saturation; 512 keeps the quotient finite.
         quotient = self._divide(
             cute.arch.fmin(sixth, 512.0 * global_scale),
@@ -770,11 +810,8 @@ class Dsv4GroupedGemmSm100:
             saturated = Int32(1)
         byte, unit = ptx.e4m3_round(quotient)
         scale = unit * global_scale
-        inverse = cute.arch.rcp_approx(scale)
-        codes = [
-            ptx.e2m1_pack([self._divide(v, scale, inverse) for v in values[i : i + 8]])
-            for i in (0, 8)
-        ]
+        quotients = self._divide_pairs(pairs, scale, cute.arch.rcp_approx(scale))
+        codes = [ptx.e2m1_pack(quotients[i : i + 8]) for i in (0, 8)]
         if unit == 0.0:
             codes = [Uint32(0), Uint32(0)]
         return codes, byte, saturated
@@ -790,8 +827,23 @@ class Dsv4GroupedGemmSm100:
     def _divide(self, x, divisor, inverse):
         """x / divisor, given about 1 / divisor."""
         quotient = x * inverse
-        if cutlass.const_expr(self.gemm.limit is None):
-            # Without a limit x may be infinite: keep its sign through the remainder.
-            quotient = cute.arch.fmax(cute.arch.fmin(quotient, 2.0**20), -(2.0**20))
-        remainder = ptx.fma(-quotient, divisor, x)
-        return ptx.fma(remainder, inverse, quotient)
+        return ptx.fma(ptx.fma(quotient, -divisor, x), inverse, quotient)
+
+    @cute.jit
+    def _divide_pairs(self, pairs, divisor, inverse):
+        """16 values of 8 pairs, each over divisor."""
+        minus, inverses = ptx.pack(-divisor, -divisor), ptx.pack(inverse, inverse)
+        values = []
+        for pair in pairs:
+            quotient = ptx.mul2(pair, inverses)
+            if cutlass.const_expr(self.gemm.limit is None):
+                # Without a limit a value may be infinite: keep its sign through the remainder.
+                low, high = ptx.unpack(quotient)
+                quotient = ptx.pack(self._bounded(low), self._bounded(high))
+            quotient = ptx.fma2(ptx.fma2(quotient, minus, pair), inverses, quotient)
+            values += ptx.unpack(quotient)
+        return values
+
+    @cute.jit
+    def _bounded(self, x):
+        return cute.arch.fmax(cute.arch.fmin(x, 2.0**20), -(2.0**20))

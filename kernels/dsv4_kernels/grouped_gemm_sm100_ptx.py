@@ -6,7 +6,39 @@ Operand formats are those of the PTX ISA 9.x, chapters "tcgen05" and "cvt".
 
 import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
-from cutlass.cute.arch import inline_ptx
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+
+_REGISTER = {Float32: "f", Int32: "r", Uint32: "r", Int64: "l"}
+
+
+def _asm(template: str, results: tuple = (), args: tuple = (), effects: bool = True):
+    """PTX with operands $0, $1, ...: the results, then the args. None, a value, or a tuple.
+
+    Statements with effects keep their order among themselves and are never dropped.
+    """
+    types = [result.mlir_type for result in results]
+    constraints = [f"={_REGISTER[result]}" for result in results]
+    constraints += [_REGISTER[type(arg)] for arg in args]
+    operation_type = None
+    if len(types) == 1:
+        operation_type = types[0]
+    elif types:
+        operation_type = llvm.StructType.get_literal(types)
+    value = llvm.inline_asm(
+        operation_type,
+        [arg.ir_value() for arg in args],
+        template,
+        ",".join(constraints),
+        has_side_effects=effects,
+    )
+    if len(types) < 2:
+        return results[0](value) if types else None
+    return tuple(
+        result(llvm.extractvalue(type_, value, ir.DenseI64ArrayAttr.get([i])))
+        for i, (result, type_) in enumerate(zip(results, types, strict=True))
+    )
+
 
 # Shared-memory descriptors of tcgen05 (PTX ISA, "Shared memory descriptor"): bits 16-29 leading
 # and 32-45 stride byte offset over 16, bit 46 version 1, bits 61-63 swizzle (2 = 128 bytes).
@@ -49,31 +81,20 @@ def mma_mxf4nvf4(
     num_ctas: cutlass.Constexpr[int],
 ) -> None:
     """D (M, N) (+)= (A * its scales) (B * its scales)^T over K = 64; one thread issues it."""
-    inline_ptx(
+    _asm(
         _block(
             ".reg .pred p;",
-            "setp.ne.b32 p, {$r6}, 0;",
+            "setp.ne.b32 p, $6, 0;",
             f"tcgen05.mma.cta_group::{num_ctas}.kind::mxf4nvf4.block_scale.block16 "
-            "[{$r0}], {$r1}, {$r2}, {$r3}, [{$r4}], [{$r5}], p;",
+            "[$0], $1, $2, $3, [$4], [$5], p;",
         ),
-        read_only_args=[
-            d_tmem,
-            a_desc,
-            b_desc,
-            idesc,
-            a_scales_tmem,
-            b_scales_tmem,
-            Int32(accumulate),
-        ],
+        args=(d_tmem, a_desc, b_desc, idesc, a_scales_tmem, b_scales_tmem, Int32(accumulate)),
     )
 
 
 def copy_scales(tmem: Int32, desc: Int64, num_ctas: cutlass.Constexpr[int]) -> None:
     """512 bytes, the scales of 128 rows and K = 64, into 4 TMEM columns of every sub-partition."""
-    inline_ptx(
-        f"tcgen05.cp.cta_group::{num_ctas}.32x128b.warpx4 [{{$r0}}], {{$r1}};",
-        read_only_args=[tmem, desc],
-    )
+    _asm(f"tcgen05.cp.cta_group::{num_ctas}.32x128b.warpx4 [$0], $1;", args=(tmem, desc))
 
 
 def load_accumulators(tmem: Int32) -> tuple[list[Float32], list[Float32]]:
@@ -85,62 +106,76 @@ def load_accumulators(tmem: Int32) -> tuple[list[Float32], list[Float32]]:
     """
 
     def registers(first: int) -> str:
-        return "{" + ", ".join(f"{{$w{first + i}}}" for i in range(16)) + "}"
+        return "{" + ", ".join(f"${first + i}" for i in range(16)) + "}"
 
-    values = inline_ptx(
-        f"tcgen05.ld.sync.aligned.16x256b.x4.b32 {registers(0)}, [{{$r0}}];\n"
-        f"tcgen05.ld.sync.aligned.16x256b.x4.b32 {registers(16)}, [{{$r1}}];\n"
-        "tcgen05.wait::ld.sync.aligned;",
-        write_only_types=[Float32] * 32,
-        read_only_args=[tmem, tmem + (16 << 16)],
+    values = _asm(
+        f"tcgen05.ld.sync.aligned.16x256b.x4.b32 {registers(0)}, [$32];\n"
+        f"\ttcgen05.ld.sync.aligned.16x256b.x4.b32 {registers(16)}, [$33];\n"
+        "\ttcgen05.wait::ld.sync.aligned;",
+        (Float32,) * 32,
+        (tmem, tmem + (16 << 16)),
     )
     return list(values[:16]), list(values[16:])
 
 
 def fence_before_sync() -> None:
     """Orders this thread's tcgen05 operations before a following barrier arrival."""
-    inline_ptx("tcgen05.fence::before_thread_sync;")
+    _asm("tcgen05.fence::before_thread_sync;")
 
 
 def fence_after_sync() -> None:
     """Orders this thread's later tcgen05 operations after the barrier it has just waited for."""
-    inline_ptx("tcgen05.fence::after_thread_sync;")
+    _asm("tcgen05.fence::after_thread_sync;")
 
 
 def max_abs3(a: Float32, b: Float32, c: Float32, nan: cutlass.Constexpr[bool]) -> Float32:
     """max(|a|, |b|, |c|); with `nan`, NaN if one of them is, otherwise the largest number."""
-    return inline_ptx(
-        f"max{'.NaN' if nan else ''}.abs.f32 {{$w0}}, {{$r0}}, {{$r1}}, {{$r2}};",
-        write_only_types=[Float32],
-        read_only_args=[a, b, c],
-    )
+    modifier = ".NaN" if nan else ""
+    return _asm(f"max{modifier}.abs.f32 $0, $1, $2, $3;", (Float32,), (a, b, c), effects=False)
+
+
+# Two fp32 values as one operand: the fp32 pipe takes the pair in one instruction.
+
+
+def pack(low: Float32, high: Float32) -> Int64:
+    return _asm("mov.b64 $0, {$1, $2};", (Int64,), (low, high), effects=False)
+
+
+def unpack(pair: Int64) -> tuple[Float32, Float32]:
+    return _asm("mov.b64 {$0, $1}, $2;", (Float32, Float32), (pair,), effects=False)
+
+
+def mul2(a: Int64, b: Int64) -> Int64:
+    return _asm("mul.rn.f32x2 $0, $1, $2;", (Int64,), (a, b), effects=False)
+
+
+def fma2(a: Int64, b: Int64, c: Int64) -> Int64:
+    """a * b + c of both halves, each rounded once."""
+    return _asm("fma.rn.f32x2 $0, $1, $2, $3;", (Int64,), (a, b, c), effects=False)
 
 
 def fma(a: Float32, b: Float32, c: Float32) -> Float32:
     """a * b + c, rounded once."""
-    return inline_ptx(
-        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};",
-        write_only_types=[Float32],
-        read_only_args=[a, b, c],
-    )
+    return _asm("fma.rn.f32 $0, $1, $2, $3;", (Float32,), (a, b, c), effects=False)
 
 
 def e4m3_round(value: Float32) -> tuple[Uint32, Float32]:
     """value to nearest even E4M3, clamped at 448: the byte and what it stands for."""
-    return inline_ptx(
+    return _asm(
         _block(
             ".reg .f32 zero;",
             ".reg .b16 pair, low, high;",
             ".reg .b32 both;",
             "mov.f32 zero, 0f00000000;",
-            "cvt.rn.satfinite.e4m3x2.f32 pair, zero, {$r0};",
-            "cvt.u32.u16 {$w0}, pair;",
+            "cvt.rn.satfinite.e4m3x2.f32 pair, zero, $2;",
+            "cvt.u32.u16 $0, pair;",
             "cvt.rn.f16x2.e4m3x2 both, pair;",
             "mov.b32 {low, high}, both;",
-            "cvt.f32.f16 {$w1}, low;",
+            "cvt.f32.f16 $1, low;",
         ),
-        write_only_types=[Uint32, Float32],
-        read_only_args=[value],
+        (Uint32, Float32),
+        (value,),
+        effects=False,
     )
 
 
@@ -148,51 +183,45 @@ def e2m1_pack(values: list[Float32]) -> Uint32:
     """Eight values to nearest even E2M1, clamped at 6, the first in the lowest nibble."""
     assert len(values) == 8, len(values)
     converts = (
-        f"cvt.rn.satfinite.e2m1x2.f32 b{i}, {{$r{2 * i + 1}}}, {{$r{2 * i}}};" for i in range(4)
+        f"cvt.rn.satfinite.e2m1x2.f32 b{i}, ${2 * i + 2}, ${2 * i + 1};" for i in range(4)
     )
-    return inline_ptx(
-        _block(".reg .b8 b0, b1, b2, b3;", *converts, "mov.b32 {$w0}, {b0, b1, b2, b3};"),
-        write_only_types=[Uint32],
-        read_only_args=values,
+    return _asm(
+        _block(".reg .b8 b0, b1, b2, b3;", *converts, "mov.b32 $0, {b0, b1, b2, b3};"),
+        (Uint32,),
+        tuple(values),
+        effects=False,
     )
 
 
 def bf16x2_pack(low: Float32, high: Float32) -> Uint32:
     """Two values to nearest even bf16, low in the low half."""
-    return inline_ptx(
-        "cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};",
-        write_only_types=[Uint32],
-        read_only_args=[low, high],
-    )
+    return _asm("cvt.rn.bf16x2.f32 $0, $2, $1;", (Uint32,), (low, high), effects=False)
 
 
-def stmatrix_x4_trans(address: Int32, matrices: list[Uint32]) -> None:
+def stmatrix_x4_trans(
+    address: Int32, matrices: list[Uint32], offset: cutlass.Constexpr[int]
+) -> None:
     """Four transposed 8x8 b16 matrices; lane 8 i + r gives the address of row r of matrix i."""
-    inline_ptx(
-        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-        read_only_args=[address, *matrices],
+    _asm(
+        f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0+{offset}], {{$1, $2, $3, $4}};",
+        args=(address, *matrices),
     )
 
 
-def store_shared_f32(address: Int32, value: Float32, offset: cutlass.Constexpr[int]) -> None:
-    inline_ptx(f"st.shared.f32 [{{$r0}}+{offset}], {{$r1}};", read_only_args=[address, value])
+def store_shared(address: Int32, value: Float32, offset: cutlass.Constexpr[int]) -> None:
+    _asm(f"st.shared.b32 [$0+{offset}], $1;", args=(address, value))
 
 
-def load_shared_f32x4(address: Int32, offset: cutlass.Constexpr[int]) -> tuple[Float32, ...]:
-    return inline_ptx(
-        f"ld.shared.v4.f32 {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, [{{$r0}}+{offset}];",
-        write_only_types=[Float32] * 4,
-        read_only_args=[address],
-    )
+def load_shared_pairs(address: Int32, offset: cutlass.Constexpr[int]) -> tuple[Int64, Int64]:
+    """Four fp32 values, 16-byte aligned, as two pairs."""
+    return _asm(f"ld.shared.v2.b64 {{$0, $1}}, [$2+{offset}];", (Int64, Int64), (address,))
 
 
 def store_global(address: Int64, words: list[Uint32]) -> None:
     """Two or four words, aligned to their size."""
-    registers = ", ".join(f"{{$r{1 + i}}}" for i in range(len(words)))
-    inline_ptx(
-        f"st.global.v{len(words)}.b32 [{{$r0}}], {{{registers}}};", read_only_args=[address, *words]
-    )
+    registers = ", ".join(f"${1 + i}" for i in range(len(words)))
+    _asm(f"st.global.v{len(words)}.b32 [$0], {{{registers}}};", args=(address, *words))
 
 
 def store_global_byte(address: Int64, value: Uint32) -> None:
-    inline_ptx("st.global.u8 [{$r0}], {$r1};", read_only_args=[address, value])
+    _asm("st.global.u8 [$0], $1;", args=(address, value))
