@@ -72,7 +72,7 @@ def parse(ptx: str) -> dict[str, Kernel]:
 def _parse_params(text: str) -> list[tuple[str, int]]:
     params = []
     for declaration in filter(None, (p.strip() for p in text.split(","))):
-        match = re.search(r"\.[a-z](\d+)\s+([\w$]+)(?:\[(\d+)\])?$", declaration)
+        match = re.search(r"\.[a-z](\d+)(?: \.ptr[ .\w]*)?\s+([\w$]+)(?:\[(\d+)\])?$", declaration)
         if match is None:
             raise Unsupported(f"kernel parameter {declaration!r}")
         bits, name, count = match.groups()

@@ -1,5 +1,6 @@
 """Integer, bit, floating-point and predicate arithmetic (PTX ISA 9.0, 9.7.1 to 9.7.8)."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -102,11 +103,18 @@ def _float_function(binder: Binder, name: str) -> Callable:
         function = _F32_NAN[name]
     else:
         function = _F32[name]
+    if name in ("min", "max"):
+        function = _of_three(function, np.abs if binder.has("abs") else np.asarray)
     if binder.has("ftz"):
         function = _flushed(function)
     if binder.has("sat"):
         function = _saturated(function)
     return function
+
+
+def _of_three(function: Callable, prepare: Callable) -> Callable:
+    """min and max of two or, since PTX 8.8, three operands, or of their magnitudes."""
+    return lambda *operands: functools.reduce(function, map(prepare, operands))
 
 
 def _halves(function: Callable, unpack: Callable, pack: Callable) -> Callable:
@@ -163,7 +171,7 @@ def compile_arithmetic(binder: Binder) -> Step:
     arity = len(binder.operands) - 1
     rounding = ("rn", "ftz", "sat", "NaN", "relu", "lo", "wrapping")
     if kind == "f32":
-        _check_modifiers(binder, *rounding)
+        _check_modifiers(binder, *rounding, *(("abs",) if arity == 3 else ()))
         return _map(binder, _float_function(binder, name), *["f32"] * arity)
     if kind == "f32x2":
         _check_modifiers(binder, "rn", "ftz")
