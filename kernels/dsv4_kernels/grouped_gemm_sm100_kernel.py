@@ -18,110 +18,27 @@ K block b is byte 512 * ((r // 128) * (K / 64) + b // 4) + 16 * (r % 32) + 4 * (
 + b % 4 (PTX ISA, "Scale factor B/A layout in tensor memory", .scale_vec::4X).
 """
 
-from dataclasses import dataclass
-
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from dsv4_kernels import grouped_gemm_sm100_ptx as ptx
-
-TILE_M = 128  # weight rows a CTA
-TILE_K = 256  # values of K a pipeline stage: 128 bytes of E2M1, the widest swizzle
-MMA_K = 64
-CHUNK = 32  # tokens the epilogue takes at a time
-MMA_WARP, TMA_WARP = 4, 5
-NUM_EPILOGUE_WARPS = 4
-NUM_THREADS = 192
-SCALE_BLOCK = 512  # bytes of block scales of 128 rows and K = 64
-SMEM_LIMIT = 232_448  # bytes a CTA can have on compute capability 10.0
-TMEM_COLUMNS = 512
-# fp32 staging of a warp's 32 tokens x 16 outputs. 20 words a token: neither the stores (8 rows x
-# 4 tokens a warp) nor the 16-byte loads (a token a lane) meet a bank twice.
-STAGING_PITCH = 20 * 4
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a grouped GEMM is cut: see `choose_config`."""
-
-    tile: int  # tokens of a tile, the most that N can be; also the row padding of the layout
-    num_ctas: int  # CTAs of an MMA
-    token_box: int  # token rows a TMA load brings; those that do not exist are read in vain
-    stages: int
-
-    def __str__(self) -> str:
-        return f"{self.num_ctas}cta_n{self.tile}_box{self.token_box}_s{self.stages}"
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """All that a compiled kernel is specialised on."""
-
-    op: str  # "fc1" or "fc2"
-    num_experts: int  # local
-    out_features: int  # intermediate or hidden: columns of the output
-    k: int  # hidden or intermediate
-    config: Config
-    quantize: bool = False  # fc1: NVFP4 out; otherwise bf16
-    scale_per_row: bool = False  # the input has one global scale per row, not one in all or expert
-    limit: float | None = None  # fc1: swiglu_limit
-
-    @property
-    def weight_rows(self) -> int:
-        return self.out_features * (2 if self.op == "fc1" else 1)
-
-    @property
-    def m_tiles(self) -> int:
-        """Tiles along the weight rows, each of one CTA or a pair."""
-        return self.weight_rows // (TILE_M * self.config.num_ctas)
-
-    @property
-    def token_rows(self) -> int:
-        """Token rows of a tile in one CTA's shared memory: a pair shares them half and half."""
-        return self.config.tile // self.config.num_ctas
-
-    @property
-    def scale_blocks(self) -> int:
-        """128x4 blocks of token scales beside one another in a tile."""
-        return -(-self.config.tile // 128)
-
-    @property
-    def stage_bytes(self) -> int:
-        operands = (TILE_M + self.token_rows) * TILE_K // 2
-        return operands + (1 + self.scale_blocks) * SCALE_BLOCK * TILE_K // MMA_K
-
-    @property
-    def staging_bytes(self) -> int:
-        if self.op == "fc1":
-            return NUM_EPILOGUE_WARPS * CHUNK * STAGING_PITCH
-        return NUM_EPILOGUE_WARPS * 2 * CHUNK * 32 * 2
-
-    @property
-    def smem_bytes(self) -> int:
-        barriers = 8 * (2 * self.config.stages + 4) + 8
-        return self.config.stages * self.stage_bytes + self.staging_bytes + barriers + 1024
-
-    @property
-    def scale_columns(self) -> int:
-        """TMEM columns of a stage's scales: 4 for K = 64 and 128 rows."""
-        return (1 + self.scale_blocks) * 4 * (TILE_K // MMA_K)
-
-    @property
-    def acc_stride(self) -> int:
-        """TMEM columns from one accumulator to the next, less than a tile where they overlap."""
-        return min(self.config.tile, TMEM_COLUMNS - self.scale_columns - self.config.tile)
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether the two accumulators share columns: the last of the first, first of the second."""
-        return self.acc_stride < self.config.tile
-
-    @property
-    def tmem_columns(self) -> int:
-        """The two accumulators, then the scales."""
-        return self.acc_stride + self.config.tile + self.scale_columns
+from dsv4_kernels.grouped_gemm_sm100_spec import (
+    CHUNK,
+    MMA_K,
+    MMA_WARP,
+    NUM_EPILOGUE_WARPS,
+    NUM_THREADS,
+    SCALE_BLOCK,
+    SMEM_LIMIT,
+    STAGING_PITCH,
+    TILE_K,
+    TILE_M,
+    TMA_WARP,
+    TMEM_COLUMNS,
+    Gemm,
+)
 
 
 class Dsv4GroupedGemmSm100:
@@ -194,9 +111,7 @@ class Dsv4GroupedGemmSm100:
         )
         out_tma, mOut = None, out
         if cutlass.const_expr(gemm.op == "fc2"):
-            out_layout = cute.make_layout(
-                (rows, gemm.out_features), stride=(gemm.out_features, 1)
-            )
+            out_layout = cute.make_layout((rows, gemm.out_features), stride=(gemm.out_features, 1))
             out_tma, mOut = cpasync.make_tiled_tma_atom(
                 cpasync.CopyBulkTensorTileS2GOp(),
                 cute.make_tensor(out, out_layout),
@@ -226,17 +141,13 @@ class Dsv4GroupedGemmSm100:
         if gemm.op == "fc2":
             return cute.make_tensor(
                 weights,
-                cute.make_layout(
-                    (n, k_bytes, gemm.num_experts), stride=(k_bytes, 1, expert_bytes)
-                ),
+                cute.make_layout((n, k_bytes, gemm.num_experts), stride=(k_bytes, 1, expert_bytes)),
             )
         rows = (16, 2, n // 16)
         strides = (k_bytes, n * k_bytes, 16 * k_bytes)
         return cute.make_tensor(
             weights,
-            cute.make_layout(
-                (rows, k_bytes, gemm.num_experts), stride=(strides, 1, expert_bytes)
-            ),
+            cute.make_layout((rows, k_bytes, gemm.num_experts), stride=(strides, 1, expert_bytes)),
         )
 
     def _weight_tiler(self):
@@ -272,7 +183,7 @@ class Dsv4GroupedGemmSm100:
         step = cute.arch.grid_dim()[0] // config.num_ctas
 
         # Phase 1: barriers, tensor memory, tensor maps; nothing that an earlier kernel wrote.
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         barriers = (
             smem.allocate_array(Int64, config.stages),  # full: operands of a stage are there
             smem.allocate_array(Int64, config.stages),  # empty: the MMAs have read them
@@ -346,9 +257,7 @@ class Dsv4GroupedGemmSm100:
         k_steps = TILE_K // MMA_K
         sSFA = smem.allocate_tensor(
             Uint32,
-            cute.make_layout(
-                (k_steps, words, config.stages), stride=(words, 1, k_steps * words)
-            ),
+            cute.make_layout((k_steps, words, config.stages), stride=(words, 1, k_steps * words)),
             1024,
         )
         sSFB = smem.allocate_tensor(
@@ -430,12 +339,8 @@ class Dsv4GroupedGemmSm100:
                 (None, None),
             )
             tXsX, tXgX = self._partition(token_tma, sX, gX)
-            sfa_line = (
-                expert * (gemm.weight_rows // TILE_M) + m_tile
-            ) * k_blocks
-            gSFA = cute.local_tile(
-                cute.domain_offset((sfa_line, 0), mSFA), scale_box, (None, None)
-            )
+            sfa_line = (expert * (gemm.weight_rows // TILE_M) + m_tile) * k_blocks
+            gSFA = cute.local_tile(cute.domain_offset((sfa_line, 0), mSFA), scale_box, (None, None))
             tAsA, tAgA = self._partition(sfa_tma, sSFA, gSFA)
             for k in cutlass.range(self.k_tiles, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
@@ -720,9 +625,7 @@ class Dsv4GroupedGemmSm100:
     # ---- fc1: SwiGLU, routing weight, and NVFP4 or bf16
 
     @cute.jit
-    def _store_activations(
-        self, place, low, high, scales, row_scales, weight, outputs, staging
-    ):
+    def _store_activations(self, place, low, high, scales, row_scales, weight, outputs, staging):
         """32 tokens x this warp's 16 intermediate values; returns 1 if this lane's saturated."""
         m_tile, row, live = place
         lane = cute.arch.lane_idx()
@@ -764,7 +667,7 @@ class Dsv4GroupedGemmSm100:
             if cutlass.const_expr(limit is not None):
                 g = cute.arch.fmin(g, limit, nan=True)
                 u = cute.arch.fmax(cute.arch.fmin(u, limit, nan=True), -limit, nan=True)
-            sigmoid = cute.arch.rcp_approx(1.0 + cute.arch.exp2(g * -1.4426950408889634))
+            sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp2(g * -1.4426950408889634, fastmath=True))
             values.append(g * sigmoid * u)
         return values
 

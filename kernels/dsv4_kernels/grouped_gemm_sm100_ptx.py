@@ -182,9 +182,7 @@ def e4m3_round(value: Float32) -> tuple[Uint32, Float32]:
 def e2m1_pack(values: list[Float32]) -> Uint32:
     """Eight values to nearest even E2M1, clamped at 6, the first in the lowest nibble."""
     assert len(values) == 8, len(values)
-    converts = (
-        f"cvt.rn.satfinite.e2m1x2.f32 b{i}, ${2 * i + 2}, ${2 * i + 1};" for i in range(4)
-    )
+    converts = (f"cvt.rn.satfinite.e2m1x2.f32 b{i}, ${2 * i + 2}, ${2 * i + 1};" for i in range(4))
     return _asm(
         _block(".reg .b8 b0, b1, b2, b3;", *converts, "mov.b32 $0, {b0, b1, b2, b3};"),
         (Uint32,),

@@ -1,0 +1,241 @@
+"""The two grouped GEMMs of the experts on compute capability 10.0: shape -> config -> launch.
+
+    fc1: h[row]   = w_row * silu(min(g, L)) * clamp(u, -L, L),   g = W1_e x, u = W3_e x
+    fc2: out[row] = W2_e h[row]                                                        (bf16)
+
+NVFP4 times NVFP4 with fp32 sums. e and the rows are ExpertLayout's: rows that exist are written;
+padding rows of out may be. fc1 writes NVFP4, its block scales in 128x4 blocks, exactly as
+`reference.nvfp4_quantize` would from the fp32 h; or bf16, for the `token` policy, whose global
+scale needs whole rows. Block scales of weights are in `weights_sm100`'s order. Nothing here
+synchronises or allocates, nor compiles what `compile_gemm` already has.
+"""
+
+import functools
+
+import cuda.bindings.driver as cuda
+import torch
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
+from cutlass.cute.runtime import make_ptr
+
+from dsv4_kernels.grouped_gemm_sm100_kernel import Dsv4GroupedGemmSm100
+from dsv4_kernels.grouped_gemm_sm100_spec import Config, Gemm
+from dsv4_kernels.types import (
+    ActivationScales,
+    ExpertLayout,
+    ExpertWeights,
+    MoeShape,
+    QuantizedRows,
+)
+
+# One for each tile, as many stages as fit beside FC2's staging. Boxes: a tile of the smallest
+# reads at most 15 tokens too many; the largest is for prefill, where boxes are full.
+CONFIGS = {
+    64: Config(tile=64, num_ctas=1, token_box=16, stages=7),
+    128: Config(tile=128, num_ctas=1, token_box=32, stages=5),
+    256: Config(tile=256, num_ctas=2, token_box=64, stages=5),
+}
+_DTYPES = {
+    torch.uint8: Uint8,
+    torch.float8_e4m3fn: Uint8,
+    torch.bfloat16: BFloat16,
+    torch.float32: Float32,
+    torch.int32: Int32,
+    torch.int64: Int64,
+}
+
+
+def unsupported(shape: MoeShape) -> str | None:
+    """Why these kernels cannot run the layer, or None."""
+    if not shape.quantize_activations:
+        return (
+            "it multiplies NVFP4 activations and this layer keeps them in bf16: use an activation "
+            "scale policy other than none"
+        )
+    for name, multiple in (("hidden", 128), ("intermediate", 64)):
+        size = getattr(shape, name)
+        if size % multiple:
+            return (
+                f"{name} size {size} of this rank is not a multiple of {multiple}: use a smaller "
+                "tensor-parallel size or expert parallelism"
+            )
+    return None
+
+
+def choose_config(shape: MoeShape, num_tokens: int) -> Config:
+    """By the rows that an expert gets if routing is even.
+
+    Each tile reads all of an expert's weights, from L2 after the first, so a tile should hold
+    what an expert usually gets; N follows the rows that exist, so a large tile costs padding and
+    shared memory only. Up to about 350 rows an expert is bound by reading its weights once (9
+    PFLOP/s over 8 TB/s, at 0.5625 bytes a weight); beyond, by the tensor cores, which two CTAs
+    and 256 tokens keep fed with half the shared-memory traffic of one and 128.
+    """
+    rows = num_tokens * shape.top_k / shape.num_experts
+    if rows <= 40:
+        return CONFIGS[64]
+    # A pair takes 256 weight rows: 128 gate and 128 up, or 256 of hidden.
+    if rows <= 160 or shape.intermediate % 128 or shape.hidden % 256:
+        return CONFIGS[128]
+    return CONFIGS[256]
+
+
+def gemms(shape: MoeShape, scales: ActivationScales | None, limit: float | None, tile: int):
+    """(fc1, fc2) of a layer at one tile; scales say which inputs have one scale per row."""
+    per_row = (False, False) if scales is None else (scales.fc1 is None, scales.fc2 is None)
+    local, config = shape.num_local_experts, CONFIGS[tile]
+    return (
+        Gemm(
+            "fc1",
+            local,
+            shape.intermediate,
+            shape.hidden,
+            config,
+            quantize=not per_row[1],
+            scale_per_row=per_row[0],
+            limit=limit,
+        ),
+        Gemm(
+            "fc2",
+            local,
+            shape.hidden,
+            shape.intermediate,
+            config,
+            scale_per_row=per_row[1],
+        ),
+    )
+
+
+def example_arguments(gemm: Gemm) -> tuple:
+    """What `cute.compile` is given for a specialisation: types and alignments."""
+
+    def pointer(dtype, alignment=16):
+        return make_ptr(dtype, 1 << 20, cute.AddressSpace.gmem, assumed_align=alignment)
+
+    quantize, fc1 = gemm.quantize, gemm.op == "fc1"
+    return (
+        pointer(Uint8),
+        pointer(Uint8),
+        pointer(Float32, 4),
+        pointer(Uint8),
+        pointer(Uint8),
+        pointer(Float32, 4),
+        Int32(gemm.config.tile),
+        pointer(Int32, 4),
+        pointer(Int32, 4),
+        pointer(Int32, 4),
+        pointer(Uint8 if quantize else BFloat16),
+        pointer(Uint8) if quantize else None,
+        pointer(Float32, 4) if quantize else None,
+        pointer(Int32, 4) if fc1 else None,
+        pointer(Float32, 4) if fc1 else None,
+        pointer(Int64, 8) if quantize else None,
+        Int32(1),
+        cuda.CUstream(0),
+    )
+
+
+@functools.cache
+def compile_gemm(gemm: Gemm, arch: str = "sm_100a"):
+    """The specialisation's launcher; no GPU is needed."""
+    options = f"--gpu-arch={arch}"
+    return cute.compile(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), options=options)
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(gemm: Gemm, arguments: tuple) -> None:
+    """Run a specialisation on torch tensors, in the order of the kernel's `__call__`."""
+    device = arguments[0].device
+    pointers = [
+        make_ptr(_DTYPES[a.dtype], a.data_ptr(), cute.AddressSpace.gmem, assumed_align=4)
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in arguments
+    ]
+    clusters = _num_sms(device) // gemm.config.num_ctas
+    stream = cuda.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    compile_gemm(gemm)(*pointers, Int32(clusters), stream)
+
+
+def fc1(
+    x: QuantizedRows,
+    routing_weights: torch.Tensor,
+    layout: ExpertLayout,
+    weights: ExpertWeights,
+    scales: ActivationScales,
+    limit: float | None,
+    saturated: torch.Tensor,
+    *,
+    out: QuantizedRows | torch.Tensor,
+) -> None:
+    """h of every row that exists: x (capacity, hidden) -> out (capacity, intermediate).
+
+    routing_weights (num_tokens, top_k) float32. out is QuantizedRows if scales.fc2 says with
+    which global scales, else bf16; saturated (1,) int64 grows by the blocks that did not fit.
+    """
+    quantize = isinstance(out, QuantizedRows)
+    assert quantize == (scales.fc2 is not None), scales
+    gemm = _specialise("fc1", layout, weights, scales.fc1 is None, quantize, limit)
+    launch(
+        gemm,
+        (
+            weights.w13,
+            weights.w13_block_scales,
+            weights.w13_global_scales,
+            x.codes,
+            x.block_scales,
+            x.global_scales if scales.fc1 is None else scales.fc1,
+            Int32(len(x.codes)),
+            layout.counts,
+            layout.offsets,
+            layout.tile_to_expert,
+            out.codes if quantize else out,
+            out.block_scales if quantize else None,
+            scales.fc2 if quantize else None,
+            layout.row_to_slot,
+            routing_weights,
+            saturated if quantize else None,
+        ),
+    )
+
+
+def fc2(
+    h: QuantizedRows,
+    layout: ExpertLayout,
+    weights: ExpertWeights,
+    scales: ActivationScales,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """Rows for `combine`: h (capacity, intermediate) -> out (capacity, hidden) bf16."""
+    gemm = _specialise("fc2", layout, weights, scales.fc2 is None, False, None)
+    launch(
+        gemm,
+        (
+            weights.w2,
+            weights.w2_block_scales,
+            weights.w2_global_scales,
+            h.codes,
+            h.block_scales,
+            h.global_scales if scales.fc2 is None else scales.fc2,
+            Int32(len(h.codes)),
+            layout.counts,
+            layout.offsets,
+            layout.tile_to_expert,
+            out,
+            *(None,) * 5,
+        ),
+    )
+
+
+def _specialise(op, layout, weights, scale_per_row, quantize, limit) -> Gemm:
+    """The Gemm of a call; its config is that of the layout's tile."""
+    capacity = len(layout.row_to_slot)
+    tile = capacity // len(layout.tile_to_expert)
+    sizes = (weights.intermediate, weights.hidden)
+    out_features, k = sizes if op == "fc1" else sizes[::-1]
+    local = weights.num_local_experts
+    return Gemm(op, local, out_features, k, CONFIGS[tile], quantize, scale_per_row, limit)

@@ -1,0 +1,328 @@
+"""The sm_100a grouped GEMM in the PTX emulator, against the oracle on the quantised operands."""
+
+import functools
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+from dsv4_kernels import grouped_gemm_sm100 as sm100
+from dsv4_kernels import reference
+from dsv4_kernels.grouped_gemm_sm100_kernel import Dsv4GroupedGemmSm100
+from dsv4_kernels.grouped_gemm_sm100_spec import Config, Gemm
+from dsv4_kernels.types import (
+    ActivationScales,
+    ExpertLayout,
+    ExpertWeights,
+    MoeShape,
+    QuantizedRows,
+    capacity,
+)
+from dsv4_kernels.weights_sm100 import swizzle_sm100
+
+from tests.ptx_emulator.host import EmulatedFunction, emulate
+
+MODES = [("eager", 0), ("lazy", 0), ("random", 1), ("random", 2)]
+MODE_IDS = [f"{mode}{seed or ''}" for mode, seed in MODES]
+if os.environ.get("DSV4_EMULATOR_SWEEP"):
+    MODES += [("random", seed) for seed in range(3, 20)]
+    MODE_IDS = [f"{mode}{seed or ''}" for mode, seed in MODES]
+GROUPS = {
+    "ragged": [300, 0, 128, 1, 77, 513, 64, 5],
+    "one_expert_has_all": [0, 0, 140, 0],
+    "one_row": [0, 1, 0],
+}
+# A pair of CTAs wants 256 and 128 of them; 384 leaves the last stage of K half empty.
+HIDDEN, INTERMEDIATE = 256, 384
+CONFIGS = list(sm100.CONFIGS.values())
+LIMIT = 10.0
+
+
+@functools.cache
+def emulated(gemm: Gemm) -> EmulatedFunction:
+    arguments = sm100.example_arguments(gemm)
+    return emulate(Dsv4GroupedGemmSm100(gemm), *arguments, arch="sm_100a")
+
+
+class Problem(NamedTuple):
+    layout: ExpertLayout
+    weights: ExpertWeights  # as the checkpoint has them
+    expert: torch.Tensor  # (capacity,) of every row
+    live: torch.Tensor  # (capacity,) bool: rows that exist
+    routing_weights: torch.Tensor
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy at a multiple of 256 bytes, as GPU allocations are."""
+    size = tensor.numel() * tensor.element_size()
+    room = torch.empty(size + 256, dtype=torch.uint8)
+    start = -room.data_ptr() % 256
+    copy = room[start : start + size].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def random_weights(num_experts: int, rows: int, k: int, generator: torch.Generator):
+    """Codes, block scales of every size, and a global scale near what keeps outputs about 1."""
+    codes = torch.randint(0, 256, (num_experts, rows, k // 2), generator=generator)
+    scales = torch.rand((num_experts, rows, k // 16), generator=generator) * 2
+    scales[torch.rand(scales.shape, generator=generator) < 0.02] = 0
+    global_scales = (torch.rand(num_experts, generator=generator) + 0.5) / (3 * k**0.5)
+    return codes.to(torch.uint8), scales.to(torch.float8_e4m3fn), global_scales
+
+
+def make_problem(counts: list[int], tile: int, seed: int = 0) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    order = torch.randperm(len(slots), generator=generator)
+    layout = reference.expert_layout(slots[order, None], len(counts), None, tile)
+    assert len(layout.row_to_slot) == capacity(len(slots), 1, len(counts), tile)
+    layout = ExpertLayout(*map(aligned, layout))
+    w13, w13_scales, gate = random_weights(len(counts), 2 * INTERMEDIATE, HIDDEN, generator)
+    w2, w2_scales, w2_global = random_weights(len(counts), HIDDEN, INTERMEDIATE, generator)
+    weights = ExpertWeights(
+        w13, w13_scales, torch.stack((gate, gate * 1.25), 1), w2, w2_scales, w2_global
+    )
+    expert = layout.tile_to_expert.long().repeat_interleave(tile)
+    routing_weights = torch.rand(len(slots), 1, generator=generator) + 0.1
+    return Problem(layout, weights, expert, layout.row_to_slot >= 0, aligned(routing_weights))
+
+
+def prepared(weights: ExpertWeights) -> ExpertWeights:
+    """Copies in the kernel's layout, each aligned."""
+    return swizzle_sm100(ExpertWeights(*map(aligned, weights)))
+
+
+def quantized_rows(
+    problem: Problem, values: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[QuantizedRows, torch.Tensor]:
+    """The kernel's operand, garbage in padding rows, and what its rows stand for."""
+    per_row = scale
+    if scale is not None and len(scale) == len(problem.layout.counts):
+        per_row = scale[problem.expert]
+    (codes, scales, used), _ = reference.nvfp4_quantize(values, per_row)
+    meaning = reference.nvfp4_dequantize(codes, scales, used.reshape(-1, 1))
+    codes[~problem.live] = 0xFF
+    raw = scales.view(torch.uint8)
+    raw[~problem.live] = 0x7F  # NaN
+    rows = -(-len(raw) // 128) * 128
+    padded = torch.full((rows, raw.shape[1]), 0x7F, dtype=torch.uint8)
+    padded[: len(raw)] = raw
+    blocks = aligned(to_blocks(padded)).view(torch.float8_e4m3fn)
+    return QuantizedRows(aligned(codes), blocks, aligned(used)), meaning
+
+
+def to_blocks(scales: torch.Tensor) -> torch.Tensor:
+    """(R, C) bytes -> 128x4 blocks, written out byte by byte from the PTX ISA's figure."""
+    row = torch.arange(scales.shape[0])[:, None]
+    column = torch.arange(scales.shape[1])[None]
+    block = row // 128 * (scales.shape[1] // 4) + column // 4
+    place = block * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+    out = torch.empty(scales.numel(), dtype=torch.uint8)
+    out[place.flatten()] = scales.flatten()
+    return out.view(scales.shape)
+
+
+def from_blocks(blocks: torch.Tensor) -> torch.Tensor:
+    index = torch.arange(blocks.numel()).view(blocks.shape)
+    # The permutation's inverse, from where each place came.
+    row = torch.arange(blocks.shape[0])[:, None]
+    column = torch.arange(blocks.shape[1])[None]
+    block = row // 128 * (blocks.shape[1] // 4) + column // 4
+    place = block * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+    assert torch.equal(place.flatten().sort().values, index.flatten())
+    return blocks.flatten()[place.flatten()].view(blocks.shape)
+
+
+@pytest.fixture
+def run_emulated(monkeypatch):
+    """Make the host functions launch in the emulator; returns where to set mode and SMs."""
+    options = {"mode": "eager", "seed": 0, "clusters": 2, "statistics": []}
+
+    def launch(gemm: Gemm, arguments: tuple) -> None:
+        statistics = emulated(gemm).run(
+            *(argument for argument in arguments if argument is not None),
+            options["clusters"],
+            None,
+            mode=options["mode"],
+            seed=options["seed"],
+        )
+        options["statistics"].append(statistics)
+
+    monkeypatch.setattr(sm100, "launch", launch)
+    return options
+
+
+def oracle_fc1(problem: Problem, x: torch.Tensor, limit: float | None) -> torch.Tensor:
+    h = torch.zeros(len(x), INTERMEDIATE)
+    weight = problem.routing_weights.flatten()[problem.layout.row_to_slot.clamp(min=0).long()]
+    for expert in problem.layout.counts.nonzero().flatten().tolist():
+        rows = problem.live & (problem.expert == expert)
+        h[rows] = reference.fc1(x[rows], problem.weights, expert, weight[rows], limit)
+    return h
+
+
+def oracle_fc2(problem: Problem, h: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(len(h), HIDDEN)
+    for expert in problem.layout.counts.nonzero().flatten().tolist():
+        rows = problem.live & (problem.expert == expert)
+        out[rows] = reference.fc2(h[rows], problem.weights, expert)
+    return out
+
+
+def assert_bf16_of(result: torch.Tensor, exact: torch.Tensor) -> None:
+    """Equal up to the rounding to bf16, and fp32 sums in another order."""
+    error = (result.float() - exact).abs()
+    allowed = exact.abs() * 2**-8 + exact.abs().max() * 1e-5
+    assert bool((error <= allowed).all()), f"off by up to {(error / allowed).max():.2f} x allowed"
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
+def test_fc2(run_emulated, config: Config, groups, mode, seed):
+    run_emulated.update(mode=mode, seed=seed, clusters=3)
+    problem = make_problem(groups, config.tile, seed)
+    scales = ActivationScales(torch.tensor([0.01]), torch.rand(len(groups)) * 0.01 + 0.001)
+    h, meaning = quantized_rows(problem, torch.randn(len(problem.live), INTERMEDIATE), scales.fc2)
+    out = aligned(torch.full((len(problem.live), HIDDEN), torch.nan, dtype=torch.bfloat16))
+    sm100.fc2(h, problem.layout, prepared(problem.weights), scales, out=out)
+    assert_bf16_of(out[problem.live], oracle_fc2(problem, meaning)[problem.live])
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
+def test_fc1_quantizes_as_the_oracle(run_emulated, config: Config, groups, mode, seed):
+    run_emulated.update(mode=mode, seed=seed)
+    check_fc1(run_emulated, make_problem(groups, config.tile, seed), LIMIT)
+
+
+def check_fc1(run_emulated, problem: Problem, limit: float | None, x_values=None) -> None:
+    rows, local = len(problem.live), len(problem.layout.counts)
+    x_values = torch.randn(rows, HIDDEN) if x_values is None else x_values
+    scales = ActivationScales(torch.tensor([0.002]), aligned(torch.rand(local) * 0.0015 + 0.0001))
+    x, meaning = quantized_rows(problem, x_values, scales.fc1)
+    scale_rows = -(-rows // 128) * 128
+    out = QuantizedRows(
+        aligned(torch.full((rows, INTERMEDIATE // 2), 0xAA, dtype=torch.uint8)),
+        aligned(torch.zeros(scale_rows, INTERMEDIATE // 16, dtype=torch.uint8)),
+        scales.fc2,
+    )
+    saturated = aligned(torch.tensor([5]))
+    sm100.fc1(
+        x,
+        problem.routing_weights,
+        problem.layout,
+        prepared(problem.weights),
+        scales,
+        limit,
+        saturated,
+        out=out,
+    )
+    exact = oracle_fc1(problem, meaning, limit)[problem.live]
+    gs = scales.fc2[problem.expert[problem.live]]
+    expected, overflow = reference.nvfp4_quantize(exact, gs)
+    codes = out.codes[problem.live]
+    block_scales = from_blocks(out.block_scales)[:rows][problem.live]
+    assert int(saturated) == 5 + int(overflow)
+    # Sums in another order move a value across a rounding boundary now and then.
+    same_scale = block_scales == expected.block_scales.view(torch.uint8)
+    same_code = codes == expected.codes
+    assert (~same_scale).sum() <= 2e-4 * same_scale.numel(), (~same_scale).sum()
+    assert (~same_code).sum() <= 3e-4 * same_code.numel(), (~same_code).sum()
+    result = reference.nvfp4_dequantize(codes, block_scales.view(torch.float8_e4m3fn), gs[:, None])
+    ideal = reference.nvfp4_dequantize(expected.codes, expected.block_scales, gs[:, None])
+    assert (result - ideal).abs().max() <= ideal.abs().max() / 3  # one code, never two
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_fc1_without_a_limit_keeps_the_sign_of_infinities(run_emulated, config: Config):
+    problem = make_problem([40, 3], config.tile)
+    weights = problem.weights
+    # Of expert 1 the up projection overflows float32 for some rows.
+    weights.w13_global_scales[1, 1] = 3e38
+    check_fc1(run_emulated, problem, limit=None)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_token_policy(run_emulated, config: Config):
+    """A global scale per row into both, and bf16 between them."""
+    problem = make_problem([40, 0, 129], config.tile)
+    scales, rows = ActivationScales(None, None), len(problem.live)
+    x, meaning = quantized_rows(problem, torch.randn(rows, HIDDEN), None)
+    out = aligned(torch.full((rows, INTERMEDIATE), torch.nan, dtype=torch.bfloat16))
+    weights = prepared(problem.weights)
+    sm100.fc1(x, problem.routing_weights, problem.layout, weights, scales, LIMIT, None, out=out)
+    assert_bf16_of(out[problem.live], oracle_fc1(problem, meaning, LIMIT)[problem.live])
+    h, meaning = quantized_rows(problem, torch.where(problem.live[:, None], out.float(), 0), None)
+    rows_out = aligned(torch.full((rows, HIDDEN), torch.nan, dtype=torch.bfloat16))
+    sm100.fc2(h, problem.layout, weights, scales, out=rows_out)
+    assert_bf16_of(rows_out[problem.live], oracle_fc2(problem, meaning)[problem.live])
+    assert len(run_emulated["statistics"]) == 2
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_chain_of_fc1_and_fc2(run_emulated, config: Config):
+    """FC2 reads what FC1 wrote, block scales in place; the oracle starts from the same codes."""
+    run_emulated.update(mode="random", seed=4)
+    problem = make_problem([70, 0, 1, 33], config.tile)
+    rows = len(problem.live)
+    scales = ActivationScales(torch.tensor([0.002]), aligned(torch.full((4,), 0.001)))
+    x, _ = quantized_rows(problem, torch.randn(rows, HIDDEN), scales.fc1)
+    scale_rows = -(-rows // 128) * 128
+    h = QuantizedRows(
+        aligned(torch.zeros(rows, INTERMEDIATE // 2, dtype=torch.uint8)),
+        aligned(torch.zeros(scale_rows, INTERMEDIATE // 16, dtype=torch.uint8)),
+        scales.fc2,
+    )
+    weights, saturated = prepared(problem.weights), aligned(torch.zeros(1, dtype=torch.int64))
+    sm100.fc1(x, problem.routing_weights, problem.layout, weights, scales, LIMIT, saturated, out=h)
+    out = aligned(torch.full((rows, HIDDEN), torch.nan, dtype=torch.bfloat16))
+    sm100.fc2(h, problem.layout, weights, scales, out=out)
+    block_scales = from_blocks(h.block_scales)[:rows].view(torch.float8_e4m3fn)
+    gs = scales.fc2[problem.expert][:, None]
+    meaning = reference.nvfp4_dequantize(h.codes, block_scales, gs)
+    assert_bf16_of(out[problem.live], oracle_fc2(problem, meaning)[problem.live])
+
+
+def test_every_config_can_be_chosen_and_the_tile_never_falls():
+    shape = MoeShape(384, 48, 6, 7168, 3072, 1 << 17, True)
+    chosen = [sm100.choose_config(shape, tokens) for tokens in (1, 64, 2000, 4096, 9000, 1 << 17)]
+    assert set(chosen) == set(CONFIGS)
+    assert [config.tile for config in chosen] == sorted(config.tile for config in chosen)
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(7168, 3072 + 64), (7168 + 128, 3072)])
+def test_a_pair_of_ctas_only_where_it_has_whole_tiles(hidden, intermediate):
+    shape = MoeShape(8, 8, 2, hidden, intermediate, 1 << 17, True)
+    assert sm100.unsupported(shape) is None
+    assert sm100.choose_config(shape, 1 << 17) == sm100.CONFIGS[128]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden": 7168 + 64}, "hidden size 7232 of this rank is not a multiple of 128"),
+        ({"intermediate": 96}, "intermediate size 96 of this rank is not a multiple of 64"),
+        ({"quantize_activations": False}, "keeps them in bf16"),
+    ],
+)
+def test_what_it_cannot_run_is_refused(change, reason):
+    shape = MoeShape(8, 8, 2, 7168, 3072, 64, True)._replace(**change)
+    assert reason in sm100.unsupported(shape)
+
+
+def test_swizzled_scales_are_where_the_isa_wants_them():
+    problem = make_problem([1, 1], 64)
+    swizzled = prepared(problem.weights)
+    plain = problem.weights.w2_block_scales.view(torch.uint8)
+    for expert in range(2):
+        result = swizzled.w2_block_scales[expert].view(torch.uint8)
+        assert torch.equal(from_blocks(result), plain[expert])
+    # Row 32 g + r of a tile of fc1 is gate row 16 g + r, row 32 g + 16 + r its up row.
+    plain = problem.weights.w13_block_scales.view(torch.uint8)[1]
+    result = from_blocks(swizzled.w13_block_scales[1].view(torch.uint8))
+    for row in (0, 15, 16, 31, 32, 200, 2 * INTERMEDIATE - 1):
+        source = row // 32 * 16 + row % 16 + (INTERMEDIATE if row % 32 >= 16 else 0)
+        assert torch.equal(result[row], plain[source]), row
+    assert torch.equal(swizzled.w13, problem.weights.w13)
