@@ -667,7 +667,8 @@ class Dsv4GroupedGemmSm100:
             if cutlass.const_expr(limit is not None):
                 g = cute.arch.fmin(g, limit, nan=True)
                 u = cute.arch.fmax(cute.arch.fmin(u, limit, nan=True), -limit, nan=True)
-            sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp2(g * -1.4426950408889634, fastmath=True))
+            exponential = cute.math.exp2(g * -1.4426950408889634, fastmath=True)
+            sigmoid = cute.arch.rcp_approx(1.0 + exponential)
             values.append(g * sigmoid * u)
         return values
 
