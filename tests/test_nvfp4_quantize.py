@@ -158,3 +158,32 @@ def test_real_sizes(K, policy):
     assert torch.equal(ours.codes[live], expected.codes)
     assert torch.equal(ours.block_scales[live], expected.block_scales.view(torch.uint8))
     assert saturated == expected_saturated
+
+
+@pytest.mark.parametrize("swizzled", [False, True], ids=["rows", "blocks"])
+@pytest.mark.parametrize("policy", ["own", "saturating"])
+def test_rows_that_are_not_live_are_skipped(policy, swizzled):
+    """With row_to_slot, padding costs nothing, and nothing of it is written or counted."""
+    x, global_scale = random_rows(7, 64), GLOBAL_SCALES[policy]
+    live = torch.tensor([0, -1, 12, 3, -1, -1, 1], dtype=torch.int32)
+    out = poisoned(7, 64, swizzled, own_scales=global_scale is None)
+    saturated = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    codes, scales, own = nvfp4_quantize(
+        x.to(DEVICE),
+        None if global_scale is None else global_scale.to(DEVICE),
+        live=live.to(DEVICE),
+        swizzled=swizzled,
+        saturated=saturated,
+        out=out,
+    )
+    scales = scales.cpu().view(torch.uint8)
+    scales = unswizzle(scales, 7, 4) if swizzled else scales
+    used = live >= 0
+    expected, expected_saturated = reference.nvfp4_quantize(x[used], global_scale)
+    assert torch.equal(codes.cpu()[used], expected.codes)
+    assert torch.equal(scales[used], expected.block_scales.view(torch.uint8))
+    assert (codes.cpu()[~used] == 0xAA).all() and (scales[~used] == POISON).all()
+    assert saturated.item() == expected_saturated
+    if global_scale is None:
+        assert torch.equal(own.cpu()[used], expected.global_scales)
+        assert own.cpu()[~used].isnan().all()

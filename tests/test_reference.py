@@ -372,6 +372,7 @@ def rounded(values: list[float], gs: float | None, quantise: bool) -> np.ndarray
         return np.array([bf16(v) for v in values])
     values = [float(np.float32(v)) for v in values]
     if gs is None:
+        values = [bf16(v) for v in values]
         gs = float(np.float32(max(map(abs, values))) / np.float32(2688))
     result = []
     for b in range(len(values) // 16):

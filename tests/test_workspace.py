@@ -24,12 +24,13 @@ FORMATS = {
 @pytest.mark.parametrize("shape", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("tile", [8, 128])
 @pytest.mark.parametrize("num_tokens", [1, 15, 33, 700])
-def test_views_are_aligned_and_only_x_and_rows_overlap(num_tokens, tile, shape):
+def test_views_are_aligned_and_only_rows_overlap_what_fc2_does_not_read(num_tokens, tile, shape):
     needed = call_bytes(shape, tile, num_tokens)
     workspace = torch.zeros(needed, dtype=torch.uint8)
     buffers = carve(workspace, shape, tile, num_tokens)
     h = [buffers.h] if isinstance(buffers.h, torch.Tensor) else list(buffers.h)
     x, stays = list(buffers.x or ()), [*buffers.layout, buffers.layout_scratch, *h]
+    x += [] if buffers.h_bf16 is None else [buffers.h_bf16]
     for view in [*stays, *x, buffers.rows]:
         assert (view.data_ptr() - workspace.data_ptr()) % ALIGNMENT == 0 or view.numel() == 0
         view.view(torch.uint8).add_(1)
@@ -61,6 +62,8 @@ def test_buffers_have_the_layout_contracts_sizes(shape):
         return
     assert buffers.x.codes.shape == (rows, 32) and buffers.h.codes.shape == (rows, 24)
     assert buffers.x.block_scales.shape == (rows, 4) and buffers.h.block_scales.shape == (rows, 4)
+    if shape.scale_per_row:
+        assert buffers.h_bf16.shape == (rows, 48) and buffers.h_bf16.dtype == torch.bfloat16
     assert len(buffers.x.global_scales) == (rows if shape.scale_per_row else 0)
 
 

@@ -40,7 +40,8 @@ class Backend:
     tile: Callable[[MoeShape, int], int]
     # (hidden_states, routing, layer, workspace, expert_map, out): `run_kernels`, or the oracle
     run: Callable[..., None]
-    # (x, routing weights, layout, layer, out=h), x being hidden_states or quantised, placed rows
+    # (x, routing weights, layout, layer, out=h), x being hidden_states or quantised, placed rows.
+    # h is bf16 in W4A16 and where layer.activation_scales.fc2 is None, otherwise QuantizedRows.
     fc1: Callable[..., None] | None = None
     # (h, layout, layer, out=rows)
     fc2: Callable[..., None] | None = None
@@ -115,9 +116,19 @@ def run_kernels(
             saturated=layer.saturated,
             out=buffers.x,
         )
+    h = buffers.h if buffers.h_bf16 is None else buffers.h_bf16
     assert backend.fc1 is not None and backend.fc2 is not None, backend.name
-    backend.fc1(x, routing.weights, layout, layer, out=buffers.h)
-    backend.fc2(buffers.h, layout, layer, out=buffers.rows)
+    backend.fc1(x, routing.weights, layout, layer, out=h)
+    if buffers.h_bf16 is not None:
+        h = nvfp4_quantize(
+            h,
+            None,
+            live=layout.row_to_slot,
+            swizzled=True,
+            saturated=layer.saturated,
+            out=buffers.h,
+        )
+    backend.fc2(h, layout, layer, out=buffers.rows)
     combine(buffers.rows, layout.slot_to_row, out=out)
 
 
@@ -202,7 +213,9 @@ def prepare_layer(
     assert weights.hidden == shape.hidden, weights.w13.shape
     assert weights.intermediate == shape.intermediate, weights.w2.shape
     assert (activation_scales is not None) == shape.quantize_activations, shape
-    shape = shape._replace(scale_per_row=None in (activation_scales or ()))
+    per_row = activation_scales is not None and activation_scales.fc2 is None
+    assert per_row or None not in (activation_scales or ()), "FC1 alone has no scale per row"
+    shape = shape._replace(scale_per_row=per_row)
     saturated = torch.zeros(1, dtype=torch.int64, device=weights.w13.device)
     return MoeLayer(backend, shape, backend.prepare(weights), limit, activation_scales, saturated)
 

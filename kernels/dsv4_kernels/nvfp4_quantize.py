@@ -86,6 +86,7 @@ def _quantize_blocks(even, odd, amax, gs):
 def _quantize_kernel(
     x_ptr,  # (tokens, K // 2) int32: two bf16, the even column in the low half
     slot_to_row_ptr,
+    live_ptr,
     tile_to_expert_ptr,
     gs_in_ptr,
     codes_ptr,
@@ -100,6 +101,7 @@ def _quantize_kernel(
     BLOCKS: tl.constexpr,
     POLICY: tl.constexpr,
     HAS_LAYOUT: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
     SWIZZLED: tl.constexpr,
     COUNTS_SATURATED: tl.constexpr,
     launch_pdl: tl.constexpr,
@@ -112,6 +114,8 @@ def _quantize_kernel(
         slots = tl.arange(0, K_BLOCK)
         rows = tl.load(slot_to_row_ptr + token * TOP_K + slots, mask=slots < TOP_K, other=-1)
         num_rows = tl.sum((rows >= 0).to(tl.int32), axis=0)
+    elif HAS_LIVE:
+        num_rows = (tl.load(live_ptr + token) >= 0).to(tl.int32)
     if num_rows > 0:
         # Phase 1: the token's values, and the largest of every block.
         block = tl.program_id(0) % programs_per_row * BLOCKS + tl.arange(0, BLOCKS)
@@ -184,6 +188,7 @@ def nvfp4_quantize(
     global_scale: torch.Tensor | None,
     layout: ExpertLayout | None = None,
     *,
+    live: torch.Tensor | None = None,
     swizzled: bool = False,
     saturated: torch.Tensor | None = None,
     out: QuantizedRows | None = None,
@@ -192,10 +197,12 @@ def nvfp4_quantize(
 
     x (num_tokens, K) bf16, contiguous, K a multiple of 16. With a layout, token t's codes and
     scales go to every row slot_to_row[t, j] >= 0, and rows that no slot has are left as they are;
-    without, row i goes to row i. global_scale float32: (1,), or (num_local_experts,) with a layout,
-    or (num_tokens,) without; None for each row's own, which is then written to out.global_scales
-    (rows,). saturated, a (1,) int64, grows by the blocks, of written rows, that did not fit. out is
-    (rows, K // 2) uint8 codes and E4M3 block scales of block_scales_shape; made here if None.
+    without, row i goes to row i, unless live (num_tokens,) int32 is negative there: row_to_slot as
+    live quantises rows that are in their place and skips the padding. global_scale float32: (1,),
+    or (num_local_experts,) with a layout, or (num_tokens,) without; None for each row's own, which
+    is then written to out.global_scales (rows,). saturated, a (1,) int64, grows by the blocks, of
+    written rows, that did not fit. out is (rows, K // 2) uint8 codes and E4M3 block scales of
+    block_scales_shape; made here if None.
     """
     num_tokens, K = x.shape
     assert x.dtype == torch.bfloat16 and x.is_contiguous(), (x.dtype, x.stride())
@@ -208,6 +215,7 @@ def nvfp4_quantize(
     assert out.codes.shape == (rows, K // 2), (out.codes.shape, rows, K)
     assert out.block_scales.shape == scales_shape, (out.block_scales.shape, scales_shape)
     assert out.codes.is_contiguous() and out.block_scales.is_contiguous()
+    assert live is None or (layout is None and live.shape == (num_tokens,)), live.shape
     assert policy != OWN or out.global_scales.shape == (rows,), out.global_scales.shape
     if num_tokens == 0:
         return out
@@ -217,6 +225,7 @@ def nvfp4_quantize(
     _quantize_kernel[(num_tokens * triton.cdiv(scales_shape[1], config.blocks),)](
         x.view(torch.int32),
         layout.slot_to_row if layout else None,
+        live,
         layout.tile_to_expert if layout else None,
         global_scale,
         out.codes,
@@ -231,6 +240,7 @@ def nvfp4_quantize(
         BLOCKS=config.blocks,
         POLICY=policy,
         HAS_LAYOUT=layout is not None,
+        HAS_LIVE=live is not None,
         SWIZZLED=swizzled,
         COUNTS_SATURATED=saturated is not None,
         launch_pdl=supports_pdl(x),

@@ -263,7 +263,9 @@ def moe(
 
     With activation_scales both GEMMs' inputs are quantised to NVFP4 (W4A4), and `saturated`, a
     (1,) int64 counter, grows by the blocks that did not fit; without, they are bf16 (W4A16). The
-    routing weight multiplies the activation before W2; W2's rows are bf16, summed in fp32.
+    routing weight multiplies the activation before W2. That product is rounded once, to NVFP4 or
+    bf16, but to bf16 and then NVFP4 where each row has its own scale. W2's rows are bf16, summed
+    in fp32.
     """
     layout = expert_layout(routing.ids, weights.num_local_experts, expert_map, tile=1)
     rows = torch.zeros(
@@ -276,6 +278,8 @@ def moe(
     def round_input(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         if activation_scales is None:
             return x.bfloat16().float()
+        # A row's own scale is known when the row is: until then it is kept in bf16.
+        x = x.bfloat16() if scale is None else x
         (codes, block_scales, gs), overflow = nvfp4_quantize(x, scale)
         if saturated is not None:
             saturated.add_(overflow)

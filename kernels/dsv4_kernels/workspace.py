@@ -21,18 +21,22 @@ Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class Buffers(NamedTuple):
     """A workspace, carved: what the steps of the layer hand to one another.
 
-    x and rows overlap: FC1 reads x for the last time before FC2 writes the first of rows.
+    rows overlap x and h_bf16: nobody reads those any more when FC2 writes the first of rows.
     """
 
     layout: ExpertLayout
     layout_scratch: torch.Tensor  # int32
     x: QuantizedRows | None  # (capacity, hidden), W4A4 only
     h: QuantizedRows | torch.Tensor  # (capacity, intermediate); bf16 in W4A16
+    h_bf16: torch.Tensor | None  # what h is quantised from where each row has its own scale
     rows: torch.Tensor  # (capacity, hidden) bf16, what `combine` sums
 
 
 def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spec]:
-    """Shape and dtype of every buffer at num_tokens, by name: what stays, then x and rows."""
+    """Shape and dtype of every buffer at num_tokens, by name.
+
+    What FC2 still reads, what it does not, and what it writes: the last two share their bytes.
+    """
     from dsv4_kernels.expert_layout import scratch_size
 
     local = shape.num_local_experts
@@ -45,13 +49,16 @@ def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spe
         "tile_to_expert": ((rows // tile,), torch.int32),
         "layout_scratch": ((scratch_size(num_tokens, shape.top_k, local),), torch.int32),
     }
-    x: Spec = {}
+    before_fc2: Spec = {}
+    h_bf16 = ((rows, shape.intermediate), torch.bfloat16)
     if shape.quantize_activations:
-        x = _quantized_spec("x", rows, shape.hidden, shape.scale_per_row)
+        before_fc2 = _quantized_spec("x", rows, shape.hidden, shape.scale_per_row)
         stays |= _quantized_spec("h", rows, shape.intermediate, shape.scale_per_row)
+        if shape.scale_per_row:
+            before_fc2["h_bf16"] = h_bf16
     else:
-        stays["h"] = ((rows, shape.intermediate), torch.bfloat16)
-    return stays, x, {"rows": ((rows, shape.hidden), torch.bfloat16)}
+        stays["h"] = h_bf16
+    return stays, before_fc2, {"rows": ((rows, shape.hidden), torch.bfloat16)}
 
 
 def _quantized_spec(name: str, rows: int, width: int, scale_per_row: bool) -> Spec:
@@ -103,14 +110,19 @@ def carve(workspace: torch.Tensor, shape: MoeShape, tile: int, num_tokens: int) 
     views, shared = _views(workspace, stays)
     for spec in either:
         views |= _views(workspace[shared:], spec)[0]
-    layout = ExpertLayout(*(views[field] for field in ExpertLayout._fields))
-    if not shape.quantize_activations:
-        return Buffers(layout, views["layout_scratch"], None, views["h"], views["rows"])
-    x, h = (
-        QuantizedRows(*(views[f"{name}_{field}"] for field in QuantizedRows._fields))
+    quantized = {
+        name: QuantizedRows(*(views[f"{name}_{field}"] for field in QuantizedRows._fields))
         for name in ("x", "h")
+        if shape.quantize_activations
+    }
+    return Buffers(
+        ExpertLayout(*(views[field] for field in ExpertLayout._fields)),
+        views["layout_scratch"],
+        quantized.get("x"),
+        quantized["h"] if quantized else views["h"],
+        views.get("h_bf16"),
+        views["rows"],
     )
-    return Buffers(layout, views["layout_scratch"], x, h, views["rows"])
 
 
 def _views(workspace: torch.Tensor, spec: Spec) -> tuple[dict[str, torch.Tensor], int]:
