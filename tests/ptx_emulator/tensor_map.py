@@ -77,7 +77,7 @@ class TensorMap:
 
 
 def replace_field(raw: bytes, field: str, ordinal: int, value: int) -> bytes:
-    """A tensor map with one field replaced (PTX ISA, `tensormap.replace`): bytes, elements, bytes."""
+    """A tensor map with one field replaced; addresses and strides in bytes, sizes in elements."""
     words = np.frombuffer(raw, np.uint32).copy()
     if field == "global_address":
         words[0], words[1] = value & 0xFFFFFFFF, value >> 32
