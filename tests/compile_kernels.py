@@ -80,6 +80,8 @@ def launch_everything() -> None:
         saturated = torch.zeros(1, dtype=torch.int64)
         nvfp4_quantize(x, scale, layout, swizzled=True, saturated=saturated)
     nvfp4_quantize(x, torch.ones(8192))
+    live = torch.zeros(8192, dtype=torch.int32)
+    nvfp4_quantize(x, None, live=live, swizzled=True, saturated=saturated)
     rows = torch.empty(len(layout.row_to_slot), HIDDEN, dtype=torch.bfloat16)
     combine(rows, layout.slot_to_row)
 
