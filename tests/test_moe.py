@@ -274,6 +274,33 @@ def test_the_chain_of_kernels_is_the_oracle_bit_for_bit(rank, num_tokens, policy
         assert (our_count > 0) == static, "one token is 1000 times larger"
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[2, 2, 2, 2]] * 9,
+        [[-1, -1, -1, -1]] * 3,
+        [[0, 1, 4, 5], [15, -1, 2, 2], [-1, -1, -1, -1], [2**31 - 1, -(2**31), 16, 3]],
+    ],
+    ids=["all-on-one-expert", "padding-only", "mixed"],
+)
+def test_the_chain_takes_any_ids(ids):
+    """Experts 2 and 3 are local; the rest, and what is no expert, adds nothing."""
+    shape = EP_SHAPE._replace(num_local_experts=2)
+    weights = ExpertWeights(*(tensor[2:4] for tensor in random_weights(EP_SHAPE)))
+    expert_map = torch.full((16,), -1, dtype=torch.int32)
+    expert_map[2:4] = torch.arange(2, dtype=torch.int32)
+    x = torch.randn(len(ids), 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    routing = Routing(torch.full((len(ids), 4), 0.25), torch.tensor(ids, dtype=torch.int32))
+    outputs = []
+    for backend in (CHAIN, moe.BACKENDS["reference"]):
+        scales = POLICIES["static"]([2, 3])
+        layer = moe.prepare_layer(backend, shape, weights, limit=10.0, activation_scales=scales)
+        outputs.append(run(layer, x, routing, expert_map=expert_map))
+    assert outputs[0].equal(outputs[1])
+    has_local = ((routing.ids == 2) | (routing.ids == 3)).any(1)
+    assert (outputs[0].abs().amax(1) > 0).equal(has_local)
+
+
 def test_no_tokens_is_not_an_error():
     layer = make_layer(SHAPE, random_weights(SHAPE))
     out = run(layer, torch.zeros(0, 64, dtype=torch.bfloat16), random_routing(0, SHAPE))

@@ -86,30 +86,51 @@ def workspace_bytes(shape: MoeShape, tile: Callable[[MoeShape, int], int]) -> in
 
 def call_bytes(shape: MoeShape, tile: int, num_tokens: int) -> int:
     """Bytes of one call's buffers, each rounded up to the alignment."""
-    stays, *either = (
-        sum(_padded_bytes(*entry) for entry in spec.values())
-        for spec in _specs(shape, tile, num_tokens)
-    )
-    return stays + max(either)
+    return _plan(shape, tile, num_tokens)[1]
 
 
-def _padded_bytes(size: tuple[int, ...], dtype: torch.dtype) -> int:
-    return -(-prod(size) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+class _View(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int  # in elements of the dtype
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(shape: MoeShape, tile: int, num_tokens: int) -> tuple[list[_View], int]:
+    """Where every buffer is, and how many bytes that takes: the groups of `_specs` in order, the
+    last two from the same byte."""
+    plan: list[_View] = []
+    stays, *either = _specs(shape, tile, num_tokens)
+    shared = _place(plan, stays, 0)
+    return plan, max(_place(plan, spec, shared) for spec in either)
+
+
+def _place(plan: list[_View], spec: Spec, start: int) -> int:
+    """Append a spec's buffers from a byte on; the byte where they end."""
+    for name, (size, dtype) in spec.items():
+        stride = (*size[1:], 1)  # of one or two dimensions
+        plan.append(_View(name, dtype, size, stride, start // dtype.itemsize))
+        start += -(-prod(size) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return start
 
 
 def carve(workspace: torch.Tensor, shape: MoeShape, tile: int, num_tokens: int) -> Buffers:
     """Typed views of a uint8 workspace, each at a multiple of 256 bytes from its start."""
-    needed = call_bytes(shape, tile, num_tokens)
+    plan, needed = _plan(shape, tile, num_tokens)
     if workspace.numel() < needed:
         raise ValueError(
             f"{num_tokens} tokens need {needed} bytes of MoE workspace and were given "
             f"{workspace.numel()}: allocate workspace_bytes(...)"
         )
     assert workspace.dtype == torch.uint8, workspace.dtype
-    stays, *either = _specs(shape, tile, num_tokens)
-    views, shared = _views(workspace, stays)
-    for spec in either:
-        views |= _views(workspace[shared:], spec)[0]
+    # One view a type and one a buffer: a call without a graph waits for these.
+    typed = {dtype: workspace[:needed].view(dtype) for dtype in {view.dtype for view in plan}}
+    views = {
+        name: typed[dtype].as_strided(size, stride, typed[dtype].storage_offset() + start)
+        for name, dtype, size, stride, start in plan
+    }
     quantized = {
         name: QuantizedRows(*(views[f"{name}_{field}"] for field in QuantizedRows._fields))
         for name in ("x", "h")
@@ -123,13 +144,3 @@ def carve(workspace: torch.Tensor, shape: MoeShape, tile: int, num_tokens: int) 
         views.get("h_bf16"),
         views["rows"],
     )
-
-
-def _views(workspace: torch.Tensor, spec: Spec) -> tuple[dict[str, torch.Tensor], int]:
-    """The buffers of a spec from the start of a workspace, and where they end."""
-    views, start = {}, 0
-    for name, (size, dtype) in spec.items():
-        end = start + prod(size) * dtype.itemsize
-        views[name] = workspace[start:end].view(dtype).view(size)
-        start += _padded_bytes(size, dtype)
-    return views, start
