@@ -153,8 +153,8 @@ def expert_layout(
 def unpack_e2m1(codes: torch.Tensor) -> torch.Tensor:
     """(..., K // 2) uint8 -> (..., K) float32; low nibble first, bit 3 is the sign."""
     nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()
-    values = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=codes.device)
-    return values[nibbles]
+    signed = E2M1_VALUES + tuple(-v for v in E2M1_VALUES)
+    return torch.tensor(signed, dtype=torch.float32, device=codes.device)[nibbles]
 
 
 def nvfp4_dequantize(
@@ -203,7 +203,8 @@ def nvfp4_quantize(
     # E2M1 steps: 0.5 below 2, 1 below 4, 2 above; torch.round goes to even.
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     rounded = (magnitude / step).round() * step
-    code = torch.bucketize(rounded, torch.tensor(E2M1_VALUES, device=x.device))
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=x.device)
+    code = torch.bucketize(rounded, values)
     code = (code + 8 * torch.signbit(scaled)).to(torch.uint8).flatten(1)
     packed = code[:, 0::2] | (code[:, 1::2] << 4)
     return QuantizedRows(packed, block_scales, global_scale.float()), saturated.sum()
