@@ -69,9 +69,10 @@ def warmup(
 
     scaling is routed_scaling_factor: a token's weights sum to it, so none is larger. FC1's scale
     depends on hidden, seed and headroom alone, FC2's on its expert's weights too: neither on
-    which rank holds what. Without a limit FC2 gets one scale per row (fc2 None). Call it before
-    the weights are shuffled for a kernel; one expert is widened at a time, in pieces. ValueError
-    for a headroom that is not a power of two, and for an expert whose product is not finite.
+    which rank holds what (a tensor-parallel rank's is for its part of the intermediate size).
+    Without a limit FC2 gets one scale per row (fc2 None). Call it before the weights are shuffled
+    for a kernel; one expert is widened at a time, in pieces. ValueError for a headroom that is
+    not a power of two, and for an expert whose product is not finite.
     """
     if headroom < 1 or headroom & (headroom - 1):
         raise ValueError(f"activation headroom is {headroom}: use a power of two, 1, 2, 4, ...")
