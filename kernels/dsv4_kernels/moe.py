@@ -12,13 +12,14 @@ model calls. Everything between the two ends lives in a workspace that all layer
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dsv4_kernels import workspace as arena
 from dsv4_kernels.types import (
     NVFP4_BLOCK,
+    ActivationAmax,
     ActivationScales,
     ExpertWeights,
     MoeShape,
@@ -57,6 +58,7 @@ class MoeLayer:
     limit: float | None  # swiglu_limit
     activation_scales: ActivationScales | None  # None exactly in W4A16
     saturated: torch.Tensor  # (1,) int64 on the device: NVFP4 blocks that did not fit, so far
+    amax: ActivationAmax | None = None  # recorded while calibrating, see `recording_layer`
 
 
 def moe(
@@ -151,6 +153,7 @@ def _run_reference(
             limit=layer.limit,
             activation_scales=layer.activation_scales,
             saturated=layer.saturated,
+            amax=layer.amax,
         )
     )
 
@@ -218,6 +221,20 @@ def prepare_layer(
     shape = shape._replace(scale_per_row=per_row)
     saturated = torch.zeros(1, dtype=torch.int64, device=weights.w13.device)
     return MoeLayer(backend, shape, backend.prepare(weights), limit, activation_scales, saturated)
+
+
+def recording_layer(layer: MoeLayer) -> MoeLayer:
+    """The same layer, recording what its GEMMs read; ValueError where its backend cannot."""
+    if layer.backend.name != REFERENCE.name:
+        raise ValueError(
+            f"the {layer.backend.name} backend does not record activations: calibrate with backend "
+            f"set to {REFERENCE.name}"
+        )
+    device = layer.weights.w13.device
+    sizes = (1, layer.weights.num_local_experts)
+    return replace(
+        layer, amax=ActivationAmax(*(torch.zeros(size, device=device) for size in sizes))
+    )
 
 
 def workspace_bytes(backend: Backend, shape: MoeShape) -> int:

@@ -13,6 +13,7 @@ from dsv4_kernels.types import (
     NUM_IMAGE_TOKEN_IDS,
     NVFP4_BLOCK,
     NVFP4_MAX,
+    ActivationAmax,
     ActivationScales,
     ExpertLayout,
     ExpertWeights,
@@ -259,6 +260,7 @@ def moe(
     limit: float | None = None,
     activation_scales: ActivationScales | None = None,
     saturated: torch.Tensor | None = None,
+    amax: ActivationAmax | None = None,
 ) -> torch.Tensor:
     """The routed experts of one rank: (num_tokens, hidden) bf16 -> (num_tokens, hidden) bf16.
 
@@ -266,7 +268,7 @@ def moe(
     (1,) int64 counter, grows by the blocks that did not fit; without, they are bf16 (W4A16). The
     routing weight multiplies the activation before W2. That product is rounded once, to NVFP4 or
     bf16, but to bf16 and then NVFP4 where each row has its own scale. W2's rows are bf16, summed
-    in fp32.
+    in fp32. `amax` grows in place by what both GEMMs' inputs are before they are rounded.
     """
     layout = expert_layout(routing.ids, weights.num_local_experts, expert_map, tile=1)
     rows = torch.zeros(
@@ -297,7 +299,11 @@ def moe(
             fc1_scale = activation_scales.fc1
             if activation_scales.fc2 is not None:
                 fc2_scale = activation_scales.fc2[expert : expert + 1]
-        x = round_input(hidden_states[slots // routing.ids.shape[1]], fc1_scale)
+        tokens = hidden_states[slots // routing.ids.shape[1]]
+        x = round_input(tokens, fc1_scale)
         h = fc1(x, weights, expert, routing.weights.flatten()[slots], limit)
+        if amax is not None:
+            amax.fc1[0] = torch.maximum(amax.fc1[0], tokens.float().abs().amax())
+            amax.fc2[expert] = torch.maximum(amax.fc2[expert], h.float().abs().amax())
         rows[start : start + count] = fc2(round_input(h, fc2_scale), weights, expert).bfloat16()
     return combine(rows, layout.slot_to_row).to(hidden_states.dtype)
