@@ -177,7 +177,54 @@ REFERENCE = Backend(
     tile=lambda shape, num_tokens: 0,
     run=_run_reference,
 )
-BACKENDS = {backend.name: backend for backend in (REFERENCE,)}
+
+
+def _supports_sm100(shape: MoeShape, capability: tuple[int, int] | None) -> str | None:
+    from dsv4_kernels.grouped_gemm_sm100_spec import unsupported
+
+    if capability is not None and capability[0] != 10:
+        return (
+            f"it is for compute capability 10 and this GPU has {capability[0]}.{capability[1]}: "
+            "set backend to auto"
+        )
+    return unsupported(shape)
+
+
+def _prepare_sm100(weights: ExpertWeights) -> ExpertWeights:
+    from dsv4_kernels.weights_sm100 import swizzle_sm100
+
+    return swizzle_sm100(weights)
+
+
+def _tile_sm100(shape: MoeShape, num_tokens: int) -> int:
+    from dsv4_kernels.grouped_gemm_sm100_spec import choose_config
+
+    return choose_config(shape, num_tokens).tile
+
+
+def _fc1_sm100(x, routing_weights, layout, layer, *, out) -> None:
+    from dsv4_kernels.grouped_gemm_sm100 import fc1
+
+    weights, scales, limit = layer.weights, layer.activation_scales, layer.limit
+    fc1(x, routing_weights, layout, weights, scales, limit, layer.saturated, out=out)
+
+
+def _fc2_sm100(h, layout, layer, *, out) -> None:
+    from dsv4_kernels.grouped_gemm_sm100 import fc2
+
+    fc2(h, layout, layer.weights, layer.activation_scales, out=out)
+
+
+SM100 = Backend(
+    name="sm100",
+    supports=_supports_sm100,
+    prepare=_prepare_sm100,
+    tile=_tile_sm100,
+    run=run_kernels,
+    fc1=_fc1_sm100,
+    fc2=_fc2_sm100,
+)
+BACKENDS = {backend.name: backend for backend in (REFERENCE, SM100)}
 # The backend that `auto` means, by the major compute capability; `reference` without a GPU.
 AUTO = {9: "sm90", 10: "sm100"}
 
