@@ -26,6 +26,6 @@ def test_every_deployment_is_listed(path):
     assert f"configs/{path.name}" in README
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z][a-z-]*)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?m)(?:`|^ {4})make ([a-z-]+)", README))))
 def test_make_target_exists(target):
     assert re.search(rf"(?m)^{target}:", (ROOT / "Makefile").read_text())
