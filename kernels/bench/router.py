@@ -13,12 +13,6 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from dsv4_kernels import reference
-from dsv4_kernels.expert_layout import expert_layout, make_layout, scratch_size
-from dsv4_kernels.gate_route import gate_route, make_scratch
-from dsv4_kernels.router_topk import router_topk
-from dsv4_kernels.types import Routing
-
 from bench.timing import (
     checkout_commit,
     cold_sets,
@@ -27,6 +21,11 @@ from bench.timing import (
     time_warm_us,
     write_results,
 )
+from dsv4_kernels import reference
+from dsv4_kernels.expert_layout import expert_layout, make_layout, scratch_size
+from dsv4_kernels.gate_route import gate_route, make_scratch
+from dsv4_kernels.router_topk import router_topk
+from dsv4_kernels.types import Routing
 
 TOP_K, SCALING, TILE, VOCAB = 6, 2.5, 64, 4096
 NUM_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)

@@ -10,13 +10,12 @@ import argparse
 from pathlib import Path
 
 import torch
+from bench.timing import checkout_commit, copy_bandwidth, print_table, time_us, write_results
 from dsv4_kernels import reference
 from dsv4_kernels.combine import combine
 from dsv4_kernels.expert_layout import expert_layout
 from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
 from dsv4_kernels.types import ExpertLayout
-
-from bench.timing import checkout_commit, copy_bandwidth, print_table, time_us, write_results
 
 TOP_K, TILE, NUM_EXPERTS = 6, 128, 384
 
