@@ -269,7 +269,7 @@ def _launch(
     }
     slots_at_once = min(1024, triton.next_power_of_2(num_slots))
     if config.counted_before:
-        size = scratch_size(*ids.shape, num_local_experts)
+        size = scratch_size(ids.shape[0], ids.shape[1], num_local_experts)
         if scratch is None:
             scratch = torch.empty(size, dtype=torch.int32, device=ids.device)
         assert scratch.dtype == torch.int32 and scratch.numel() >= size, (scratch.shape, size)
