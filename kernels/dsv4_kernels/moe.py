@@ -12,14 +12,13 @@ model calls. Everything between the two ends lives in a workspace that all layer
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from dsv4_kernels import workspace as arena
 from dsv4_kernels.types import (
     NVFP4_BLOCK,
-    ActivationAmax,
     ActivationScales,
     ExpertWeights,
     MoeShape,
@@ -46,6 +45,8 @@ class Backend:
     fc1: Callable[..., None] | None = None
     # (h, layout, layer, out=rows)
     fc2: Callable[..., None] | None = None
+    # (shape, device): all that serving would otherwise compile or allocate; called at load
+    compile: Callable[[MoeShape, torch.device], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class MoeLayer:
     limit: float | None  # swiglu_limit
     activation_scales: ActivationScales | None  # None exactly in W4A16
     saturated: torch.Tensor  # (1,) int64 on the device: NVFP4 blocks that did not fit, so far
-    amax: ActivationAmax | None = None  # recorded while calibrating, see `recording_layer`
 
 
 def moe(
@@ -153,7 +153,6 @@ def _run_reference(
             limit=layer.limit,
             activation_scales=layer.activation_scales,
             saturated=layer.saturated,
-            amax=layer.amax,
         )
     )
 
@@ -179,52 +178,50 @@ REFERENCE = Backend(
 )
 
 
-def _supports_sm100(shape: MoeShape, capability: tuple[int, int] | None) -> str | None:
-    from dsv4_kernels.grouped_gemm_sm100_spec import unsupported
+def _supports_sm90(shape: MoeShape, capability: tuple[int, int] | None) -> str | None:
+    from dsv4_kernels.grouped_gemm_sm90 import unsupported
 
-    if capability is not None and capability[0] != 10:
-        return (
-            f"it is for compute capability 10 and this GPU has {capability[0]}.{capability[1]}: "
-            "set backend to auto"
-        )
-    return unsupported(shape)
+    if capability is not None and capability[0] != 9:
+        major, minor = capability
+        return f"it is made for compute capability 9.0, and this GPU has {major}.{minor}"
+    return _supports_nvfp4(shape) or unsupported(shape)
 
 
-def _prepare_sm100(weights: ExpertWeights) -> ExpertWeights:
-    from dsv4_kernels.weights_sm100 import swizzle_sm100
+def _shuffle_sm90(weights: ExpertWeights) -> ExpertWeights:
+    from dsv4_kernels.weights_sm90 import shuffle_sm90
 
-    return swizzle_sm100(weights)
-
-
-def _tile_sm100(shape: MoeShape, num_tokens: int) -> int:
-    from dsv4_kernels.grouped_gemm_sm100_spec import choose_config
-
-    return choose_config(shape, num_tokens).tile
+    return shuffle_sm90(weights)
 
 
-def _fc1_sm100(x, routing_weights, layout, layer, *, out) -> None:
-    from dsv4_kernels.grouped_gemm_sm100 import fc1
+def _compile_sm90(shape: MoeShape, device: torch.device) -> None:
+    from dsv4_kernels.grouped_gemm_sm90 import compile_layer
 
-    weights, scales, limit = layer.weights, layer.activation_scales, layer.limit
-    fc1(x, routing_weights, layout, weights, scales, limit, layer.saturated, out=out)
-
-
-def _fc2_sm100(h, layout, layer, *, out) -> None:
-    from dsv4_kernels.grouped_gemm_sm100 import fc2
-
-    fc2(h, layout, layer.weights, layer.activation_scales, out=out)
+    compile_layer(shape, device)
 
 
-SM100 = Backend(
-    name="sm100",
-    supports=_supports_sm100,
-    prepare=_prepare_sm100,
-    tile=_tile_sm100,
+def _fc1_sm90(x, routing_weights, layout, layer: MoeLayer, *, out: torch.Tensor) -> None:
+    from dsv4_kernels.grouped_gemm_sm90 import fc1
+
+    fc1(x, routing_weights, layout, layer.weights, layer.shape, layer.limit, out=out)
+
+
+def _fc2_sm90(h, layout, layer: MoeLayer, *, out: torch.Tensor) -> None:
+    from dsv4_kernels.grouped_gemm_sm90 import fc2
+
+    fc2(h, layout, layer.weights, layer.shape, out=out)
+
+
+SM90 = Backend(
+    name="sm90",
+    supports=_supports_sm90,
+    prepare=_shuffle_sm90,
+    tile=lambda shape, num_tokens: 8,
     run=run_kernels,
-    fc1=_fc1_sm100,
-    fc2=_fc2_sm100,
+    fc1=_fc1_sm90,
+    fc2=_fc2_sm90,
+    compile=_compile_sm90,
 )
-BACKENDS = {backend.name: backend for backend in (REFERENCE, SM100)}
+BACKENDS = {backend.name: backend for backend in (REFERENCE, SM90)}
 # The backend that `auto` means, by the major compute capability; `reference` without a GPU.
 AUTO = {9: "sm90", 10: "sm100"}
 
@@ -267,21 +264,9 @@ def prepare_layer(
     assert per_row or None not in (activation_scales or ()), "FC1 alone has no scale per row"
     shape = shape._replace(scale_per_row=per_row)
     saturated = torch.zeros(1, dtype=torch.int64, device=weights.w13.device)
+    if backend.compile is not None and weights.w13.is_cuda:
+        backend.compile(shape, weights.w13.device)
     return MoeLayer(backend, shape, backend.prepare(weights), limit, activation_scales, saturated)
-
-
-def recording_layer(layer: MoeLayer) -> MoeLayer:
-    """The same layer, recording what its GEMMs read; ValueError where its backend cannot."""
-    if layer.backend.name != REFERENCE.name:
-        raise ValueError(
-            f"the {layer.backend.name} backend does not record activations: calibrate with backend "
-            f"set to {REFERENCE.name}"
-        )
-    device = layer.weights.w13.device
-    sizes = (1, layer.weights.num_local_experts)
-    return replace(
-        layer, amax=ActivationAmax(*(torch.zeros(size, device=device) for size in sizes))
-    )
 
 
 def workspace_bytes(backend: Backend, shape: MoeShape) -> int:

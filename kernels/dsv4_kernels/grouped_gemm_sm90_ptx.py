@@ -1,0 +1,109 @@
+"""PTX that the sm90 grouped GEMM needs and CuTe DSL has no function for."""
+
+from cutlass import Float32, Int32, Uint32, cute
+from cutlass.cutlass_dsl import dsl_user_op
+
+
+@dsl_user_op
+def copy_row_chunk(dst, src, live_bytes, *, loc=None, ip=None) -> None:
+    """cp.async of 16 bytes; bytes from live_bytes on are written as zeros."""
+    cute.arch.inline_ptx(
+        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
+        read_only_args=[dst, src, live_bytes],
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def copy_bulk(dst, src, num_bytes, barrier, *, loc=None, ip=None) -> None:
+    """Contiguous global -> shared copy that completes on barrier."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[dst, src, num_bytes, barrier],
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def opaque(value, *, loc=None, ip=None) -> Int32:
+    """value, but what is computed from it stays where it is."""
+    return cute.arch.shuffle_sync(value, cute.arch.lane_idx(), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def set_flag(ptr, value, *, loc=None, ip=None) -> None:
+    cute.arch.inline_ptx(
+        "st.release.gpu.global.b32 [{$r0}], {$r1};", read_only_args=[ptr, value], loc=loc, ip=ip
+    )
+
+
+@dsl_user_op
+def get_flag(ptr, *, loc=None, ip=None) -> Int32:
+    return cute.arch.inline_ptx(
+        "ld.acquire.gpu.global.b32 {$w0}, [{$r0}];",
+        write_only_types=[Int32],
+        read_only_args=[ptr],
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def load_partial(ptr, *, loc=None, ip=None):
+    """Four floats that another block wrote."""
+    return cute.arch.inline_ptx(
+        "ld.relaxed.gpu.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Float32] * 4,
+        read_only_args=[ptr],
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def store_partial(ptr, a, b, c, d, *, loc=None, ip=None) -> None:
+    cute.arch.inline_ptx(
+        "st.global.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[ptr, a, b, c, d],
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def scale_pair(a, pair, half: int, *, loc=None, ip=None) -> Uint32:
+    """Both bf16 of a times the low (half 0) or high (half 1) bf16 of pair."""
+    name = "hi" if half else "lo"
+    return cute.arch.inline_ptx(
+        "{.reg .b16 lo, hi; .reg .b32 both; mov.b32 {lo, hi}, {$r1};"
+        f" mov.b32 both, {{{name}, {name}}}; mul.rn.bf16x2 {{$w0}}, {{$r0}}, both;}}",
+        write_only_types=[Uint32],
+        read_only_args=[a, pair],
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def pack_bf16(lo, hi, *, loc=None, ip=None) -> Uint32:
+    return cute.arch.inline_ptx(
+        "cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};",
+        write_only_types=[Uint32],
+        read_only_args=[lo, hi],
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def store_transposed(ptr, a, b, *, loc=None, ip=None) -> None:
+    """Two 8 x 8 bf16 matrices, transposed: lane i gives row i % 8 of matrix i // 8 its address."""
+    cute.arch.inline_ptx(
+        "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1}, {$r2}};",
+        read_only_args=[ptr, a, b],
+        loc=loc,
+        ip=ip,
+    )
