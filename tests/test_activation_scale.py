@@ -36,6 +36,18 @@ def test_warmup_is_the_same_at_every_start(weights):
     assert first.fc1.equal(second.fc1) and first.fc2.equal(second.fc2)
 
 
+def test_warmup_is_the_same_under_the_defaults_that_vllm_loads_with(weights):
+    expected = warmup(weights)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            scales = warmup(weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scales.fc1.equal(expected.fc1) and scales.fc2.equal(expected.fc2)
+    assert scales.fc1.dtype == scales.fc2.dtype == torch.float32
+
+
 @pytest.mark.parametrize("limit", [10.0, NEVER], ids=["limit-10", "limit-1e6"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("placement", ["linear", "round-robin", "redundant"])

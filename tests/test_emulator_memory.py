@@ -278,6 +278,45 @@ def test_an_mbarrier_of_the_other_cta(mode):
     assert target[0] == 77
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cta_polls_a_flag_of_a_later_cta(mode):
+    """CTA 1 copies a value with the asynchronous unit, then raises the flag that CTA 0 polls."""
+    flag, target = np.zeros(1, U32), np.zeros(1, U32)
+    data = np.full(4, 55, U32)
+    run_snippet(
+        """
+        mov.b32 %r1, smem;
+        setp.ne.u32 %p1, lane, 0;
+        @%p1 bra DONE;
+        mov.u32 %r2, %ctaid.x;
+        setp.eq.u32 %p2, %r2, 1;
+        @%p2 bra PRODUCER;
+        POLL:
+        ld.acquire.gpu.global.b32 %r3, [flag];
+        setp.eq.u32 %p3, %r3, 0;
+        @%p3 bra POLL;
+        st.global.b32 [target], %r3;
+        bra.uni DONE;
+        PRODUCER:
+        mbarrier.init.shared.b64 [%r1], 1;
+        mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes
+            [%r1+16], [data], 16, [%r1];
+        WAIT:
+        mbarrier.try_wait.parity.shared.b64 %p4, [%r1], 0;
+        @!%p4 bra WAIT;
+        ld.shared.b32 %r5, [%r1+16];
+        st.release.gpu.global.b32 [flag], %r5;
+        DONE:
+        """,
+        {"flag": flag, "target": target, "data": data},
+        ctas=2,
+        shared_bytes=32,
+        mode=mode,
+    )
+    assert target[0] == 55
+
+
 # `cp.async`, `cp.async.bulk`.
 
 _GATHER = """

@@ -4,7 +4,7 @@ import pytest
 import torch
 from dsv4_kernels import reference
 from dsv4_kernels.expert_layout import (
-    MAX_PROGRAMS,
+    MAX_BLOCKS,
     ONE_LAUNCH_SLOTS,
     choose_config,
     expert_layout,
@@ -83,7 +83,7 @@ def test_sizes_around_the_changes_of_plan(num_slots):
 
 
 def test_programs_with_several_runs_of_slots():
-    num_slots = 256 * MAX_PROGRAMS + 100
+    num_slots = 128 * MAX_BLOCKS + 100
     ids = torch.randint(0, 40, (num_slots, 1), generator=torch.Generator().manual_seed(0))
     assert choose_config(num_slots).steps == 2
     check(ids.int(), 40, None, tile=8)
@@ -92,9 +92,9 @@ def test_programs_with_several_runs_of_slots():
 @pytest.mark.parametrize("num_slots", [1, 6, 4096, 4097, 49152, 6 * 2**16, 8 * 2**20])
 def test_every_slot_has_a_program(num_slots):
     config = choose_config(num_slots)
-    owned = config.programs * config.steps * config.step
+    owned = config.blocks * config.steps * config.step
     assert num_slots <= owned < num_slots + config.steps * config.step
-    assert config.programs <= MAX_PROGRAMS
+    assert config.blocks <= MAX_BLOCKS
 
 
 def test_everything_is_made_when_nothing_is_given():

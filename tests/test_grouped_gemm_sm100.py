@@ -1,6 +1,5 @@
 """The sm_100a grouped GEMM in the PTX emulator, against the oracle on the quantised operands."""
 
-import functools
 import os
 from typing import NamedTuple
 
@@ -8,8 +7,12 @@ import pytest
 import torch
 from dsv4_kernels import grouped_gemm_sm100 as sm100
 from dsv4_kernels import reference
-from dsv4_kernels.grouped_gemm_sm100_kernel import Dsv4GroupedGemmSm100
-from dsv4_kernels.grouped_gemm_sm100_spec import Config, Gemm
+from dsv4_kernels.grouped_gemm_sm100_spec import (
+    CONFIGS,
+    Config,
+    choose_config,
+    unsupported,
+)
 from dsv4_kernels.types import (
     ActivationScales,
     ExpertLayout,
@@ -20,7 +23,7 @@ from dsv4_kernels.types import (
 )
 from dsv4_kernels.weights_sm100 import swizzle_sm100
 
-from tests.ptx_emulator.host import EmulatedFunction, emulate
+from tests.sm100_emulation import Emulation, aligned
 
 MODES = [("eager", 0), ("lazy", 0), ("random", 1), ("random", 2)]
 MODE_IDS = [f"{mode}{seed or ''}" for mode, seed in MODES]
@@ -34,14 +37,8 @@ GROUPS = {
 }
 # A pair of CTAs wants 256 and 128 of them; 384 leaves the last stage of K half empty.
 HIDDEN, INTERMEDIATE = 256, 384
-CONFIGS = list(sm100.CONFIGS.values())
+EVERY_CONFIG = list(CONFIGS.values())
 LIMIT = 10.0
-
-
-@functools.cache
-def emulated(gemm: Gemm) -> EmulatedFunction:
-    arguments = sm100.example_arguments(gemm)
-    return emulate(Dsv4GroupedGemmSm100(gemm), *arguments, arch="sm_100a")
 
 
 class Problem(NamedTuple):
@@ -50,15 +47,6 @@ class Problem(NamedTuple):
     expert: torch.Tensor  # (capacity,) of every row
     live: torch.Tensor  # (capacity,) bool: rows that exist
     routing_weights: torch.Tensor
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy at a multiple of 256 bytes, as GPU allocations are."""
-    size = tensor.numel() * tensor.element_size()
-    room = torch.empty(size + 256, dtype=torch.uint8)
-    start = -room.data_ptr() % 256
-    copy = room[start : start + size].view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
 
 
 def random_weights(num_experts: int, rows: int, k: int, generator: torch.Generator):
@@ -135,21 +123,10 @@ def from_blocks(blocks: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def run_emulated(monkeypatch):
-    """Make the host functions launch in the emulator; returns where to set mode and SMs."""
-    options = {"mode": "eager", "seed": 0, "clusters": 2, "statistics": []}
-
-    def launch(gemm: Gemm, arguments: tuple) -> None:
-        statistics = emulated(gemm).run(
-            *(argument for argument in arguments if argument is not None),
-            options["clusters"],
-            None,
-            mode=options["mode"],
-            seed=options["seed"],
-        )
-        options["statistics"].append(statistics)
-
-    monkeypatch.setattr(sm100, "launch", launch)
-    return options
+    """Make the host functions launch in the emulator."""
+    emulation = Emulation()
+    monkeypatch.setattr(sm100, "launch", emulation.launch)
+    return emulation
 
 
 def oracle_fc1(problem: Problem, x: torch.Tensor, limit: float | None) -> torch.Tensor:
@@ -177,10 +154,10 @@ def assert_bf16_of(result: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", EVERY_CONFIG, ids=str)
 @pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
 def test_fc2(run_emulated, config: Config, groups, mode, seed):
-    run_emulated.update(mode=mode, seed=seed, clusters=3)
+    run_emulated.mode, run_emulated.seed, run_emulated.clusters = mode, seed, 3
     problem = make_problem(groups, config.tile, seed)
     scales = ActivationScales(torch.tensor([0.01]), torch.rand(len(groups)) * 0.01 + 0.001)
     h, meaning = quantized_rows(problem, torch.randn(len(problem.live), INTERMEDIATE), scales.fc2)
@@ -190,10 +167,10 @@ def test_fc2(run_emulated, config: Config, groups, mode, seed):
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", EVERY_CONFIG, ids=str)
 @pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
 def test_fc1_quantizes_as_the_oracle(run_emulated, config: Config, groups, mode, seed):
-    run_emulated.update(mode=mode, seed=seed)
+    run_emulated.mode, run_emulated.seed = mode, seed
     check_fc1(run_emulated, make_problem(groups, config.tile, seed), LIMIT)
 
 
@@ -235,7 +212,7 @@ def check_fc1(run_emulated, problem: Problem, limit: float | None, x_values=None
     assert (result - ideal).abs().max() <= ideal.abs().max() / 3  # one code, never two
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", EVERY_CONFIG, ids=str)
 def test_fc1_without_a_limit_keeps_the_sign_of_infinities(run_emulated, config: Config):
     problem = make_problem([40, 3], config.tile)
     weights = problem.weights
@@ -244,7 +221,7 @@ def test_fc1_without_a_limit_keeps_the_sign_of_infinities(run_emulated, config: 
     check_fc1(run_emulated, problem, limit=None)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", EVERY_CONFIG, ids=str)
 def test_token_policy(run_emulated, config: Config):
     """A global scale per row into both, and bf16 between them."""
     problem = make_problem([40, 0, 129], config.tile)
@@ -258,13 +235,13 @@ def test_token_policy(run_emulated, config: Config):
     rows_out = aligned(torch.full((rows, HIDDEN), torch.nan, dtype=torch.bfloat16))
     sm100.fc2(h, problem.layout, weights, scales, out=rows_out)
     assert_bf16_of(rows_out[problem.live], oracle_fc2(problem, meaning)[problem.live])
-    assert len(run_emulated["statistics"]) == 2
+    assert len(run_emulated.statistics) == 2
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", EVERY_CONFIG, ids=str)
 def test_chain_of_fc1_and_fc2(run_emulated, config: Config):
     """FC2 reads what FC1 wrote, block scales in place; the oracle starts from the same codes."""
-    run_emulated.update(mode="random", seed=4)
+    run_emulated.mode, run_emulated.seed = "random", 4
     problem = make_problem([70, 0, 1, 33], config.tile)
     rows = len(problem.live)
     scales = ActivationScales(torch.tensor([0.002]), aligned(torch.full((4,), 0.001)))
@@ -287,16 +264,16 @@ def test_chain_of_fc1_and_fc2(run_emulated, config: Config):
 
 def test_every_config_can_be_chosen_and_the_tile_never_falls():
     shape = MoeShape(384, 48, 6, 7168, 3072, 1 << 17, True)
-    chosen = [sm100.choose_config(shape, tokens) for tokens in (1, 64, 2000, 4096, 9000, 1 << 17)]
-    assert set(chosen) == set(CONFIGS)
+    chosen = [choose_config(shape, tokens) for tokens in (1, 64, 2000, 4096, 9000, 1 << 17)]
+    assert set(chosen) == set(EVERY_CONFIG)
     assert [config.tile for config in chosen] == sorted(config.tile for config in chosen)
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(7168, 3072 + 64), (7168 + 128, 3072)])
 def test_a_pair_of_ctas_only_where_it_has_whole_tiles(hidden, intermediate):
     shape = MoeShape(8, 8, 2, hidden, intermediate, 1 << 17, True)
-    assert sm100.unsupported(shape) is None
-    assert sm100.choose_config(shape, 1 << 17) == sm100.CONFIGS[128]
+    assert unsupported(shape) is None
+    assert choose_config(shape, 1 << 17) == CONFIGS[128]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +286,7 @@ def test_a_pair_of_ctas_only_where_it_has_whole_tiles(hidden, intermediate):
 )
 def test_what_it_cannot_run_is_refused(change, reason):
     shape = MoeShape(8, 8, 2, 7168, 3072, 64, True)._replace(**change)
-    assert reason in sm100.unsupported(shape)
+    assert reason in unsupported(shape)
 
 
 def test_swizzled_scales_are_where_the_isa_wants_them():

@@ -152,6 +152,24 @@ def check_ranks(layout_of, case: Case) -> None:
     assert owners == [int(e) for e in exists], "each expert that exists is on exactly one rank"
 
 
+@pytest.mark.parametrize("strategy", ["linear", "round_robin"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_vllms_own_placements_uneven_ones_included(strategy, ranks):
+    """10 experts on 3, 4 or 8 ranks: some ranks hold one more than others."""
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+
+    generator = torch.Generator().manual_seed(ranks)
+    ids = make_ids("distinct", (33, 6), 10, ranks, generator).int()
+    rows = 0
+    for rank in range(ranks):
+        num_local, expert_map, _ = determine_expert_map(ranks, rank, 10, strategy)
+        layout = reference.expert_layout(ids, num_local, expert_map, 8)
+        case = Case(ids, num_local, [expert_map], 8)
+        check(layout, case, local_ids(case, expert_map))
+        rows += int(layout.counts.sum())
+    assert rows == ids.numel()
+
+
 @pytest.mark.parametrize("tile", [1, 8, 64, 128, 256])
 @pytest.mark.parametrize("num_local", [1, 3, 48, 256])
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 64])

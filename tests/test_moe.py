@@ -301,6 +301,17 @@ def test_the_chain_takes_any_ids(ids):
     assert (outputs[0].abs().amax(1) > 0).equal(has_local)
 
 
+def test_the_oracle_does_not_depend_on_the_default_dtype():
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    layer, routing = make_layer(SHAPE, random_weights(SHAPE)), random_routing(5, SHAPE)
+    expected = run(layer, x, routing)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert run(layer, x, routing).equal(expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_no_tokens_is_not_an_error():
     layer = make_layer(SHAPE, random_weights(SHAPE))
     out = run(layer, torch.zeros(0, 64, dtype=torch.bfloat16), random_routing(0, SHAPE))

@@ -67,3 +67,16 @@ def checkout_commit() -> str:
     """The commit of this file's checkout; benches take --commit where there is no git."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows of the same keys, one a line; floats to two places."""
+
+    def text(value: object) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)
+
+    columns = list(rows[0])
+    lines = [columns] + [[text(row[column]) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

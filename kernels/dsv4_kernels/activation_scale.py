@@ -48,10 +48,12 @@ def synthetic_tokens(hidden: int, seed: int = 0) -> torch.Tensor:
     Student's t with 2 degrees of freedom, then normalised: the largest value comes near
     sqrt(hidden), the most that a row of unit RMS can hold.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     size = (NUM_SYNTHETIC_TOKENS, hidden)
-    normal = torch.randn(size, generator=generator)
-    x = normal / torch.empty(size).exponential_(generator=generator).clamp(min=1e-9).sqrt()
+    # vLLM loads under a default dtype and device of its own.
+    normal, chi2 = (torch.empty(size, dtype=torch.float32, device="cpu") for _ in range(2))
+    normal.normal_(generator=generator)
+    x = normal / chi2.exponential_(generator=generator).clamp(min=1e-9).sqrt()
     return x / x.square().mean(1, keepdim=True).sqrt()
 
 
@@ -67,9 +69,10 @@ def warmup(
 
     scaling is routed_scaling_factor: a token's weights sum to it, so none is larger. FC1's scale
     depends on hidden, seed and headroom alone, FC2's on its expert's weights too: neither on
-    which rank holds what. Without a limit FC2 gets one scale per row (fc2 None). Call it before
-    the weights are shuffled for a kernel; one expert is widened at a time, in pieces. ValueError
-    for a headroom that is not a power of two, and for an expert whose product is not finite.
+    which rank holds what (a tensor-parallel rank's is for its part of the intermediate size).
+    Without a limit FC2 gets one scale per row (fc2 None). Call it before the weights are shuffled
+    for a kernel; one expert is widened at a time, in pieces. ValueError for a headroom that is
+    not a power of two, and for an expert whose product is not finite.
     """
     if headroom < 1 or headroom & (headroom - 1):
         raise ValueError(f"activation headroom is {headroom}: use a power of two, 1, 2, 4, ...")
@@ -98,7 +101,7 @@ def _product_amax(
     """
     inter = weights.intermediate
     gate_scale, up_scale = weights.w13_global_scales[expert].unbind()
-    largest = torch.zeros((), device=x.device)
+    largest = torch.zeros((), dtype=torch.float32, device=x.device)
     for start in range(0, inter, _CHUNK):
         end = min(start + _CHUNK, inter)
         gate = x @ _widen(weights, expert, start, end).T * gate_scale
@@ -113,7 +116,8 @@ def _product_amax(
 def _widen(weights: ExpertWeights, expert: int, start: int, end: int) -> torch.Tensor:
     """Rows start to end of one expert's w13, (end - start, hidden) fp32, without global scale."""
     codes = weights.w13[expert, start:end]
-    values = torch.tensor(_E2M1 + tuple(-v for v in _E2M1), device=codes.device)
+    signed = _E2M1 + tuple(-v for v in _E2M1)
+    values = torch.tensor(signed, dtype=torch.float32, device=codes.device)
     nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(1).int()
     blocks = values[nibbles].unflatten(1, (-1, NVFP4_BLOCK))
     return (blocks * weights.w13_block_scales[expert, start:end].float()[:, :, None]).flatten(1)

@@ -4,10 +4,11 @@
     offset[e] = sum over e' < e of count[e'] rounded up to the tile
     row[slot] = offset[e] + number of earlier slots of the same expert
 
-Slots are token * top_k + j. Each program owns `steps` runs of STEP slots. What came before its
-first slot it counts itself up to ONE_LAUNCH_SLOTS slots, in one launch and with nothing shared;
-beyond that, a first launch leaves every program's counts in a scratch buffer. Within a run, a
-slot's rank is counted by comparing it with the run's earlier slots. No atomics: the order of rows
+Slots are token * top_k + j. The first programs own `steps` runs of STEP slots each and place them;
+the programs after those write the tiles' experts and the rows that no slot has. What comes before
+its slots every program counts itself up to ONE_LAUNCH_SLOTS slots, in one launch and with nothing
+shared; beyond that, a first launch leaves every block's counts in a scratch buffer. Within a run,
+a slot's rank is counted by comparing it with the run's other slots. No atomics: the order of rows
 is the order of slots, whatever the GPU does first.
 """
 
@@ -21,76 +22,83 @@ from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
 from dsv4_kernels.types import ExpertLayout, capacity
 
 MAX_LOCAL_EXPERTS = 512
-ONE_LAUNCH_SLOTS = 4096
-MAX_PROGRAMS = 128
-COUNTS_AT_ONCE = tl.constexpr(8)
+ONE_LAUNCH_SLOTS = 2048
+MAX_BLOCKS = 128
+MAX_FILLERS = 128
 
 
 class Config(NamedTuple):
     step: int  # slots that are ranked at once
-    steps: int  # runs of `step` slots per program
-    programs: int  # that own slots
+    steps: int  # runs of `step` slots per block
+    blocks: int  # programs that own slots
     num_warps: int
     counted_before: bool  # two launches
 
 
 def choose_config(num_slots: int) -> Config:
-    """Small runs at small batches, where ranking is most of the time; then 128 programs."""
+    """One block while ranking is quick; then blocks of 128 slots; at most 128 blocks."""
     if num_slots <= 64:
-        return Config(step=64, steps=1, programs=1, num_warps=4, counted_before=False)
+        return Config(step=64, steps=1, blocks=1, num_warps=4, counted_before=False)
     if num_slots <= ONE_LAUNCH_SLOTS:
         return Config(128, 1, triton.cdiv(num_slots, 128), num_warps=4, counted_before=False)
-    steps = triton.cdiv(num_slots, 256 * MAX_PROGRAMS)
-    return Config(256, steps, triton.cdiv(num_slots, 256 * steps), 8, counted_before=True)
+    steps = triton.cdiv(num_slots, 128 * MAX_BLOCKS)
+    return Config(128, steps, triton.cdiv(num_slots, 128 * steps), 8, counted_before=True)
 
 
 def scratch_size(num_tokens: int, top_k: int, num_local_experts: int) -> int:
-    """int32 elements of scratch that suffice for a layout of up to so many tokens.
-
-    0 where one launch does it. Fewer tokens may have more programs than more tokens have, so it
-    is for the most programs there can be.
-    """
-    if not choose_config(num_tokens * top_k).counted_before:
-        return 0
-    return MAX_PROGRAMS * num_local_experts
+    """int32 elements of scratch that a layout needs; 0 where one launch does it."""
+    config = choose_config(num_tokens * top_k)
+    return config.blocks * num_local_experts if config.counted_before else 0
 
 
 @triton.jit
-def _local_experts(ids_ptr, map_ptr, slots, num_slots, map_size, NUM_LOCAL, HAS_MAP: tl.constexpr):
-    """int32 local experts of slots, NUM_LOCAL where there is none."""
-    experts = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1)
-    if HAS_MAP:
-        known = (experts >= 0) & (experts < map_size)
-        experts = tl.load(map_ptr + experts, mask=known, other=-1)
-    return tl.where((experts >= 0) & (experts < NUM_LOCAL), experts, NUM_LOCAL).to(tl.int32)
+def _load_map(map_ptr, map_size, MAP_BLOCK: tl.constexpr):
+    """(MAP_BLOCK,) local expert of every global one, -1 beyond the map; read before the wait."""
+    experts = tl.arange(0, MAP_BLOCK)
+    if map_ptr is None:
+        return experts
+    return tl.load(map_ptr + experts, mask=experts < map_size, other=-1)
 
 
-@triton.jit(do_not_specialize=["num_slots", "map_size", "steps"])
+@triton.jit
+def _local_experts(
+    ids_ptr, expert_map, slots, end, NUM_LOCAL: tl.constexpr, MAP_BLOCK: tl.constexpr
+):
+    """int32 local experts of slots below end, NUM_LOCAL where there is none."""
+    experts = tl.load(ids_ptr + slots, mask=slots < end, other=-1)
+    known = (experts >= 0) & (experts < MAP_BLOCK)
+    local = tl.gather(expert_map, tl.where(known, experts, 0).to(tl.int32), axis=0)
+    return tl.where(known & (local >= 0) & (local < NUM_LOCAL), local, NUM_LOCAL)
+
+
+@triton.jit(do_not_specialize=["num_slots", "map_size", "span"])
 def _count_kernel(
     ids_ptr,
     map_ptr,
-    block_counts_ptr,  # (programs, NUM_LOCAL)
+    block_counts_ptr,  # (blocks, NUM_LOCAL)
     num_slots,
     map_size,
-    steps,
+    span,  # slots per block
     NUM_LOCAL: tl.constexpr,
     EXPERT_BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    HAS_MAP: tl.constexpr,
+    MAP_BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
+    expert_map = _load_map(map_ptr, map_size, MAP_BLOCK)
     wait_for_inputs(launch_pdl)
-    program = tl.program_id(0)
+    block = tl.program_id(0)
+    end = tl.minimum((block + 1) * span, num_slots)
     counts = tl.zeros([EXPERT_BLOCK], tl.int32)
-    for step in range(0, steps):
-        slots = (program * steps + step) * STEP + tl.arange(0, STEP)
-        local = _local_experts(ids_ptr, map_ptr, slots, num_slots, map_size, NUM_LOCAL, HAS_MAP)
+    for first in range(block * span, end, AT_ONCE):
+        slots = first + tl.arange(0, AT_ONCE)
+        local = _local_experts(ids_ptr, expert_map, slots, end, NUM_LOCAL, MAP_BLOCK)
         counts += tl.histogram(local, EXPERT_BLOCK, mask=local < NUM_LOCAL)
     experts = tl.arange(0, EXPERT_BLOCK)
-    tl.store(block_counts_ptr + program * NUM_LOCAL + experts, counts, mask=experts < NUM_LOCAL)
+    tl.store(block_counts_ptr + block * NUM_LOCAL + experts, counts, mask=experts < NUM_LOCAL)
 
 
-@triton.jit(do_not_specialize=["num_slots", "map_size", "steps", "num_blocks", "num_tiles"])
+@triton.jit(do_not_specialize=["num_slots", "map_size", "steps", "blocks", "num_tiles"])
 def _layout_kernel(
     ids_ptr,
     map_ptr,
@@ -103,17 +111,19 @@ def _layout_kernel(
     num_slots,
     map_size,
     steps,
-    num_blocks,
+    blocks,
     num_tiles,
     NUM_LOCAL: tl.constexpr,
     EXPERT_BLOCK: tl.constexpr,
+    MAP_BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     STEP: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-    HAS_MAP: tl.constexpr,
     COUNTED: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
+    expert_map = _load_map(map_ptr, map_size, MAP_BLOCK)
     wait_for_inputs(launch_pdl)
     program = tl.program_id(0)
     experts = tl.arange(0, EXPERT_BLOCK)
@@ -122,60 +132,66 @@ def _layout_kernel(
     total = tl.zeros([EXPERT_BLOCK], tl.int32)
     before = tl.zeros([EXPERT_BLOCK], tl.int32)
     if COUNTED:
-        for first in range(0, num_blocks, COUNTS_AT_ONCE):
-            blocks = first + tl.arange(0, COUNTS_AT_ONCE)[:, None]
+        for first in range(0, blocks, AT_ONCE):
+            block = first + tl.arange(0, AT_ONCE)[:, None]
             counts = tl.load(
-                block_counts_ptr + blocks * NUM_LOCAL + experts[None, :],
-                mask=(blocks < num_blocks) & (experts[None, :] < NUM_LOCAL),
+                block_counts_ptr + block * NUM_LOCAL + experts[None, :],
+                mask=(block < blocks) & (experts[None, :] < NUM_LOCAL),
                 other=0,
             )
             total += tl.sum(counts, axis=0)
-            before += tl.sum(tl.where(blocks < program, counts, 0), axis=0)
+            before += tl.sum(tl.where(block < program, counts, 0), axis=0)
     else:
-        for first in range(0, num_slots, STEP):
-            slots = first + tl.arange(0, STEP)
-            local = _local_experts(ids_ptr, map_ptr, slots, num_slots, map_size, NUM_LOCAL, HAS_MAP)
-            counts = tl.histogram(local, EXPERT_BLOCK, mask=local < NUM_LOCAL)
-            total += counts
-            before += tl.where(first < program * steps * STEP, counts, 0)
+        own = program * steps * STEP
+        for first in range(0, num_slots, AT_ONCE):
+            slots = first + tl.arange(0, AT_ONCE)
+            local = _local_experts(ids_ptr, expert_map, slots, num_slots, NUM_LOCAL, MAP_BLOCK)
+            total += tl.histogram(local, EXPERT_BLOCK, mask=local < NUM_LOCAL)
+            if (first < own) & (program < blocks):
+                earlier = (local < NUM_LOCAL) & (slots < own)
+                before += tl.histogram(local, EXPERT_BLOCK, mask=earlier)
 
     # Phase 2: groups. Experts beyond NUM_LOCAL are empty and end where the last group ends.
     padded = (total + TILE - 1) // TILE * TILE
     ends = tl.cumsum(padded, axis=0)
     starts = ends - padded
-    num_rows = tl.sum(padded, axis=0)
-    if program == 0:
-        tl.store(counts_ptr + experts, total, mask=experts < NUM_LOCAL)
-        tl.store(offsets_ptr + experts, starts, mask=experts < NUM_LOCAL)
-        tl.store(offsets_ptr + NUM_LOCAL, num_rows)
 
-    # Phase 3: rows of this program's slots.
-    running = starts + before
-    index = tl.arange(0, STEP)
-    for step in range(0, steps):
-        slots = (program * steps + step) * STEP + index
-        local = _local_experts(ids_ptr, map_ptr, slots, num_slots, map_size, NUM_LOCAL, HAS_MAP)
-        is_local = local < NUM_LOCAL
-        # Summed along axis 0, which a thread mostly has to itself.
-        earlier = (local[:, None] == local[None, :]) & (index[:, None] < index[None, :])
-        rank = tl.sum(earlier.to(tl.int32), axis=0)
-        row = rank + tl.gather(running, tl.where(is_local, local, 0), axis=0)
-        tl.store(slot_to_row_ptr + slots, tl.where(is_local, row, -1), mask=slots < num_slots)
-        tl.store(row_to_slot_ptr + row, slots, mask=is_local)
-        running += tl.histogram(local, EXPERT_BLOCK, mask=is_local)
-
-    # Phase 4: tiles to experts, and -1 to the rows that no slot has, a stripe per program.
-    for first in range(program * TILES, num_tiles, tl.num_programs(0) * TILES):
-        tiles = first + tl.arange(0, TILES)
-        is_live = tiles * TILE < num_rows
-        expert = tl.sum((ends[:, None] <= tiles[None, :] * TILE).to(tl.int32), axis=0)
-        expert = tl.where(is_live, expert, 0)
-        live_end = tl.where(is_live, tl.gather(starts + total, expert, axis=0), 0)
-        in_layout = tiles < num_tiles
-        tl.store(tile_to_expert_ptr + tiles, tl.where(is_live, expert, -1), mask=in_layout)
-        rows = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        is_padding = in_layout[:, None] & (rows >= live_end[:, None])
-        tl.store(row_to_slot_ptr + rows, tl.full([TILES, TILE], -1, tl.int32), mask=is_padding)
+    if program < blocks:
+        # Phase 3: rows of this program's slots.
+        running = starts + before
+        index = tl.arange(0, STEP)
+        for step in range(0, steps):
+            slots = (program * steps + step) * STEP + index
+            local = _local_experts(ids_ptr, expert_map, slots, num_slots, NUM_LOCAL, MAP_BLOCK)
+            is_local = local < NUM_LOCAL
+            # Summed along axis 0, which a thread mostly has to itself.
+            is_earlier = (local[:, None] == local[None, :]) & (index[:, None] < index[None, :])
+            rank = tl.sum(is_earlier.to(tl.int32), axis=0)
+            row = rank + tl.gather(running, tl.where(is_local, local, 0), axis=0)
+            tl.store(slot_to_row_ptr + slots, tl.where(is_local, row, -1), mask=slots < num_slots)
+            tl.store(row_to_slot_ptr + row, slots, mask=is_local)
+            if step + 1 < steps:
+                running += tl.histogram(local, EXPERT_BLOCK, mask=is_local)
+    else:
+        # Phase 4: the groups; tiles to experts; -1 to the rows that no slot has.
+        num_rows = tl.sum(padded, axis=0)
+        if program == blocks:
+            tl.store(counts_ptr + experts, total, mask=experts < NUM_LOCAL)
+            tl.store(offsets_ptr + experts, starts, mask=experts < NUM_LOCAL)
+            tl.store(offsets_ptr + NUM_LOCAL, num_rows)
+        stride = (tl.num_programs(0) - blocks) * TILES
+        for first in range((program - blocks) * TILES, num_tiles, stride):
+            tiles = first + tl.arange(0, TILES)
+            is_live = tiles * TILE < num_rows
+            expert = tl.sum((ends[:, None] <= tiles[None, :] * TILE).to(tl.int32), axis=0)
+            expert = tl.where(is_live, expert, 0)
+            live_end = tl.where(is_live, tl.gather(starts + total, expert, axis=0), 0)
+            in_layout = tiles < num_tiles
+            tl.store(tile_to_expert_ptr + tiles, tl.where(is_live, expert, -1), mask=in_layout)
+            rows = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            is_padding = in_layout[:, None] & (rows >= live_end[:, None])
+            nobody = tl.full([TILES, TILE], -1, tl.int32)
+            tl.store(row_to_slot_ptr + rows, nobody, mask=is_padding)
 
 
 def make_layout(
@@ -228,25 +244,42 @@ def expert_layout(
     assert len(out.row_to_slot) >= rows, f"{len(out.row_to_slot)} rows, capacity {rows}"
     if num_slots == 0:
         return _empty_layout(out)
+    _launch(ids, num_local_experts, expert_map, tile, out, scratch)
+    return out
+
+
+def _launch(
+    ids: torch.Tensor,
+    num_local_experts: int,
+    expert_map: torch.Tensor | None,
+    tile: int,
+    out: ExpertLayout,
+    scratch: torch.Tensor | None,
+) -> None:
+    num_slots, num_tiles = ids.numel(), len(out.tile_to_expert)
     config = choose_config(num_slots)
+    expert_block = max(32, triton.next_power_of_2(num_local_experts))
+    map_size = num_local_experts if expert_map is None else len(expert_map)
     common = {
         "NUM_LOCAL": num_local_experts,
-        "EXPERT_BLOCK": max(32, triton.next_power_of_2(num_local_experts)),
-        "STEP": config.step,
-        "HAS_MAP": expert_map is not None,
+        "EXPERT_BLOCK": expert_block,
+        "MAP_BLOCK": triton.next_power_of_2(map_size),
         "launch_pdl": supports_pdl(ids),
         "num_warps": config.num_warps,
     }
-    map_size = len(expert_map) if expert_map is not None else 0
+    slots_at_once = min(1024, triton.next_power_of_2(num_slots))
     if config.counted_before:
-        size = scratch_size(num_tokens, top_k, num_local_experts)
+        size = scratch_size(ids.shape[0], ids.shape[1], num_local_experts)
         if scratch is None:
             scratch = torch.empty(size, dtype=torch.int32, device=ids.device)
         assert scratch.dtype == torch.int32 and scratch.numel() >= size, (scratch.shape, size)
-        _count_kernel[(config.programs,)](
-            ids, expert_map, scratch, num_slots, map_size, config.steps, **common
+        span = config.steps * config.step
+        _count_kernel[(config.blocks,)](
+            ids, expert_map, scratch, num_slots, map_size, span, AT_ONCE=slots_at_once, **common
         )
-    _layout_kernel[(config.programs,)](
+    tiles = 16 if tile >= 64 else 64
+    fillers = min(MAX_FILLERS, triton.cdiv(num_tiles, tiles))
+    _layout_kernel[(config.blocks + fillers,)](
         ids,
         expert_map,
         scratch,
@@ -254,14 +287,15 @@ def expert_layout(
         num_slots,
         map_size,
         config.steps,
-        config.programs,
-        len(out.tile_to_expert),
+        config.blocks,
+        num_tiles,
+        AT_ONCE=16384 // expert_block if config.counted_before else slots_at_once,
+        STEP=config.step,
         TILE=tile,
-        TILES=min(64, max(16, 1024 // tile)),
+        TILES=tiles,
         COUNTED=config.counted_before,
         **common,
     )
-    return out
 
 
 def _empty_layout(out: ExpertLayout) -> ExpertLayout:

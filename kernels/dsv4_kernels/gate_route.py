@@ -7,8 +7,8 @@ The first programs of the grid are workers: each multiplies the tokens with EXPE
 over K_SPLIT columns, writes the partial sums to scratch and counts itself as arrived. The last
 programs route one token each: they wait until every worker has arrived, add the partial sums up in
 the order of the splits, and select. Workers wait for nobody and come first in the grid, so they
-always finish; the sum's order does not depend on who arrives when. The last router sets the
-counters back, so a graph can replay the launch.
+always finish; the sum's order does not depend on who arrives when. The last router to have waited
+sets the counters back, so a graph can replay the launch.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
-from dsv4_kernels.routing import check_routing, router_scores, select_experts, shares
+from dsv4_kernels.routing import (
+    check_routing,
+    expert_chunks,
+    load_bias,
+    router_scores,
+    select_experts,
+    selection_keys,
+    shares,
+)
 from dsv4_kernels.types import NUM_IMAGE_TOKEN_IDS, ImageBias, Routing
 
 MAX_TOKENS = 64
@@ -35,7 +43,7 @@ class GateScratch(NamedTuple):
     """What the programs of one launch share. Launches that may overlap need one each."""
 
     partials: torch.Tensor  # (at least num_splits * num_tokens * num_experts,) float32
-    counters: torch.Tensor  # (2,) int32, workers arrived and tokens routed: zero between launches
+    counters: torch.Tensor  # (2,) int32, workers and routers that arrived: zero between launches
 
 
 def choose_config(num_tokens: int) -> Config:
@@ -60,9 +68,7 @@ def _sum_partials(row_ptr, stride, experts, mask, SPLITS: tl.constexpr):
     """Logits of one token at `experts`: its partial sums in the order of the splits."""
     logits = tl.zeros(experts.shape, tl.float32)
     for split in tl.static_range(SPLITS):
-        # Not from L1, which may hold what an earlier launch left there.
-        ptrs = row_ptr + split * stride + experts
-        logits += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        logits += tl.load(row_ptr + split * stride + experts, mask=mask, other=0.0)
     return logits
 
 
@@ -118,9 +124,10 @@ def _gate_route_kernel(
     scaling,
     HIDDEN: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
     TOP_K: tl.constexpr,
     K_BLOCK: tl.constexpr,
-    EXPERT_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,
     K_SPLIT: tl.constexpr,
@@ -144,12 +151,11 @@ def _gate_route_kernel(
         tl.atomic_add(counters_ptr, 1, sem="release", scope="gpu")
     else:
         token = program - num_workers
-        experts = tl.arange(0, EXPERT_BLOCK)[None, :]
         slots = tl.arange(0, K_BLOCK)[None, :]
-        in_range = experts < NUM_EXPERTS
-        bias = tl.zeros([1, EXPERT_BLOCK], tl.float32)
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + experts, mask=in_range, other=0.0).to(tl.float32)
+            bias = load_bias(bias_ptr, NUM_EXPERTS, WIDTH, CHUNKS)
+        if HAS_IMAGE_BIAS:
+            image_bias = load_bias(image_bias_ptr, NUM_EXPERTS, WIDTH, CHUNKS)
         wait_for_inputs(launch_pdl)
 
         # Phase 1: what the token's id says.
@@ -163,21 +169,34 @@ def _gate_route_kernel(
             ids = tl.where((hashed >= 0) & (hashed < NUM_EXPERTS), hashed, -1).to(tl.int32)
         if HAS_IMAGE_BIAS:
             is_image = (token_id >= first_image_id) & (token_id < first_image_id + NUM_IMAGE_IDS)
-            if is_image:
-                bias = tl.load(image_bias_ptr + experts, mask=in_range, other=0.0).to(tl.float32)
 
-        # Phase 2: once every worker has arrived, select and weigh.
+        # Phase 2: wait for every worker. The last router to see them all resets the counters.
         arrived = tl.atomic_add(counters_ptr, 0, sem="acquire", scope="gpu")
         while arrived < num_workers:
             arrived = tl.atomic_add(counters_ptr, 0, sem="acquire", scope="gpu")
+        seen = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed", scope="gpu")
+        if seen == num_tokens - 1:
+            tl.store(counters_ptr, 0)
+            tl.store(counters_ptr + 1, 0)
+
+        # Phase 3: select and weigh.
         row_ptr = partials_ptr + token * NUM_EXPERTS
         stride = num_tokens * NUM_EXPERTS
         if HAS_IMAGE_BIAS or not HAS_TABLE:
             if is_image or not HAS_TABLE:
-                scores = router_scores(_sum_partials(row_ptr, stride, experts, in_range, SPLITS))
-                ids = select_experts(
-                    scores + bias, scores < 0, experts, NUM_EXPERTS, TOP_K, K_BLOCK, 1
-                )
+                keys = ()
+                for chunk in tl.static_range(CHUNKS):
+                    experts = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
+                    in_range = experts < NUM_EXPERTS
+                    logits = _sum_partials(row_ptr, stride, experts, in_range, SPLITS)
+                    scores = router_scores(logits)
+                    selection = scores
+                    if HAS_BIAS:
+                        selection = scores + bias[chunk]
+                    if HAS_IMAGE_BIAS:
+                        selection = tl.where(is_image, scores + image_bias[chunk], selection)
+                    keys = keys + (selection_keys(logits, selection, in_range),)
+                ids = select_experts(keys, TOP_K, K_BLOCK, 1, WIDTH, CHUNKS)
         live = ids >= 0
         selected = router_scores(_sum_partials(row_ptr, stride, ids, live, SPLITS))
         if UNIFORM:
@@ -185,12 +204,6 @@ def _gate_route_kernel(
         out = token * TOP_K + slots
         tl.store(weights_ptr + out, shares(selected, live, scaling), mask=slots < TOP_K)
         tl.store(ids_ptr + out, ids, mask=slots < TOP_K)
-
-        # Phase 3: the last router leaves the counters as it found them.
-        routed = tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel", scope="gpu")
-        if routed == num_tokens - 1:
-            tl.store(counters_ptr, 0)
-            tl.store(counters_ptr + 1, 0)
 
 
 def gate_route(
@@ -248,10 +261,9 @@ def gate_route(
         image_bias.first_token_id if image_bias else 0,
         scaling,
         HIDDEN=hidden,
-        NUM_EXPERTS=num_experts,
+        **expert_chunks(num_experts),
         TOP_K=top_k,
         K_BLOCK=triton.next_power_of_2(top_k),
-        EXPERT_BLOCK=triton.next_power_of_2(num_experts),
         TOKENS=config.tokens,
         EXPERTS=config.experts,
         K_SPLIT=config.k_split,

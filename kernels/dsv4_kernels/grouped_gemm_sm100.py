@@ -18,7 +18,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 from dsv4_kernels.grouped_gemm_sm100_kernel import Dsv4GroupedGemmSm100
-from dsv4_kernels.grouped_gemm_sm100_spec import Config, Gemm
+from dsv4_kernels.grouped_gemm_sm100_spec import CONFIGS, Gemm
 from dsv4_kernels.types import (
     ActivationScales,
     ExpertLayout,
@@ -27,13 +27,6 @@ from dsv4_kernels.types import (
     QuantizedRows,
 )
 
-# One for each tile, as many stages as fit beside FC2's staging. Boxes: a tile of the smallest
-# reads at most 15 tokens too many; the largest is for prefill, where boxes are full.
-CONFIGS = {
-    64: Config(tile=64, num_ctas=1, token_box=16, stages=7),
-    128: Config(tile=128, num_ctas=1, token_box=32, stages=5),
-    256: Config(tile=256, num_ctas=2, token_box=64, stages=5),
-}
 _DTYPES = {
     torch.uint8: Uint8,
     torch.float8_e4m3fn: Uint8,
@@ -42,41 +35,6 @@ _DTYPES = {
     torch.int32: Int32,
     torch.int64: Int64,
 }
-
-
-def unsupported(shape: MoeShape) -> str | None:
-    """Why these kernels cannot run the layer, or None."""
-    if not shape.quantize_activations:
-        return (
-            "it multiplies NVFP4 activations and this layer keeps them in bf16: use an activation "
-            "scale policy other than none"
-        )
-    for name, multiple in (("hidden", 128), ("intermediate", 64)):
-        size = getattr(shape, name)
-        if size % multiple:
-            return (
-                f"{name} size {size} of this rank is not a multiple of {multiple}: use a smaller "
-                "tensor-parallel size or expert parallelism"
-            )
-    return None
-
-
-def choose_config(shape: MoeShape, num_tokens: int) -> Config:
-    """By the rows that an expert gets if routing is even.
-
-    Each tile reads all of an expert's weights, from L2 after the first, so a tile should hold
-    what an expert usually gets; N follows the rows that exist, so a large tile costs padding and
-    shared memory only. Up to about 350 rows an expert is bound by reading its weights once (9
-    PFLOP/s over 8 TB/s, at 0.5625 bytes a weight); beyond, by the tensor cores, which two CTAs
-    and 256 tokens keep fed with half the shared-memory traffic of one and 128.
-    """
-    rows = num_tokens * shape.top_k / shape.num_experts
-    if rows <= 40:
-        return CONFIGS[64]
-    # A pair takes 256 weight rows: 128 gate and 128 up, or 256 of hidden.
-    if rows <= 160 or shape.intermediate % 128 or shape.hidden % 256:
-        return CONFIGS[128]
-    return CONFIGS[256]
 
 
 def gemms(shape: MoeShape, scales: ActivationScales | None, limit: float | None, tile: int):

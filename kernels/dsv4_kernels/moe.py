@@ -12,13 +12,14 @@ model calls. Everything between the two ends lives in a workspace that all layer
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dsv4_kernels import workspace as arena
 from dsv4_kernels.types import (
     NVFP4_BLOCK,
+    ActivationAmax,
     ActivationScales,
     ExpertWeights,
     MoeShape,
@@ -59,6 +60,7 @@ class MoeLayer:
     limit: float | None  # swiglu_limit
     activation_scales: ActivationScales | None  # None exactly in W4A16
     saturated: torch.Tensor  # (1,) int64 on the device: NVFP4 blocks that did not fit, so far
+    amax: ActivationAmax | None = None  # recorded while calibrating, see `recording_layer`
 
 
 def moe(
@@ -153,6 +155,7 @@ def _run_reference(
             limit=layer.limit,
             activation_scales=layer.activation_scales,
             saturated=layer.saturated,
+            amax=layer.amax,
         )
     )
 
@@ -221,7 +224,54 @@ SM90 = Backend(
     fc2=_fc2_sm90,
     compile=_compile_sm90,
 )
-BACKENDS = {backend.name: backend for backend in (REFERENCE, SM90)}
+
+
+def _supports_sm100(shape: MoeShape, capability: tuple[int, int] | None) -> str | None:
+    from dsv4_kernels.grouped_gemm_sm100_spec import unsupported
+
+    if capability is not None and capability[0] != 10:
+        return (
+            f"it is for compute capability 10 and this GPU has {capability[0]}.{capability[1]}: "
+            "set backend to auto"
+        )
+    return unsupported(shape)
+
+
+def _prepare_sm100(weights: ExpertWeights) -> ExpertWeights:
+    from dsv4_kernels.weights_sm100 import swizzle_sm100
+
+    return swizzle_sm100(weights)
+
+
+def _tile_sm100(shape: MoeShape, num_tokens: int) -> int:
+    from dsv4_kernels.grouped_gemm_sm100_spec import choose_config
+
+    return choose_config(shape, num_tokens).tile
+
+
+def _fc1_sm100(x, routing_weights, layout, layer, *, out) -> None:
+    from dsv4_kernels.grouped_gemm_sm100 import fc1
+
+    weights, scales, limit = layer.weights, layer.activation_scales, layer.limit
+    fc1(x, routing_weights, layout, weights, scales, limit, layer.saturated, out=out)
+
+
+def _fc2_sm100(h, layout, layer, *, out) -> None:
+    from dsv4_kernels.grouped_gemm_sm100 import fc2
+
+    fc2(h, layout, layer.weights, layer.activation_scales, out=out)
+
+
+SM100 = Backend(
+    name="sm100",
+    supports=_supports_sm100,
+    prepare=_prepare_sm100,
+    tile=_tile_sm100,
+    run=run_kernels,
+    fc1=_fc1_sm100,
+    fc2=_fc2_sm100,
+)
+BACKENDS = {backend.name: backend for backend in (REFERENCE, SM90, SM100)}
 # The backend that `auto` means, by the major compute capability; `reference` without a GPU.
 AUTO = {9: "sm90", 10: "sm100"}
 
@@ -267,6 +317,20 @@ def prepare_layer(
     if backend.compile is not None and weights.w13.is_cuda:
         backend.compile(shape, weights.w13.device)
     return MoeLayer(backend, shape, backend.prepare(weights), limit, activation_scales, saturated)
+
+
+def recording_layer(layer: MoeLayer) -> MoeLayer:
+    """The same layer, recording what its GEMMs read; ValueError where its backend cannot."""
+    if layer.backend.name != REFERENCE.name:
+        raise ValueError(
+            f"the {layer.backend.name} backend does not record activations: calibrate with backend "
+            f"set to {REFERENCE.name}"
+        )
+    device = layer.weights.w13.device
+    sizes = (1, layer.weights.num_local_experts)
+    return replace(
+        layer, amax=ActivationAmax(*(torch.zeros(size, device=device) for size in sizes))
+    )
 
 
 def workspace_bytes(backend: Backend, shape: MoeShape) -> int:

@@ -56,30 +56,44 @@ def _e4m3(x):
 
 
 @triton.jit
-def _e2m1(x, scale):
-    """(blocks, n) float32 over their (blocks, 1) scale -> 4-bit codes, int32. NaN becomes +6."""
-    is_live = scale > 0
-    magnitude = tl.div_rn(tl.abs(x), tl.where(is_live, scale, 1.0))
-    magnitude = tl.where(is_live, tl.where(magnitude < 6.0, magnitude, 6.0), 0.0)
-    bits = magnitude.to(tl.int32, bitcast=True)
-    # From 1 on, codes are the exponent and one bit of mantissa; below, steps of 0.5 are fp32's
-    # own at 2^22.
-    large = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
-    small = (magnitude + 4194304.0).to(tl.int32, bitcast=True) & 3
-    sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
-    sign = tl.where((x == x) & is_live, sign, 0)
-    return tl.where(magnitude < 1.0, small, large) | sign
+def _e2m1(x, scale, inverse, limit):
+    """x / scale to the nearest E2M1, to even: 4-bit codes, int32. NaN becomes +limit.
+
+    (blocks, n) over (blocks, 1). The quotient is IEEE's: x * inverse corrected once by its exact
+    remainder, inverse being the correctly rounded 1 / scale (Markstein). The remainder's sign is
+    such that -0 stays -0. limit is 6, or 0 in a block whose scale is 0, where inverse is 0 too.
+    """
+    quotient = x * inverse
+    excess = tl.fma(quotient, scale, -x)
+    exact = tl.fma(-excess, inverse, quotient)
+    quotient = tl.where(tl.abs(quotient) < 8.0, exact, quotient)  # infinities have no remainder
+    # minimum() takes the number where the other is NaN.
+    value = tl.maximum(tl.minimum(quotient, limit), -limit)
+    bits = value.to(tl.int32, bitcast=True)
+    # Added to 2^22 times its power of two (1 at least), a number is rounded to one bit after the
+    # leading one, and to multiples of 0.5 below 1; codes count these steps.
+    power = tl.maximum(bits & 0x7F800000, 127 << 23) + (22 << 23)
+    rounded = tl.abs(value) + power.to(tl.float32, bitcast=True)
+    code = rounded.to(tl.int32, bitcast=True) - power + (power >> 22) - 2 * (127 + 22)
+    sign = tl.where(limit > 0, 8, 0)
+    return code | ((bits >> 28) & sign)
 
 
 @triton.jit
 def _quantize_blocks(even, odd, amax, gs):
-    """(blocks, 8) values at even and odd columns -> bytes of codes, scales' bits, saturated."""
+    """(blocks, 8) values at even and odd columns -> bytes of codes, scales' bits, too large."""
     quotient = tl.div_rn(tl.div_rn(amax, 6.0), gs)
-    # 464 is the tie between 448 and the next E4M3 step, and goes to 448.
-    saturated = quotient > 464.0
     code, value = _e4m3(tl.minimum(quotient, 448.0))
-    scale = (value * gs)[:, None]
-    return _e2m1(even, scale) | (_e2m1(odd, scale) << 4), code, saturated
+    # Tiny scales are multiplied up with their values: remainders have to be normal numbers.
+    up = tl.where(gs < 2.3283064365386963e-10, 1.8446744073709552e19, 1.0)
+    scale = ((value * gs) * up)[:, None]
+    is_live = scale > 0
+    inverse = tl.where(is_live, tl.div_rn(1.0, tl.where(is_live, scale, 1.0)), 0.0)
+    limit = tl.where(is_live, 6.0, 0.0)
+    low = _e2m1(even * up, scale, inverse, limit)
+    high = _e2m1(odd * up, scale, inverse, limit)
+    # 464 is the tie between 448 and the next E4M3 step, and goes to 448.
+    return low | (high << 4), code, quotient > 464.0
 
 
 @triton.jit(do_not_specialize=["num_blocks", "scale_columns"])
@@ -121,13 +135,19 @@ def _quantize_kernel(
         block = tl.program_id(0) % programs_per_row * BLOCKS + tl.arange(0, BLOCKS)
         in_row = block < num_blocks
         words = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-        pairs = tl.load(x_ptr + token * num_blocks * 8 + words, mask=in_row[:, None], other=0)
+        pairs = tl.load(
+            x_ptr + token * num_blocks * 8 + words,
+            mask=in_row[:, None],
+            other=0,
+            eviction_policy="evict_first",
+        )
         even = (pairs << 16).to(tl.float32, bitcast=True)
         odd = (pairs & -0x10000).to(tl.float32, bitcast=True)
         # maximum() takes the number where the other is NaN.
         amax = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1)
         amax = tl.where(amax == amax, amax, 0.0)
-        nans = tl.max(((even != even) | (odd != odd)).to(tl.int32), axis=1)
+        # 0, and NaN where a value is none or infinite.
+        zero = tl.sum(even * 0.0 + odd * 0.0, axis=1)
         if POLICY == _OWN:
             row_amax = tl.minimum(tl.max(amax, axis=0), 3.4e38)
             gs = tl.maximum(tl.div_rn(row_amax, 2688.0), 7.888609052210118e-31)
@@ -140,7 +160,7 @@ def _quantize_kernel(
         # Phase 2: quantise, once, unless the slots' experts have scales of their own.
         if POLICY != _PER_EXPERT:
             codes, scales, too_large = _quantize_blocks(even, odd, amax, gs)
-            num_saturated = num_rows * tl.sum((too_large | (nans > 0)).to(tl.int32), axis=0)
+            num_saturated = num_rows * tl.sum((too_large | (zero != zero)).to(tl.int32), axis=0)
         else:
             num_saturated = num_rows * 0
 
@@ -154,18 +174,24 @@ def _quantize_kernel(
                     expert = tl.load(tile_to_expert_ptr + row // TILE)
                     gs = tl.load(gs_in_ptr + expert)
                     codes, scales, too_large = _quantize_blocks(even, odd, amax, gs)
-                    num_saturated += tl.sum((too_large | (nans > 0)).to(tl.int32), axis=0)
+                    num_saturated += tl.sum((too_large | (zero != zero)).to(tl.int32), axis=0)
                 if POLICY == _OWN:
                     tl.store(gs_out_ptr + row, gs)
                 code_ptrs = codes_ptr + row * num_blocks * 8 + words
-                tl.store(code_ptrs, codes.to(tl.uint8), mask=in_row[:, None])
+                # Codes stream out; a sector of swizzled scales is filled by several tokens.
+                tl.store(code_ptrs, codes.to(tl.uint8), mask=in_row[:, None], cache_modifier=".cs")
                 if SWIZZLED:
                     place = (row // 128) * (scale_columns * 128) + row % 32 * 16
                     place += row % 128 // 32 * 4
                     scale_ptrs = scales_ptr + place + block // 4 * 512 + block % 4
                 else:
                     scale_ptrs = scales_ptr + row * scale_columns + block
-                tl.store(scale_ptrs, scales.to(tl.uint8), mask=block < scale_columns)
+                tl.store(
+                    scale_ptrs,
+                    scales.to(tl.uint8),
+                    mask=block < scale_columns,
+                    eviction_policy="evict_last",
+                )
         if COUNTS_SATURATED:
             if num_saturated > 0:
                 tl.atomic_add(saturated_ptr, num_saturated.to(tl.int64), sem="relaxed")

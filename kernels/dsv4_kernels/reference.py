@@ -13,6 +13,7 @@ from dsv4_kernels.types import (
     NUM_IMAGE_TOKEN_IDS,
     NVFP4_BLOCK,
     NVFP4_MAX,
+    ActivationAmax,
     ActivationScales,
     ExpertLayout,
     ExpertWeights,
@@ -153,8 +154,8 @@ def expert_layout(
 def unpack_e2m1(codes: torch.Tensor) -> torch.Tensor:
     """(..., K // 2) uint8 -> (..., K) float32; low nibble first, bit 3 is the sign."""
     nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()
-    values = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=codes.device)
-    return values[nibbles]
+    signed = E2M1_VALUES + tuple(-v for v in E2M1_VALUES)
+    return torch.tensor(signed, dtype=torch.float32, device=codes.device)[nibbles]
 
 
 def nvfp4_dequantize(
@@ -203,7 +204,8 @@ def nvfp4_quantize(
     # E2M1 steps: 0.5 below 2, 1 below 4, 2 above; torch.round goes to even.
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     rounded = (magnitude / step).round() * step
-    code = torch.bucketize(rounded, torch.tensor(E2M1_VALUES, device=x.device))
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=x.device)
+    code = torch.bucketize(rounded, values)
     code = (code + 8 * torch.signbit(scaled)).to(torch.uint8).flatten(1)
     packed = code[:, 0::2] | (code[:, 1::2] << 4)
     return QuantizedRows(packed, block_scales, global_scale.float()), saturated.sum()
@@ -258,6 +260,7 @@ def moe(
     limit: float | None = None,
     activation_scales: ActivationScales | None = None,
     saturated: torch.Tensor | None = None,
+    amax: ActivationAmax | None = None,
 ) -> torch.Tensor:
     """The routed experts of one rank: (num_tokens, hidden) bf16 -> (num_tokens, hidden) bf16.
 
@@ -265,7 +268,7 @@ def moe(
     (1,) int64 counter, grows by the blocks that did not fit; without, they are bf16 (W4A16). The
     routing weight multiplies the activation before W2. That product is rounded once, to NVFP4 or
     bf16, but to bf16 and then NVFP4 where each row has its own scale. W2's rows are bf16, summed
-    in fp32.
+    in fp32. `amax` grows in place by what both GEMMs' inputs are before they are rounded.
     """
     layout = expert_layout(routing.ids, weights.num_local_experts, expert_map, tile=1)
     rows = torch.zeros(
@@ -296,7 +299,11 @@ def moe(
             fc1_scale = activation_scales.fc1
             if activation_scales.fc2 is not None:
                 fc2_scale = activation_scales.fc2[expert : expert + 1]
-        x = round_input(hidden_states[slots // routing.ids.shape[1]], fc1_scale)
+        tokens = hidden_states[slots // routing.ids.shape[1]]
+        x = round_input(tokens, fc1_scale)
         h = fc1(x, weights, expert, routing.weights.flatten()[slots], limit)
+        if amax is not None:
+            amax.fc1[0] = torch.maximum(amax.fc1[0], tokens.float().abs().amax())
+            amax.fc2[expert] = torch.maximum(amax.fc2[expert], h.float().abs().amax())
         rows[start : start + count] = fc2(round_input(h, fc2_scale), weights, expert).bfloat16()
     return combine(rows, layout.slot_to_row).to(hidden_states.dtype)

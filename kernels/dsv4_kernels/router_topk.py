@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
-from dsv4_kernels.routing import check_routing, router_scores, select_experts, shares
+from dsv4_kernels.routing import (
+    check_routing,
+    expert_chunks,
+    load_bias,
+    router_scores,
+    select_experts,
+    selection_keys,
+    shares,
+)
 from dsv4_kernels.types import NUM_IMAGE_TOKEN_IDS, ImageBias, Routing
 
 
@@ -48,9 +56,10 @@ def _router_kernel(
     first_image_id,
     scaling,
     NUM_EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
     TOP_K: tl.constexpr,
     K_BLOCK: tl.constexpr,
-    EXPERT_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
@@ -61,11 +70,12 @@ def _router_kernel(
 ):
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     in_batch = tokens < num_tokens
-    experts = tl.arange(0, EXPERT_BLOCK)[None, :]
+    rows = tokens.to(tl.int64) * NUM_EXPERTS
     slots = tl.arange(0, K_BLOCK)[None, :]
-    bias = tl.zeros([1, EXPERT_BLOCK], tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + experts, mask=experts < NUM_EXPERTS, other=0.0).to(tl.float32)
+        bias = load_bias(bias_ptr, NUM_EXPERTS, WIDTH, CHUNKS)
+    if HAS_IMAGE_BIAS:
+        image_bias = load_bias(image_bias_ptr, NUM_EXPERTS, WIDTH, CHUNKS)
     wait_for_inputs(launch_pdl)
 
     # Phase 1: ids by the table.
@@ -86,19 +96,20 @@ def _router_kernel(
         selects = tl.max(tl.max(is_image.to(tl.int32), axis=1), axis=0) > 0
     if HAS_IMAGE_BIAS or not HAS_TABLE:
         if selects:
-            logits = tl.load(
-                logits_ptr + tokens.to(tl.int64) * NUM_EXPERTS + experts,
-                mask=in_batch & (experts < NUM_EXPERTS),
-                other=0.0,
-            ).to(tl.float32)
-            scores = router_scores(logits)
-            selection = scores + bias
-            if HAS_IMAGE_BIAS:
-                image_bias = tl.load(image_bias_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
-                selection = tl.where(is_image, scores + image_bias.to(tl.float32), selection)
-            top = select_experts(
-                selection, scores < 0, experts, NUM_EXPERTS, TOP_K, K_BLOCK, TOKENS
-            )
+            keys = ()
+            for chunk in tl.static_range(CHUNKS):
+                experts = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
+                in_range = experts < NUM_EXPERTS
+                logits = tl.load(logits_ptr + rows + experts, mask=in_batch & in_range, other=0.0)
+                logits = logits.to(tl.float32)
+                scores = router_scores(logits)
+                selection = scores
+                if HAS_BIAS:
+                    selection = scores + bias[chunk]
+                if HAS_IMAGE_BIAS:
+                    selection = tl.where(is_image, scores + image_bias[chunk], selection)
+                keys = keys + (selection_keys(logits, selection, in_range),)
+            top = select_experts(keys, TOP_K, K_BLOCK, TOKENS, WIDTH, CHUNKS)
             if HAS_TABLE:
                 ids = tl.where(is_image, top, ids)
             else:
@@ -109,9 +120,7 @@ def _router_kernel(
     if UNIFORM and not HAS_IMAGE_BIAS:
         selected_scores = tl.zeros([TOKENS, K_BLOCK], tl.float32)
     else:
-        selected = tl.load(
-            logits_ptr + tokens.to(tl.int64) * NUM_EXPERTS + ids, mask=live, other=0.0
-        )
+        selected = tl.load(logits_ptr + rows + ids, mask=live, other=0.0)
         selected_scores = router_scores(selected.to(tl.float32))
         if UNIFORM:
             selected_scores = tl.where(is_image, selected_scores, 0.0)
@@ -162,10 +171,9 @@ def router_topk(
         len(table) if table is not None else 0,
         image_bias.first_token_id if image_bias else 0,
         scaling,
-        NUM_EXPERTS=num_experts,
+        **expert_chunks(num_experts),
         TOP_K=top_k,
         K_BLOCK=triton.next_power_of_2(top_k),
-        EXPERT_BLOCK=triton.next_power_of_2(num_experts),
         TOKENS=config.tokens,
         HAS_BIAS=bias is not None and table is None,
         HAS_TABLE=table is not None,

@@ -4,7 +4,8 @@
 
 With t = exp(-|z| / 2), which is a normal number down to |z| = 174: exp(-|z|) = t * t, and below
 z = -17, where log1p(e) = e to fp32's last bit, the score is t itself. log1p is the series of
-2 atanh(e / (2 + e)), whose argument is at most 1/3. Everything is within 4 ulp of the exact value.
+2 atanh(e / (2 + e)), whose argument is at most 1/3. Everything is within 4 ulp of the exact value;
+logits below -174, whose scores are no normal numbers, score 0.
 """
 
 import torch
@@ -15,7 +16,9 @@ from dsv4_kernels.types import ImageBias, Routing
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
+CHUNK = 128  # experts side by side: four per thread of a warp, one 16-byte load
 FINITE_MAX = tl.constexpr(3.4028234663852886e38)
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # normal number; exp2 of less is 0 on a GPU
 LOG2_E = tl.constexpr(1.4426950216293335)  # fp32's nearest; LOG2_E_LOW is what it lacks
 LOG2_E_LOW = tl.constexpr(1.925963033500011e-08)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -39,10 +42,15 @@ def _exp_negative(x):
 
 @triton.jit
 def router_scores(z):
-    """sqrt(softplus(z)) of float32, at most the largest finite number; NaN scores -1."""
+    """sqrt(softplus(z)) of float32, at most the largest finite number; 0 for NaN."""
     root = _exp_negative(-0.5 * tl.abs(z))
     power = root * root
-    s = power / (2.0 + power)
+    # 1 / (2 + power): the square of rsqrt, and a Newton step; a division is twice as long.
+    divisor = 2.0 + power
+    reciprocal = tl.rsqrt(divisor)
+    reciprocal = reciprocal * reciprocal
+    reciprocal = reciprocal * tl.fma(-divisor, reciprocal, 2.0)
+    s = power * reciprocal
     s2 = s * s
     series = tl.fma(s2, 0.07692307692, 0.09090909091)
     series = tl.fma(s2, series, 0.11111111111)
@@ -50,54 +58,94 @@ def router_scores(z):
     series = tl.fma(s2, series, 0.2)
     series = tl.fma(s2, series, 0.33333333333)
     series = tl.fma(s2, series, 1.0)
-    softplus = tl.maximum(z, 0.0) + 2.0 * s * series
-    score = tl.where(z < -17.0, root, tl.sqrt(softplus))
-    return tl.where(z == z, tl.minimum(score, FINITE_MAX), -1.0)
+    softplus = tl.fma(2.0 * s, series, tl.maximum(z, 0.0))
+    return tl.minimum(tl.where(z < -17.0, root, tl.sqrt(softplus)), FINITE_MAX)
+
+
+@triton.jit
+def load_bias(bias_ptr, NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    """CHUNKS tensors (1, WIDTH) of the selection's bias; -inf for NaN."""
+    bias = ()
+    for chunk in tl.static_range(CHUNKS):
+        experts = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
+        values = tl.load(bias_ptr + experts, mask=experts < NUM_EXPERTS, other=0.0).to(tl.float32)
+        bias = bias + (tl.where(values == values, values, float("-inf")),)
+    return bias
+
+
+@triton.jit
+def selection_keys(logits, selection, in_range):
+    """int32 in the order of selection; NaN logits come after every number, then what is no expert.
+
+    Float bits sort as integers once the negative ones have their other bits flipped.
+    """
+    bits = selection.to(tl.int32, bitcast=True)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = tl.where(logits == logits, keys, KEY_NAN)
+    return tl.where(in_range, keys, KEY_NONE)
 
 
 @triton.jit
 def select_experts(
-    selection,
-    is_nan,
-    experts,
-    num_experts,
+    keys,
     TOP_K: tl.constexpr,
     K_BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """(TOKENS, K_BLOCK) int32 ids by descending selection, ties to the lower id; -1 from TOP_K.
+    """(TOKENS, K_BLOCK) int32 ids by descending key, ties to the lower id; -1 from TOP_K on.
 
-    selection and is_nan (of the logit) (TOKENS, E), experts (1, E). NaN logits come after every
-    number, -inf included; a NaN of the bias counts as -inf.
+    keys are CHUNKS tensors (TOKENS, WIDTH), expert chunk * WIDTH + column. Each column is sorted
+    once; then the largest of the first row is taken TOP_K times, and its column moves up.
     """
-    selection = tl.where(selection == selection, selection, float("-inf"))
-    bits = selection.to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keys = tl.where(is_nan, KEY_NAN, keys)
-    keys = tl.where(experts < num_experts, keys, KEY_NONE)
+    ids = ()
+    for chunk in tl.static_range(CHUNKS):
+        ids = ids + (chunk * WIDTH + tl.arange(0, WIDTH)[None, :] + tl.zeros_like(keys[0]),)
+    for done in tl.static_range(CHUNKS - 1):
+        for i in tl.static_range(CHUNKS - 1 - done):
+            swap = keys[i + 1] > keys[i]  # not for equal keys: the lower id stays first
+            pair = (tl.where(swap, keys[i + 1], keys[i]), tl.where(swap, keys[i], keys[i + 1]))
+            keys = keys[:i] + pair + keys[i + 2 :]
+            pair = (tl.where(swap, ids[i + 1], ids[i]), tl.where(swap, ids[i], ids[i + 1]))
+            ids = ids[:i] + pair + ids[i + 2 :]
     slots = tl.arange(0, K_BLOCK)[None, :]
-    ids = tl.full([TOKENS, K_BLOCK], -1, tl.int32)
+    selected = tl.full([TOKENS, K_BLOCK], -1, tl.int32)
     for slot in tl.static_range(TOP_K):
         # Two integer reductions, which a warp does in one instruction each.
-        best = tl.max(keys, axis=1, keep_dims=True)
-        expert = tl.min(tl.where(keys == best, experts, NO_EXPERT), axis=1, keep_dims=True)
-        ids = tl.where(slots == slot, expert, ids)
-        keys = tl.where(experts == expert, KEY_NONE, keys)
-    return ids
+        best = tl.max(keys[0], axis=1, keep_dims=True)
+        expert = tl.min(tl.where(keys[0] == best, ids[0], NO_EXPERT), axis=1, keep_dims=True)
+        selected = tl.where(slots == slot, expert, selected)
+        taken = ids[0] == expert
+        next_keys, next_ids = (), ()
+        for chunk in tl.static_range(CHUNKS - 1):
+            next_keys = next_keys + (tl.where(taken, keys[chunk + 1], keys[chunk]),)
+            next_ids = next_ids + (tl.where(taken, ids[chunk + 1], ids[chunk]),)
+        keys = next_keys + (tl.where(taken, KEY_NONE, keys[CHUNKS - 1]),)
+        ids = next_ids + (ids[CHUNKS - 1],)
+    return selected
 
 
 @triton.jit
 def shares(scores, live, scaling):
     """(TOKENS, K_BLOCK): scores over the sum of the live ones, times scaling; 0 elsewhere.
 
-    Divided by the largest first, so that no sum overflows or vanishes. All 0: equal shares.
+    Scaled by a power of two first, which brings the largest to [1, 4), so that no sum overflows or
+    vanishes. All 0, or subnormal: equal shares.
     """
-    scores = tl.where(live, tl.maximum(scores, 0.0), 0.0)
+    scores = tl.where(live, scores, 0.0)
     largest = tl.max(scores, axis=1, keep_dims=True)
-    equal = tl.where(live, 1.0, 0.0)
-    scores = tl.where(largest > 0, tl.div_rn(scores, tl.where(largest > 0, largest, 1.0)), equal)
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    unit = tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)
+    scores = tl.where(largest >= SMALLEST, scores * unit, tl.where(live, 1.0, 0.0))
     total = tl.maximum(tl.sum(scores, axis=1, keep_dims=True), 1.0)
-    return tl.div_rn(scores, total) * scaling
+    return scores * tl.div_rn(scaling, total)
+
+
+def expert_chunks(num_experts: int) -> dict[str, int]:
+    """How the kernels hold a token's experts: CHUNKS tensors of WIDTH."""
+    width = min(CHUNK, triton.next_power_of_2(num_experts))
+    return {"NUM_EXPERTS": num_experts, "WIDTH": width, "CHUNKS": triton.cdiv(num_experts, width)}
 
 
 def check_routing(

@@ -96,6 +96,13 @@ class MoeShape(NamedTuple):
     scale_per_row: bool = False  # of x or h: `token`, and `warmup` of a layer without a limit
 
 
+class ActivationAmax(NamedTuple):
+    """The largest magnitudes that the two GEMMs have read so far; a calibration run's result."""
+
+    fc1: torch.Tensor  # (1,) float32
+    fc2: torch.Tensor  # (num_local_experts,) float32; 0 for an expert that has had no row
+
+
 def capacity(num_tokens: int, top_k: int, num_local_experts: int, tile: int) -> int:
     """Rows that any routing of num_tokens fits in, a multiple of the tile.
 

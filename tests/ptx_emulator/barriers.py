@@ -77,6 +77,16 @@ class MBarrier:
             self.completions += 1
 
 
+class ClusterBarrier:
+    """barrier.cluster: every warp of every CTA of a cluster arrives, and later waits."""
+
+    def __init__(self, num_warps: int):
+        self.num_warps = num_warps
+        self.arrived = 0
+        self.phase = 0
+        self.waiting: list = []  # strands
+
+
 class NamedBarrier:
     """bar.sync / bar.arrive with an id: counts threads, a warp at a time."""
 

@@ -17,6 +17,7 @@ class Signal(NamedTuple):
 
     blocked: str | None = None  # until somebody sets Strand.blocked to None
     barrier: MBarrier | None = None  # a try_wait failed: until the barrier completes a phase
+    polled: bool = False  # a load that may poll memory: others go first
     retry: bool = False  # the strand was split: the same instruction again
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.ptx_emulator.async_engine import AsyncEngine
+from tests.ptx_emulator.barriers import ClusterBarrier
 from tests.ptx_emulator.findings import EmulatorError, Finding, Unsupported
 from tests.ptx_emulator.instructions.table import COMPILERS
 from tests.ptx_emulator.memory import SHARED_BASE, GlobalMemory
@@ -70,8 +71,10 @@ class Machine:
             self.program = self._compile(kernel)
             self.kernel = kernel
             clusters = [launch.grid[a] // launch.cluster[a] for a in range(3)]
-            for index in np.ndindex(clusters[2], clusters[1], clusters[0]):
-                self._run_cluster(index[::-1])
+            indices = [i[::-1] for i in np.ndindex(clusters[2], clusters[1], clusters[0])]
+            at_once = max(1, self.num_sms // int(np.prod(launch.cluster)))
+            for first in range(0, len(indices), at_once):
+                self._run_wave(indices[first : first + at_once])
         finally:
             self.memory.remove(block)
 
@@ -109,29 +112,31 @@ class Machine:
         program.append(Step(EXIT, None, None))
         return program
 
-    # The cluster under way.
+    # The clusters that run at the same time.
 
-    def _run_cluster(self, cluster_index: tuple[int, ...]) -> None:
-        launch = self.launch
+    def _run_wave(self, indices: list[tuple[int, ...]]) -> None:
         self.engine = AsyncEngine(self.mode, self.seed)
+        ctas = [cta for index in indices for cta in self._make_cluster(index)]
+        with np.errstate(all="ignore"):
+            self._schedule([gang for cta in ctas for gang in cta.gangs])
+            self.engine.retire_all()
+        self._check_exit(ctas)
+
+    def _make_cluster(self, cluster_index: tuple[int, ...]) -> list[Cta]:
+        launch = self.launch
         num_warps = -(-int(np.prod(launch.block)) // WARP)
         ctas: list[Cta] = []
         for z, y, x in np.ndindex(*launch.cluster[::-1]):
             index = tuple(cluster_index[a] * launch.cluster[a] + (x, y, z)[a] for a in range(3))
             ctas.append(Cta(self, index, len(ctas), num_warps))
-        self.cluster_arrived = 0
-        self.cluster_phase = 0
-        self.cluster_warps = num_warps * len(ctas)
-        self.cluster_waiting: list[Strand] = []
+        barrier = ClusterBarrier(num_warps * len(ctas))
         for cta in ctas:
             cta.cluster = ctas
+            cta.cluster_barrier = barrier
             for first in range(0, num_warps, self.gang_warps):
                 width = min(self.gang_warps, num_warps - first)
                 cta.gangs.append(Gang(cta, first, width, len(self.kernel.registers)))
-        with np.errstate(all="ignore"):
-            self._schedule([gang for cta in ctas for gang in cta.gangs])
-            self.engine.retire_all()
-        self._check_exit(ctas)
+        return ctas
 
     def _schedule(self, gangs: list[Gang]) -> None:
         while True:
@@ -160,12 +165,19 @@ class Machine:
     def _run_gang(self, gang: Gang) -> bool:
         """Run a gang until it waits or its turn is over; True where something ran."""
         budget = self.quantum
+        ran = False
+        polled: list[Strand] = []
         while budget > 0 and gang.strands:
-            strand = self._pick(gang)
+            strand = self._pick(gang, polled)
             if strand is None:
                 break
+            before = strand.polled
             budget -= self._run_strand(gang, strand, budget)
-        return budget < self.quantum
+            if strand.polled is not None:
+                polled.append(strand)
+            # A strand that polls the same place again, nothing having happened, got nowhere.
+            ran |= strand.polled is None or strand.polled != before
+        return ran
 
     def _wake(self, gang: Gang) -> None:
         """One more turn for strands that wait for an mbarrier: some only peeked at it."""
@@ -173,13 +185,16 @@ class Machine:
             if strand.parked is not None and strand.blocked is None and strand in gang.strands:
                 self._run_strand(gang, strand, self.quantum)
 
-    def _pick(self, gang: Gang) -> Strand | None:
-        """The strand to run: lowest instruction first among those that share a warp."""
+    def _pick(self, gang: Gang, polled: list[Strand]) -> Strand | None:
+        """The strand to run: lowest instruction first among those that share a warp.
+
+        polled: strands that gave up their turn, so that what they poll for can happen.
+        """
         if len(gang.strands) > 1:
             gang.merge()
         ready = []
         for strand in gang.strands:
-            if strand.blocked is not None:
+            if strand.blocked is not None or strand in polled:
                 continue
             if strand.parked is not None:
                 barrier, completions = strand.parked
@@ -203,6 +218,7 @@ class Machine:
         others = [s.pc for s in gang.strands if s is not strand and s.pc > strand.pc]
         meeting = min(others, default=len(self.program) + 1)
         strand.parked = None
+        strand.polled = None
         gang.strand = strand
         count = 0
         pc = strand.pc
@@ -276,9 +292,10 @@ class Machine:
         chosen, there = (m.reshape(-1, WARP).sum(axis=1) for m in (active, mask))
         return bool(((chosen > 0) & (chosen < there)).any())
 
-    @staticmethod
-    def _stop(strand: Strand, signal: Signal) -> None:
-        if signal.barrier is not None:
+    def _stop(self, strand: Strand, signal: Signal) -> None:
+        if signal.polled:
+            strand.polled = strand.pc, self.events
+        elif signal.barrier is not None:
             strand.parked = (signal.barrier, signal.barrier.completions)
         else:
             strand.blocked = signal.blocked

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.ptx_emulator.async_engine import Operation
-from tests.ptx_emulator.barriers import MBarrier, NamedBarrier, Visibility
+from tests.ptx_emulator.barriers import ClusterBarrier, MBarrier, NamedBarrier, Visibility
 from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.memory import (
     OFFSET_MASK,
@@ -125,6 +125,7 @@ class Cta:
         self.tensor_queue: deque[Operation] = machine.engine.new_queue()
         self.gangs: list[Gang] = []
         self.cluster: list[Cta] = []
+        self.cluster_barrier: ClusterBarrier | None = None
 
     def peer(self, address: int) -> "Cta":
         """The CTA of the cluster that a shared address belongs to."""
@@ -157,7 +158,7 @@ class Cta:
 class Strand:
     """Lanes of one gang at one instruction."""
 
-    __slots__ = ("pc", "mask", "size", "warps", "blocked", "parked")
+    __slots__ = ("pc", "mask", "size", "warps", "blocked", "parked", "polled")
 
     def __init__(self, pc: int, mask: np.ndarray):
         self.pc = pc
@@ -167,6 +168,8 @@ class Strand:
         self.blocked: str | None = None  # what the strand waits for
         # Its last try_wait failed on this barrier, which had completed so many phases.
         self.parked: tuple[MBarrier, int] | None = None
+        # Where it stopped after a load that may poll memory, and how much had happened by then.
+        self.polled: tuple[int, int] | None = None
 
 
 class Gang:
@@ -273,6 +276,7 @@ class Gang:
             mask = strand.mask | other.mask
             joined = Strand(strand.pc, self.full if mask.all() else mask)
             joined.parked = strand.parked or other.parked
+            joined.polled = strand.polled or other.polled
             if strand.blocked and other.blocked and not set(strand.warps) & set(other.warps):
                 joined.blocked = CONVERGENCE
             self.strands.remove(strand)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.ptx_emulator.barriers import NamedBarrier
+from tests.ptx_emulator.barriers import ClusterBarrier, NamedBarrier
 from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.operands import Binder, dtype_of
 from tests.ptx_emulator.program import BRANCH, COLLECTIVE, EXIT, PLAIN, Signal, Step
@@ -208,39 +208,37 @@ def _compile_cluster_barrier(binder: Binder) -> Step:
     arrives, waits = binder.has("arrive"), binder.has("wait")
 
     def action(gang, mask):
-        machine = gang.machine
-        machine.events += 1
+        gang.machine.events += 1
+        barrier = gang.cta.cluster_barrier
         warps = gang.warps_of(mask)
         if arrives:
             for warp in warps:
-                if gang.cluster_phase[warp] == machine.cluster_phase:
+                if gang.cluster_phase[warp] == barrier.phase:
                     raise Finding("barrier", "a warp arrives twice at the cluster barrier")
-                gang.cluster_phase[warp] = machine.cluster_phase
+                gang.cluster_phase[warp] = barrier.phase
                 gang.cta.visibility.release(gang.first_warp + warp)
-            machine.cluster_arrived += len(warps)
-            if machine.cluster_arrived == machine.cluster_warps:
-                _complete_cluster(machine, gang)
+            barrier.arrived += len(warps)
+            if barrier.arrived == barrier.num_warps:
+                _complete_cluster(barrier, gang)
         if waits:
-            behind = [w for w in warps if gang.cluster_phase[w] == machine.cluster_phase]
             if any(gang.cluster_phase[w] < 0 for w in warps):
                 raise Finding("barrier", "barrier.cluster.wait without an arrive")
-            if behind:
-                machine.cluster_waiting.append(gang.strand)
+            if any(gang.cluster_phase[w] == barrier.phase for w in warps):
+                barrier.waiting.append(gang.strand)
                 return Signal(
-                    blocked=f"the cluster barrier ({machine.cluster_arrived} of "
-                    f"{machine.cluster_warps} warps)"
+                    blocked=f"the cluster barrier ({barrier.arrived} of {barrier.num_warps} warps)"
                 )
         return None
 
     return Step(COLLECTIVE, action, None)
 
 
-def _complete_cluster(machine, gang: Gang) -> None:
-    machine.cluster_arrived = 0
-    machine.cluster_phase += 1
-    for strand in machine.cluster_waiting:
+def _complete_cluster(barrier: ClusterBarrier, gang: Gang) -> None:
+    barrier.arrived = 0
+    barrier.phase += 1
+    for strand in barrier.waiting:
         strand.blocked = None
-    machine.cluster_waiting = []
+    barrier.waiting.clear()
     for cta in gang.cta.cluster:
         # Everyone has seen everything of its own CTA.
         cta.visibility.seen[:] = np.maximum(cta.visibility.seen, cta.visibility.epoch - 1)

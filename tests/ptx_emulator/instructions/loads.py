@@ -6,7 +6,7 @@ from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.memory import OFFSET_MASK, SHARED_LIMIT
 from tests.ptx_emulator.numerics import from_bf16, from_f16, to_bf16, to_f16
 from tests.ptx_emulator.operands import Binder, dtype_of
-from tests.ptx_emulator.program import COLLECTIVE, PLAIN, Step
+from tests.ptx_emulator.program import COLLECTIVE, CONTROL, PLAIN, Signal, Step
 from tests.ptx_emulator.threads import WARP, Gang
 
 _VECTOR = {"v2": 2, "v4": 4, "v8": 8}
@@ -94,6 +94,8 @@ def compile_load(binder: Binder) -> Step:
         raise binder.unsupported()
     address = binder.address(binder.operands[1])
     writes = [binder.write(t) for t in targets]
+    polls = binder.has("acquire", "relaxed", "volatile")
+    polled = Signal(polled=True) if polls else None
 
     def action(gang, mask):
         lanes = mask if mask is not gang.full else slice(None)
@@ -105,8 +107,9 @@ def compile_load(binder: Binder) -> Step:
             elements[lanes] = np.ascontiguousarray(data).view(dtype)
         for i, write in enumerate(writes):
             write(gang, np.ascontiguousarray(elements[:, i]), mask)
+        return polled
 
-    return Step(PLAIN, action, None)
+    return Step(PLAIN if polled is None else CONTROL, action, None)
 
 
 def compile_store(binder: Binder) -> Step:
@@ -176,6 +179,7 @@ def compile_atomic(binder: Binder) -> Step:
     reads = [[binder.read(e, kind) for e in s] for s in sources]
     function = None if name == "cas" else _atomic_function(binder, name, kind)
     size = dtype.itemsize
+    polled = Signal(polled=True) if returns else None
 
     def action(gang, mask):
         addresses = address(gang)
@@ -196,8 +200,9 @@ def compile_atomic(binder: Binder) -> Step:
             write_bytes(gang, lanes, at, raw, space)
         if write is not None:
             write(gang, result, mask)
+        return polled
 
-    return Step(PLAIN, action, None)
+    return Step(PLAIN if polled is None else CONTROL, action, None)
 
 
 def _matrix_form(binder: Binder) -> tuple[int, bool]:

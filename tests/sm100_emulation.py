@@ -1,0 +1,41 @@
+"""The sm100 kernels' host functions, launching in the PTX emulator instead of on a GPU."""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from dsv4_kernels import grouped_gemm_sm100
+from dsv4_kernels.grouped_gemm_sm100_kernel import Dsv4GroupedGemmSm100
+from dsv4_kernels.grouped_gemm_sm100_spec import Gemm
+
+from tests.ptx_emulator.host import EmulatedFunction, Statistics, emulate
+
+
+@functools.cache
+def emulated(gemm: Gemm) -> EmulatedFunction:
+    arguments = grouped_gemm_sm100.example_arguments(gemm)
+    return emulate(Dsv4GroupedGemmSm100(gemm), *arguments, arch="sm_100a")
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy at a multiple of 256 bytes, as GPU allocations are."""
+    size = tensor.numel() * tensor.element_size()
+    room = torch.empty(size + 256, dtype=torch.uint8)
+    start = -room.data_ptr() % 256
+    copy = room[start : start + size].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+@dataclass
+class Emulation:
+    """`launch` stands in for `grouped_gemm_sm100.launch`."""
+
+    mode: str = "eager"
+    seed: int = 0
+    clusters: int = 2  # few, so that each has many tiles
+    statistics: list[Statistics] = field(default_factory=list)
+
+    def launch(self, gemm: Gemm, arguments: tuple) -> None:
+        given = (argument for argument in arguments if argument is not None)
+        run = emulated(gemm).run
+        self.statistics.append(run(*given, self.clusters, None, mode=self.mode, seed=self.seed))
