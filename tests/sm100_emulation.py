@@ -1,6 +1,7 @@
 """The sm100 kernels' host functions, launching in the PTX emulator instead of on a GPU."""
 
 import functools
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +36,10 @@ class Emulation:
     clusters: int = 2  # few, so that each has many tiles
     statistics: list[Statistics] = field(default_factory=list)
 
-    def launch(self, gemm: Gemm, arguments: tuple) -> None:
+    def launch(self, gemm: Gemm, arguments: tuple, limit: float | None) -> None:
         given = (argument for argument in arguments if argument is not None)
+        limit = math.inf if limit is None else limit
         run = emulated(gemm).run
-        self.statistics.append(run(*given, self.clusters, None, mode=self.mode, seed=self.seed))
+        self.statistics.append(
+            run(*given, limit, self.clusters, None, mode=self.mode, seed=self.seed)
+        )

@@ -11,6 +11,7 @@ synchronises or allocates, nor compiles what `compile_gemm` already has.
 """
 
 import functools
+import math
 
 import cuda.bindings.driver as cuda
 import torch
@@ -18,7 +19,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 from dsv4_kernels.grouped_gemm_sm100_kernel import Dsv4GroupedGemmSm100
-from dsv4_kernels.grouped_gemm_sm100_spec import CONFIGS, Gemm
+from dsv4_kernels.grouped_gemm_sm100_spec import CONFIGS, Gemm, all_gemms
 from dsv4_kernels.types import (
     ActivationScales,
     ExpertLayout,
@@ -35,32 +36,6 @@ _DTYPES = {
     torch.int32: Int32,
     torch.int64: Int64,
 }
-
-
-def gemms(shape: MoeShape, scales: ActivationScales | None, limit: float | None, tile: int):
-    """(fc1, fc2) of a layer at one tile; scales say which inputs have one scale per row."""
-    per_row = (False, False) if scales is None else (scales.fc1 is None, scales.fc2 is None)
-    local, config = shape.num_local_experts, CONFIGS[tile]
-    return (
-        Gemm(
-            "fc1",
-            local,
-            shape.intermediate,
-            shape.hidden,
-            config,
-            quantize=not per_row[1],
-            scale_per_row=per_row[0],
-            limit=limit,
-        ),
-        Gemm(
-            "fc2",
-            local,
-            shape.hidden,
-            shape.intermediate,
-            config,
-            scale_per_row=per_row[1],
-        ),
-    )
 
 
 def example_arguments(gemm: Gemm) -> tuple:
@@ -87,6 +62,7 @@ def example_arguments(gemm: Gemm) -> tuple:
         pointer(Int32, 4) if fc1 else None,
         pointer(Float32, 4) if fc1 else None,
         pointer(Int64, 8) if quantize else None,
+        Float32(math.inf),
         Int32(1),
         cuda.CUstream(0),
     )
@@ -99,12 +75,19 @@ def compile_gemm(gemm: Gemm, arch: str = "sm_100a"):
     return cute.compile(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), options=options)
 
 
+def compile_layer(shape: MoeShape, device: torch.device) -> None:
+    """Compile all that calls of up to shape.max_num_tokens will use."""
+    _num_sms(device)
+    for gemm in all_gemms(shape):
+        compile_gemm(gemm)
+
+
 @functools.cache
 def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(gemm: Gemm, arguments: tuple) -> None:
+def launch(gemm: Gemm, arguments: tuple, limit: float | None) -> None:
     """Run a specialisation on torch tensors, in the order of the kernel's `__call__`."""
     device = arguments[0].device
     pointers = [
@@ -115,7 +98,8 @@ def launch(gemm: Gemm, arguments: tuple) -> None:
     ]
     clusters = _num_sms(device) // gemm.config.num_ctas
     stream = cuda.CUstream(torch.cuda.current_stream(device).cuda_stream)
-    compile_gemm(gemm)(*pointers, Int32(clusters), stream)
+    limit = Float32(math.inf if limit is None else limit)
+    compile_gemm(gemm)(*pointers, limit, Int32(clusters), stream)
 
 
 def fc1(
@@ -136,7 +120,7 @@ def fc1(
     """
     quantize = isinstance(out, QuantizedRows)
     assert quantize == (scales.fc2 is not None), scales
-    gemm = _specialise("fc1", layout, weights, scales.fc1 is None, quantize, limit)
+    gemm = _specialise("fc1", layout, weights, scales.fc1 is None, quantize)
     launch(
         gemm,
         (
@@ -157,6 +141,7 @@ def fc1(
             routing_weights,
             saturated if quantize else None,
         ),
+        limit,
     )
 
 
@@ -169,7 +154,7 @@ def fc2(
     out: torch.Tensor,
 ) -> None:
     """Rows for `combine`: h (capacity, intermediate) -> out (capacity, hidden) bf16."""
-    gemm = _specialise("fc2", layout, weights, scales.fc2 is None, False, None)
+    gemm = _specialise("fc2", layout, weights, scales.fc2 is None, False)
     launch(
         gemm,
         (
@@ -186,14 +171,15 @@ def fc2(
             out,
             *(None,) * 5,
         ),
+        None,
     )
 
 
-def _specialise(op, layout, weights, scale_per_row, quantize, limit) -> Gemm:
+def _specialise(op, layout, weights, scale_per_row, quantize) -> Gemm:
     """The Gemm of a call; its config is that of the layout's tile."""
     capacity = len(layout.row_to_slot)
     tile = capacity // len(layout.tile_to_expert)
     sizes = (weights.intermediate, weights.hidden)
     out_features, k = sizes if op == "fc1" else sizes[::-1]
     local = weights.num_local_experts
-    return Gemm(op, local, out_features, k, CONFIGS[tile], quantize, scale_per_row, limit)
+    return Gemm(op, local, out_features, k, CONFIGS[tile], quantize, scale_per_row)

@@ -83,6 +83,7 @@ class Dsv4GroupedGemmSm100:
         row_to_slot: cute.Pointer | None,  # fc1: (rows,) int32
         routing_weights: cute.Pointer | None,  # fc1: (num_tokens * top_k,) float32
         saturated: cute.Pointer | None,  # quantize: (1,) int64, grows
+        limit: Float32,  # fc1: swiglu_limit, or infinity
         num_clusters: Int32,
         stream: cuda.CUstream,
     ):
@@ -123,7 +124,7 @@ class Dsv4GroupedGemmSm100:
             (counts, offsets, tile_to_expert),
             (weight_global_scales, token_global_scales),
             (out_tma, mOut, out_scales, out_global_scales),
-            (row_to_slot, routing_weights, saturated),
+            (row_to_slot, routing_weights, saturated, limit),
         ).launch(
             grid=(num_clusters * config.num_ctas, 1, 1),
             block=(NUM_THREADS, 1, 1),
@@ -484,7 +485,7 @@ class Dsv4GroupedGemmSm100:
         while index < num_work:
             m_tile, expert, row, live = self._tile(index, layout)
             m_tile = m_tile * config.num_ctas + rank
-            scales = self._tile_scales(expert, global_scales, outputs)
+            scales = (*self._tile_scales(expert, global_scales, outputs), routing[3])
             chunks = (live + (CHUNK - 1)) // CHUNK
             chunk, stride, last = self._chunk_order(chunks, buffer)
             source = tmem + buffer * gemm.acc_stride + (warp << 21)
@@ -658,18 +659,14 @@ class Dsv4GroupedGemmSm100:
     @cute.jit
     def _swiglu(self, gate, up, scales, row_scales):
         """silu(min(gate, limit)) * clamp(up, -limit, limit) of the scaled accumulators."""
-        limit = self.gemm.limit
-        values = []
+        values, limit = [], scales[3]
         for r in cutlass.range_constexpr(16):
             row_scale = row_scales[r // 4 * 2 + r % 2]
-            g = gate[r] * (scales[0] * row_scale)
-            u = up[r] * (scales[1] * row_scale)
-            if cutlass.const_expr(limit is not None):
-                g = cute.arch.fmin(g, limit, nan=True)
-                u = cute.arch.fmax(cute.arch.fmin(u, limit, nan=True), -limit, nan=True)
+            g = cute.arch.fmin(gate[r] * (scales[0] * row_scale), limit, nan=True)
+            u = cute.arch.fmin(up[r] * (scales[1] * row_scale), limit, nan=True)
+            u = cute.arch.fmax(u, -limit, nan=True)
             exponential = cute.math.exp2(g * -1.4426950408889634, fastmath=True)
-            sigmoid = cute.arch.rcp_approx(1.0 + exponential)
-            values.append(g * sigmoid * u)
+            values.append(g * cute.arch.rcp_approx(1.0 + exponential) * u)
         return values
 
     @cute.jit
@@ -714,6 +711,9 @@ class Dsv4GroupedGemmSm100:
             saturated = Int32(1)
         byte, unit = ptx.e4m3_round(quotient)
         scale = unit * global_scale
+        if saturated > 0:
+            # What is 6 or more anyway, infinities and NaN among it, must not overflow below.
+            pairs = [self._bounded(pair, 8.0 * scale) for pair in pairs]
         quotients = self._divide_pairs(pairs, scale, cute.arch.rcp_approx(scale))
         codes = [ptx.e2m1_pack(quotients[i : i + 8]) for i in (0, 8)]
         if unit == 0.0:
@@ -740,14 +740,11 @@ class Dsv4GroupedGemmSm100:
         values = []
         for pair in pairs:
             quotient = ptx.mul2(pair, inverses)
-            if cutlass.const_expr(self.gemm.limit is None):
-                # Without a limit a value may be infinite: keep its sign through the remainder.
-                low, high = ptx.unpack(quotient)
-                quotient = ptx.pack(self._bounded(low), self._bounded(high))
             quotient = ptx.fma2(ptx.fma2(quotient, minus, pair), inverses, quotient)
             values += ptx.unpack(quotient)
         return values
 
     @cute.jit
-    def _bounded(self, x):
-        return cute.arch.fmax(cute.arch.fmin(x, 2.0**20), -(2.0**20))
+    def _bounded(self, pair, bound):
+        values = [cute.arch.fmax(cute.arch.fmin(x, bound), -bound) for x in ptx.unpack(pair)]
+        return ptx.pack(values[0], values[1])

@@ -90,7 +90,6 @@ class Gemm:
     config: Config
     quantize: bool = False  # fc1: NVFP4 out; otherwise bf16
     scale_per_row: bool = False  # the input has one global scale per row, not one in all or expert
-    limit: float | None = None  # fc1: swiglu_limit
 
     @property
     def weight_rows(self) -> int:
@@ -146,3 +145,24 @@ class Gemm:
     def tmem_columns(self) -> int:
         """The two accumulators, then the scales."""
         return self.acc_stride + self.config.tile + self.scale_columns
+
+
+def gemms(shape: MoeShape, tile: int, fc1_per_row: bool) -> tuple[Gemm, Gemm]:
+    """(fc1, fc2) of a layer at one tile; fc1_per_row: whether x has one global scale per row."""
+    local, inner, hidden = shape.num_local_experts, shape.intermediate, shape.hidden
+    per_row, config = shape.scale_per_row, CONFIGS[tile]
+    return (
+        Gemm("fc1", local, inner, hidden, config, not per_row, fc1_per_row),
+        Gemm("fc2", local, hidden, inner, config, False, per_row),
+    )
+
+
+def all_gemms(shape: MoeShape) -> list[Gemm]:
+    """Every specialisation that calls of up to shape.max_num_tokens need.
+
+    With a scale per row into FC2, x may have one per row or one in all (`token`, `warmup`).
+    """
+    tiles = {choose_config(shape, tokens).tile for tokens in range(1, shape.max_num_tokens + 1)}
+    policies = (False, True) if shape.scale_per_row else (False,)
+    found = [gemm for t in sorted(tiles) for p in policies for gemm in gemms(shape, t, p)]
+    return list(dict.fromkeys(found))
