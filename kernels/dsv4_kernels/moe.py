@@ -249,6 +249,12 @@ def _tile_sm100(shape: MoeShape, num_tokens: int) -> int:
     return choose_config(shape, num_tokens).tile
 
 
+def _compile_sm100(shape: MoeShape, device: torch.device) -> None:
+    from dsv4_kernels.grouped_gemm_sm100 import compile_layer
+
+    compile_layer(shape, device)
+
+
 def _fc1_sm100(x, routing_weights, layout, layer, *, out) -> None:
     from dsv4_kernels.grouped_gemm_sm100 import fc1
 
@@ -270,6 +276,7 @@ SM100 = Backend(
     run=run_kernels,
     fc1=_fc1_sm100,
     fc2=_fc2_sm100,
+    compile=_compile_sm100,
 )
 BACKENDS = {backend.name: backend for backend in (REFERENCE, SM90, SM100)}
 # The backend that `auto` means, by the major compute capability; `reference` without a GPU.
