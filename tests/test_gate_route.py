@@ -81,6 +81,14 @@ def test_image_tokens(layer, hash_weights):
     check(x, gate, 6, token_ids=token_ids, image_bias=image, hash_weights=hash_weights, **options)
 
 
+@pytest.mark.parametrize("layer", ["dense", "hash"])
+def test_padding_rows_go_nowhere(layer):
+    x, gate = integers(5, 320, seed=0), integers(40, 320, seed=1)
+    padding = torch.tensor([False, True, False, True, True])
+    hashed = {"table": TABLE, "token_ids": torch.arange(5)}
+    check(x, gate, 6, padding=padding, **(hashed if layer == "hash" else {}))
+
+
 def test_no_tokens_and_too_many():
     gate = torch.zeros(16, 64, dtype=torch.bfloat16, device=DEVICE)
     assert gate_route(gate[:0], gate, 4).ids.shape == (0, 4)

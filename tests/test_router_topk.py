@@ -132,6 +132,18 @@ def test_image_tokens_select_by_their_own_bias(layer, hash_weights):
     assert changed.tolist() == [False, True, True, False, False, False, True]
 
 
+@pytest.mark.parametrize("layer", ["dense", "hash"])
+def test_padding_rows_go_nowhere(layer):
+    padding = torch.arange(9) % 4 == 1
+    options = {"bias": random(64, seed=1)}
+    if layer == "hash":
+        table = torch.randint(64, (100, 6), generator=torch.Generator().manual_seed(2))
+        options = {"table": table, "token_ids": torch.arange(9)}
+    ours = check(random(9, 64), 6, padding=padding, **options)
+    assert (ours.ids[padding] == -1).all() and (ours.weights[padding] == 0).all()
+    assert (ours.ids[~padding] >= 0).all()
+
+
 def test_outputs_are_made_when_none_are_given():
     logits = random(3, 32).to(DEVICE)
     ours = router_topk(logits, 4, ids_dtype=torch.int64)

@@ -56,7 +56,6 @@ class Dsv4Router(BaseRouter):
         input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens = len(router_logits)
-        padding = padding_mask(num_tokens)
         image_bias = self._image_bias()
         token_ids = None
         if self.table is not None or image_bias is not None:
@@ -66,22 +65,19 @@ class Dsv4Router(BaseRouter):
                     f"a layer that routes by token id got {num_tokens} tokens and {given} ids: it "
                     "needs one a token, so prompts of embeddings cannot be served"
                 )
-            token_ids = input_ids if padding is None else input_ids.masked_fill(padding, -1)
-        weights, ids = self.route(
+            token_ids = input_ids
+        return self.route(
             router_logits,
             self.top_k,
             bias=self.bias,
             table=self.table,
             token_ids=token_ids,
             image_bias=image_bias,
+            padding=padding_mask(num_tokens),
             scaling=self.scaling,
             hash_weights=self.hash_weights,
             ids_dtype=indices_type or torch.int32,
         )
-        if padding is not None and self.table is None:
-            weights = weights.masked_fill(padding[:, None], 0.0)
-            ids = ids.masked_fill(padding[:, None], -1)
-        return weights, ids
 
     def _image_bias(self) -> ImageBias | None:
         if self.bias_vl is None or self.image_sentinel_lo == 0:

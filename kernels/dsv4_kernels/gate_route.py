@@ -114,6 +114,7 @@ def _gate_route_kernel(
     table_ptr,
     token_ids_ptr,
     image_bias_ptr,
+    padding_ptr,
     partials_ptr,  # (SPLITS, num_tokens, NUM_EXPERTS)
     counters_ptr,
     weights_ptr,
@@ -135,6 +136,7 @@ def _gate_route_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_IMAGE_BIAS: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     NUM_IMAGE_IDS: tl.constexpr,
     UNIFORM: tl.constexpr,
     WIDEN: tl.constexpr,  # Triton's interpreter multiplies the bits of bf16
@@ -197,6 +199,8 @@ def _gate_route_kernel(
                         selection = tl.where(is_image, scores + image_bias[chunk], selection)
                     keys = keys + (selection_keys(logits, selection, in_range),)
                 ids = select_experts(keys, TOP_K, K_BLOCK, 1, WIDTH, CHUNKS)
+        if HAS_PADDING:
+            ids = tl.where(tl.load(padding_ptr + token) != 0, -1, ids)
         live = ids >= 0
         selected = router_scores(_sum_partials(row_ptr, stride, ids, live, SPLITS))
         if UNIFORM:
@@ -215,6 +219,7 @@ def gate_route(
     table: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     image_bias: ImageBias | None = None,
+    padding: torch.Tensor | None = None,
     scaling: float = 1.0,
     hash_weights: str = "scored",
     ids_dtype: torch.dtype = torch.int32,
@@ -254,6 +259,7 @@ def gate_route(
         table,
         token_ids,
         image_bias.bias if image_bias else None,
+        padding,
         *scratch,
         *out,
         num_tokens,
@@ -271,6 +277,7 @@ def gate_route(
         HAS_BIAS=bias is not None and table is None,
         HAS_TABLE=table is not None,
         HAS_IMAGE_BIAS=image_bias is not None,
+        HAS_PADDING=padding is not None,
         NUM_IMAGE_IDS=NUM_IMAGE_TOKEN_IDS,
         UNIFORM=table is not None and hash_weights == "uniform",
         WIDEN=device.type == "cpu",

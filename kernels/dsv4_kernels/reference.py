@@ -65,6 +65,7 @@ def router_topk(
     table: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     image_bias: ImageBias | None = None,
+    padding: torch.Tensor | None = None,
     scaling: float = 1.0,
     hash_weights: str = "scored",
     ids_dtype: torch.dtype = torch.int32,
@@ -75,7 +76,8 @@ def router_topk(
     of expert ids with token_ids (num_tokens,) int. A token id outside the table, negative ones
     (padding) included, gives a row of -1 and 0; an expert id outside [0, num_experts) gives that
     slot -1 and 0, and the other slots share the weight. With image_bias, rows whose token id is an
-    image's select by score plus that bias instead, whatever the layer.
+    image's select by score plus that bias instead, whatever the layer. Rows where padding
+    (num_tokens,) bool is true get -1 and 0.
 
     Weights are the selected scores over their sum, times scaling, in slot order; if every selected
     score is 0 (or NaN), the slots share equally. An id that a table's row repeats keeps both its
@@ -99,6 +101,8 @@ def router_topk(
         is_image = (offset >= 0) & (offset < NUM_IMAGE_TOKEN_IDS)
         ids = torch.where(is_image, top_experts(scores, image_bias.bias, top_k), ids)
         uniform &= ~is_image
+    if padding is not None:
+        ids = ids.masked_fill(padding[:, None], -1)
     selected = scores.gather(1, ids.clamp(min=0)).clamp(min=0).masked_fill(uniform, 1.0)
     return Routing(_shares(selected, ids >= 0) * scaling, ids.to(ids_dtype))
 

@@ -49,6 +49,7 @@ def _router_kernel(
     table_ptr,
     token_ids_ptr,
     image_bias_ptr,
+    padding_ptr,
     weights_ptr,
     ids_ptr,
     num_tokens,
@@ -64,6 +65,7 @@ def _router_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_IMAGE_BIAS: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     NUM_IMAGE_IDS: tl.constexpr,
     UNIFORM: tl.constexpr,
     launch_pdl: tl.constexpr,
@@ -116,6 +118,9 @@ def _router_kernel(
                 ids = top
 
     # Phase 3: weights of the selected.
+    if HAS_PADDING:
+        padding = tl.load(padding_ptr + tokens, mask=in_batch, other=0)
+        ids = tl.where(padding != 0, -1, ids)
     live = (ids >= 0) & in_batch
     if UNIFORM and not HAS_IMAGE_BIAS:
         selected_scores = tl.zeros([TOKENS, K_BLOCK], tl.float32)
@@ -138,6 +143,7 @@ def router_topk(
     table: torch.Tensor | None = None,
     token_ids: torch.Tensor | None = None,
     image_bias: ImageBias | None = None,
+    padding: torch.Tensor | None = None,
     scaling: float = 1.0,
     hash_weights: str = "scored",
     ids_dtype: torch.dtype = torch.int32,
@@ -146,8 +152,9 @@ def router_topk(
     """Expert ids and weights of every token: what `reference.router_topk` says, on the GPU.
 
     logits (num_tokens, num_experts <= 512) float, contiguous; top_k <= 16; bias (num_experts,)
-    float; table (vocab, top_k) int32 or int64 with token_ids (num_tokens,) int32 or int64; out
-    (num_tokens, top_k) float32 weights and int32 or int64 ids, made here if None.
+    float; table (vocab, top_k) int32 or int64 with token_ids (num_tokens,) int32 or int64; padding
+    (num_tokens,) bool; out (num_tokens, top_k) float32 weights and int32 or int64 ids, made here
+    if None.
     """
     num_tokens, num_experts = logits.shape
     if out is None:
@@ -158,6 +165,8 @@ def router_topk(
     if num_tokens == 0:
         return out
     assert token_ids is None or token_ids.shape == (num_tokens,), token_ids.shape
+    assert padding is None or padding.shape == (num_tokens,), padding.shape
+    assert padding is None or padding.dtype == torch.bool, padding.dtype
     config = choose_config(num_tokens, selects=table is None or image_bias is not None)
     _router_kernel[(triton.cdiv(num_tokens, config.tokens),)](
         logits,
@@ -165,6 +174,7 @@ def router_topk(
         table,
         token_ids,
         image_bias.bias if image_bias else None,
+        padding,
         out.weights,
         out.ids,
         num_tokens,
@@ -178,6 +188,7 @@ def router_topk(
         HAS_BIAS=bias is not None and table is None,
         HAS_TABLE=table is not None,
         HAS_IMAGE_BIAS=image_bias is not None,
+        HAS_PADDING=padding is not None,
         NUM_IMAGE_IDS=NUM_IMAGE_TOKEN_IDS,
         UNIFORM=table is not None and hash_weights == "uniform",
         launch_pdl=supports_pdl(logits),
