@@ -38,15 +38,16 @@ class PlainMoe:
         return self.shared(x) + self.routed(x, *self.route(x, token_ids))
 
     def routed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        routed = torch.zeros(x.shape)
-        # Each slot's rows are rounded to bf16, then added in fp32, slot by slot.
-        for slot in range(ids.shape[1]):
-            rows = torch.zeros_like(x)
-            for expert in ids[:, slot].unique().tolist():
-                chosen = ids[:, slot] == expert
-                rows[chosen] = self.expert(expert, x[chosen], weights[chosen, slot]).bfloat16()
-            routed += rows.float()
-        return routed.bfloat16()
+        rows = torch.empty(*ids.shape, x.shape[1], dtype=x.dtype)
+        read = rounded(x, self.fc1_scale)
+        for expert in ids.unique().tolist():
+            token, slot = (ids == expert).nonzero(as_tuple=True)
+            rows[token, slot] = self.expert(expert, read[token], weights[token, slot]).bfloat16()
+        # Added in fp32, slot by slot.
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        for slot_rows in rows.unbind(1):
+            total += slot_rows.float()
+        return total.bfloat16()
 
     def route(self, x: torch.Tensor, token_ids) -> tuple[torch.Tensor, torch.Tensor]:
         scores = F.linear(x, self.tensors["gate.weight"]).double().exp().log1p().sqrt()
@@ -63,7 +64,6 @@ class PlainMoe:
     def expert(self, expert: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         gate, up, down = (self.matrix(f"experts.{expert}.w{n}") for n in (1, 3, 2))
         limit = self.config["swiglu_limit"]
-        x = rounded(x, self.fc1_scale)
         g = (x @ gate.T).clamp(max=limit)
         u = (x @ up.T).clamp(-limit, limit)
         h = g / (1 + torch.exp(-g)) * u * weight[:, None]
@@ -96,6 +96,7 @@ def rounded(x: torch.Tensor, scale) -> torch.Tensor:
         return x.bfloat16().double()
     x = x.float()
     if scale == "token":
+        x = x.bfloat16().float()
         scale = x.abs().amax(1, keepdim=True) / (6 * 448)
         scale = torch.where(scale == 0, 1.0, scale)
     blocks = x.unflatten(1, (-1, 16))

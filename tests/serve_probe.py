@@ -31,6 +31,7 @@ def keep_chunked_prefill() -> None:
 
 def record() -> None:
     keep_chunked_prefill()
+    from vllm.forward_context import get_forward_context
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     folder = Path(os.environ["SERVE_PROBE_DIR"])
@@ -40,11 +41,15 @@ def record() -> None:
         given = hidden_states.clone()
         out = forward(self, hidden_states, router_logits, input_ids, shared_experts_input)
         if (folder / "on").exists():
+            padding = get_forward_context().is_padding
             entry = {
                 "layer": self.layer_id,
                 "x": given,
                 "token_ids": None if input_ids is None else input_ids.clone(),
                 "out": out.clone(),
+                "padding": torch.zeros(len(out), dtype=bool)
+                if padding is None
+                else padding[: len(out)],
                 "local_experts": self.routed_experts.local_num_experts,
             }
             file = folder / f"{os.getpid()}-{next(calls):06}.pt"
