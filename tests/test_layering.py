@@ -19,8 +19,9 @@ FILES = {
     for package, folder in PACKAGES.items()
     for path in sorted(folder.rglob("*.py"))
 }
-# What several ops share, besides the contract itself: programmatic launch, routing's device code.
-SHARED = {"types", "pdl", "routing"}
+# What several ops share, besides the contract itself: programmatic launch, routing's device code,
+# objects compiled ahead of time.
+SHARED = {"types", "pdl", "routing", "compiled"}
 # Everything else that the kernels may import is Python's own.
 KERNEL_LIBRARIES = {"torch", "triton", "cutlass", "cuda"}
 HEAVY = ("torch", "triton", "cutlass", "vllm", "transformers", "numpy")

@@ -12,6 +12,7 @@ COMMANDS = {
     "tiny": ("vllm_dsv4_moe.tiny", "write a small random NVFP4 checkpoint with a tokenizer"),
     "demo": ("vllm_dsv4_moe.demo", "serve a tiny checkpoint, ask it, show what ran where"),
     "inspect": ("vllm_dsv4_moe.inspect_command", "check a checkpoint without loading it"),
+    "compile": ("vllm_dsv4_moe.compile_command", "compile the expert kernels ahead of time"),
     "calibrate": ("vllm_dsv4_moe.calibrate", "write activation scales from prompts"),
 }
 

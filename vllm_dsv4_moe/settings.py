@@ -68,6 +68,9 @@ class Settings:
         "weights of hash-routed experts: their renormalised scores, or equal shares",
         allowed=("scored", "uniform"),
     )
+    kernel_objects: str = _option(
+        "", "what `dsv4-moe compile` wrote for this GPU and model; empty compiles at load"
+    )
     saturation_log_interval: float = _option(
         60.0,
         "seconds between looks at the counter of NVFP4 blocks that did not fit; 0 never looks",

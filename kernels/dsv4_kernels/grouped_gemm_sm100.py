@@ -18,6 +18,7 @@ import torch
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
+from dsv4_kernels.compiled import compiled
 from dsv4_kernels.grouped_gemm_sm100_kernel import Dsv4GroupedGemmSm100
 from dsv4_kernels.grouped_gemm_sm100_spec import CONFIGS, Gemm, all_gemms
 from dsv4_kernels.types import (
@@ -70,9 +71,13 @@ def example_arguments(gemm: Gemm) -> tuple:
 
 @functools.cache
 def compile_gemm(gemm: Gemm, arch: str = "sm_100a"):
-    """The specialisation's launcher; no GPU is needed."""
-    options = f"--gpu-arch={arch}"
-    return cute.compile(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), options=options)
+    """The specialisation's launcher, from an object that was loaded or compiled; needs no GPU."""
+
+    def compile_now():
+        options = f"--gpu-arch={arch}"
+        return cute.compile(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), options=options)
+
+    return compiled(repr(gemm), arch, compile_now)
 
 
 def compile_layer(shape: MoeShape, device: torch.device) -> None:

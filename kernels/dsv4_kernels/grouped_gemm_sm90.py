@@ -20,6 +20,7 @@ from cuda.bindings import driver
 from cutlass import BFloat16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
+from dsv4_kernels.compiled import compiled
 from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90, Gemm, Sm90Config
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 
@@ -113,9 +114,13 @@ def _pointer(dtype, address: int):
 
 @functools.cache
 def compile_gemm(gemm: Gemm, arch: str = "sm_90a"):
-    """The specialisation's launcher; no GPU is needed."""
-    options = f"--gpu-arch={arch}"
-    return cute.compile(Dsv4GroupedGemmSm90(gemm), *example_arguments(gemm), options=options)
+    """The specialisation's launcher, from an object that was loaded or compiled; needs no GPU."""
+
+    def compile_now():
+        options = f"--gpu-arch={arch}"
+        return cute.compile(Dsv4GroupedGemmSm90(gemm), *example_arguments(gemm), options=options)
+
+    return compiled(repr(gemm), arch, compile_now)
 
 
 def compile_layer(shape: MoeShape, device: torch.device) -> None:
