@@ -68,6 +68,7 @@ def launch_everything() -> None:
         router_topk(logits, TOP_K, table=table, token_ids=token_ids, image_bias=image_bias)
         ids = torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
         layout = expert_layout(ids, EXPERTS, torch.zeros(EXPERTS, dtype=torch.int32), tile=128)
+        expert_layout(ids, EXPERTS, None, tile=8)
     x = torch.zeros(8192, HIDDEN, dtype=torch.bfloat16)
     gate = torch.zeros(EXPERTS, HIDDEN, dtype=torch.bfloat16)
     for num_tokens in (1, 64):

@@ -113,7 +113,7 @@ def test_hash_layers_equal_the_oracle(hash_weights, table_dtype):
 
 def test_a_large_hashed_batch():
     token_ids = torch.arange(2100) % 57 - 3
-    assert choose_config(2100, selects=False).tokens > 4
+    assert choose_config(2100, 40, selects=False).tokens > 4
     check(random(2100, 40), 6, table=TABLE, token_ids=token_ids)
 
 

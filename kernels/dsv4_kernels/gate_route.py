@@ -47,8 +47,10 @@ class GateScratch(NamedTuple):
 
 
 def choose_config(num_tokens: int) -> Config:
-    """Workers of one warp, so that a router's reductions stay inside a warp."""
-    return Config(max(16, triton.next_power_of_2(num_tokens)), experts=16, k_split=256, num_warps=1)
+    """Up to 16 tokens, workers of one warp, so that a router's reductions stay inside a warp."""
+    if num_tokens <= 16:
+        return Config(tokens=16, experts=16, k_split=512, num_warps=1)
+    return Config(triton.next_power_of_2(num_tokens), experts=32, k_split=512, num_warps=4)
 
 
 def make_scratch(hidden: int, num_experts: int, device: torch.device) -> GateScratch:

@@ -177,7 +177,8 @@ def nvfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
     the scale is 2^-100 at least, so that its products with block scales are normal numbers.
     """
     amax = amax.float().clamp(max=3.4e38)
-    return torch.where(amax > 0, (amax / NVFP4_MAX).clamp(min=2.0**-100), 1.0)
+    scale = amax / torch.full_like(amax, NVFP4_MAX)
+    return torch.where(amax > 0, scale.clamp(min=2.0**-100), 1.0)
 
 
 def nvfp4_quantize(
@@ -197,7 +198,8 @@ def nvfp4_quantize(
     gs = global_scale.float().reshape(-1, 1)
     blocks = x.unflatten(1, (-1, NVFP4_BLOCK))
     amax = blocks.nan_to_num(0.0, torch.inf, -torch.inf).abs().amax(2)
-    quotient = amax / E2M1_MAX / gs
+    # A division by a Python number is a product with its rounded inverse on a GPU.
+    quotient = amax / torch.full_like(amax, E2M1_MAX) / gs
     # 464 is the tie between 448 and the next E4M3 step, and goes to 448.
     saturated = (quotient > 464) | ~blocks.isfinite().all(2)
     block_scales = quotient.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)

@@ -35,11 +35,17 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def choose_config(num_tokens: int, selects: bool) -> Config:
-    """Programs of one warp while they fit the GPU at once; selects is False for hash alone."""
+def choose_config(num_tokens: int, num_experts: int, selects: bool) -> Config:
+    """One token per warp until the GPU is full of them; selects is False for hash alone.
+
+    On an H200, 8192 tokens of 256 and 384 experts: 1 token per warp 10.5 and 11.4 us, 2 tokens 8.9
+    and 11.9, 4 tokens 9.7 and 10.7; hash 4 tokens 2.9, 16 tokens 1.8.
+    """
     if not selects:
-        return Config(tokens=4, num_warps=1) if num_tokens <= 2048 else Config(32, 4)
-    return Config(tokens=1 if num_tokens <= 2048 else 2, num_warps=1)
+        return Config(tokens=4 if num_tokens <= 1024 else 16, num_warps=1)
+    if num_experts <= 256:
+        return Config(tokens=1 if num_tokens <= 1024 else 2, num_warps=1)
+    return Config(tokens=1 if num_tokens <= 4096 else 4, num_warps=1)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "vocab", "first_image_id"])
@@ -167,7 +173,8 @@ def router_topk(
     assert token_ids is None or token_ids.shape == (num_tokens,), token_ids.shape
     assert padding is None or padding.shape == (num_tokens,), padding.shape
     assert padding is None or padding.dtype == torch.bool, padding.dtype
-    config = choose_config(num_tokens, selects=table is None or image_bias is not None)
+    selects = table is None or image_bias is not None
+    config = choose_config(num_tokens, num_experts, selects)
     _router_kernel[(triton.cdiv(num_tokens, config.tokens),)](
         logits,
         bias,
