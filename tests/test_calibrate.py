@@ -15,7 +15,8 @@ from dsv4_kernels.types import ActivationAmax, Routing
 
 from vllm_dsv4_moe.calibrate import LayerAmax, layer_scales, merge, read_prompts
 from vllm_dsv4_moe.cli import main
-from vllm_dsv4_moe.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.tiny import write_tiny_checkpoint
+from vllm_dsv4_moe.tiny_config import TinyConfig
 
 NUM_EXPERTS, TOP_K, LIMIT = 8, 3, 10.0
 

@@ -16,7 +16,8 @@ from vllm_dsv4_moe.checkpoint_layout import ModelSizes, checkpoint_tensors
 from vllm_dsv4_moe.checkpoint_scales import e4m3_value
 from vllm_dsv4_moe.cli import main
 from vllm_dsv4_moe.inspect_checkpoint import inspect, kinds
-from vllm_dsv4_moe.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.tiny import write_tiny_checkpoint
+from vllm_dsv4_moe.tiny_config import TinyConfig
 
 EXPERT = "layers.2.ffn.experts.3"
 SHARD = "model-00004-of-00005.safetensors"  # layers.2

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from vllm_dsv4_moe.checkpoint_layout import ModelSizes, checkpoint_tensors
 from vllm_dsv4_moe.cli import main
-from vllm_dsv4_moe.tiny import MIN_VOCAB, TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.tiny import write_tiny_checkpoint
+from vllm_dsv4_moe.tiny_config import MIN_VOCAB, TinyConfig
 
 SMALL = TinyConfig(hidden=128, intermediate=128, experts=8, layers=4, mtp=1)
 

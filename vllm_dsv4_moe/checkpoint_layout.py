@@ -19,6 +19,27 @@ MXFP4_BLOCK = 32
 FP8_BLOCK = 128
 
 
+# ModelSizes' fields that are config.json's under another name.
+_CONFIG_KEYS = {
+    "hidden": "hidden_size",
+    "intermediate": "moe_intermediate_size",
+    "num_experts": "n_routed_experts",
+    "top_k": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+    "num_layers": "num_hidden_layers",
+    "num_hash_layers": "num_hash_layers",
+    "vocab": "vocab_size",
+    "heads": "num_attention_heads",
+    "head_dim": "head_dim",
+    "q_lora": "q_lora_rank",
+    "o_lora": "o_lora_rank",
+    "o_groups": "o_groups",
+    "index_heads": "index_n_heads",
+    "index_head_dim": "index_head_dim",
+    "hc_mult": "hc_mult",
+}
+
+
 class TensorSpec(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
@@ -60,25 +81,7 @@ class ModelSizes:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSizes":
         """Read config.json. Raises ValueError that names each key that is absent."""
-        keys = {
-            "hidden": "hidden_size",
-            "intermediate": "moe_intermediate_size",
-            "num_experts": "n_routed_experts",
-            "top_k": "num_experts_per_tok",
-            "num_shared_experts": "n_shared_experts",
-            "num_layers": "num_hidden_layers",
-            "num_hash_layers": "num_hash_layers",
-            "vocab": "vocab_size",
-            "heads": "num_attention_heads",
-            "head_dim": "head_dim",
-            "q_lora": "q_lora_rank",
-            "o_lora": "o_lora_rank",
-            "o_groups": "o_groups",
-            "index_heads": "index_n_heads",
-            "index_head_dim": "index_head_dim",
-            "hc_mult": "hc_mult",
-        }
-        absent = [key for key in (*keys.values(), "compress_ratios") if key not in config]
+        absent = [key for key in (*_CONFIG_KEYS.values(), "compress_ratios") if key not in config]
         if absent:
             raise ValueError(
                 f"config.json lacks {', '.join(absent)}: it is not a DeepSeek-V4 config"
@@ -91,7 +94,7 @@ class ModelSizes:
                 f"for {config['num_hidden_layers']} layers: it needs one for each layer"
             )
         return cls(
-            **{field: config[key] for field, key in keys.items()},
+            **{field: config[key] for field, key in _CONFIG_KEYS.items()},
             num_mtp_layers=config.get("num_nextn_predict_layers") or 0,
             compress_ratios=ratios,
             moe_quant_algo=(quant.get("moe_quant_algo") or "").upper(),

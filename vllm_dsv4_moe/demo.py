@@ -24,7 +24,8 @@ from vllm_dsv4_moe.serving import (
     log_tail,
     serve,
 )
-from vllm_dsv4_moe.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.tiny import write_tiny_checkpoint
+from vllm_dsv4_moe.tiny_config import TinyConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

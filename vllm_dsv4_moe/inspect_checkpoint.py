@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,40 +175,46 @@ def _compare(
     absent = [name for name in expected if name not in stored]
     mtp = [name for name in absent if name.startswith("mtp.")]
     inputs = [name for name in absent if name.endswith(".input_scale")]
-    found.missing = [
-        f"{name}: {_described(*expected[name])}"
-        for name in absent
-        if not name.startswith("mtp.") and not name.endswith(".input_scale")
+    optional = {*mtp, *inputs}
+    needed = [name for name in absent if name not in optional]
+    cast, wrong = differences(stored, expected)
+    found.missing = [f"{name}: {_described(*expected[name])}" for name in needed]
+    found.mismatched = [
+        f"{name}: {_described(*expected[name])} expected, {_described(*stored[name][:2])} found"
+        for name in wrong
     ]
     found.extra = [name for name in stored if name not in expected]
-    cast = []
+    foreign = [name for name in found.extra if _in_our_layers(name)]
+    if another:
+        found.problems.append(
+            f"{another}: {len(needed):,} tensors are missing, {len(wrong):,} have another shape "
+            f"or dtype and {len(foreign):,} are not of this model's MoE layers"
+        )
+        return
+    other = [name for name in found.extra if not _in_our_layers(name)]
+    _summarise(found.problems, "is missing", "are missing", needed)
+    _summarise(found.problems, "has", "have", wrong, " another shape or dtype")
+    _summarise(found.problems, "is", "are", foreign, " not of this model's MoE layers")
+    _summarise(found.notes, "is", "are", other, " extra")
+    _summarise(found.notes, "has", "have", cast, " another dtype, which vLLM casts")
+    _summarise(found.notes, "is", "are", mtp, " absent: no speculative decoding with MTP")
+    words = " absent: the activation-scale policy `checkpoint` cannot be used"
+    _summarise(found.notes, "is", "are", inputs, words)
+
+
+def differences(
+    stored: dict[str, StoredTensor], expected: dict[str, TensorSpec]
+) -> tuple[list[str], list[str]]:
+    """Names of tensors that are there as expected but for (a dtype that vLLM casts, anything)."""
+    cast: list[str] = []
+    wrong: list[str] = []
     for name, spec in expected.items():
         tensor = stored.get(name)
         if tensor is None or _same(spec, tensor):
             continue
-        if spec.shape == tensor.shape and _castable(spec.dtype, tensor.dtype):
-            cast.append(name)
-            continue
-        words = f"{_described(*spec)} expected, {_described(tensor.dtype, tensor.shape)} found"
-        found.mismatched.append(f"{name}: {words}")
-    foreign = [name for name in found.extra if _in_our_layers(name)]
-    if another:
-        found.problems.append(
-            f"{another}: {len(found.missing):,} tensors are missing, {len(found.mismatched):,} "
-            f"have another shape or dtype and {len(foreign):,} are not of this model's MoE layers"
-        )
-        return
-    other = [name for name in found.extra if not _in_our_layers(name)]
-    _summarise(found.problems, "is missing", "are missing", _names(found.missing))
-    _summarise(found.problems, "has", "have", _names(found.mismatched), " another shape or dtype")
-    _summarise(found.problems, "is", "are", foreign, " not of this model's MoE layers")
-    _summarise(found.notes, "is", "are", other, " extra")
-    _summarise(found.notes, "has", "have", cast, " another dtype, which vLLM casts")
-    if mtp:
-        _summarise(found.notes, "is", "are", mtp, " absent: no speculative decoding with MTP")
-    if inputs:
-        words = " absent: the activation-scale policy `checkpoint` cannot be used"
-        _summarise(found.notes, "is", "are", inputs, words)
+        castable = spec.shape == tensor.shape and _castable(spec.dtype, tensor.dtype)
+        (cast if castable else wrong).append(name)
+    return cast, wrong
 
 
 def _in_our_layers(name: str) -> bool:
@@ -227,10 +232,6 @@ def _castable(expected: str, found: str) -> bool:
 
 def _described(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{dtype} {list(shape)}"
-
-
-def _names(entries: Iterable[str]) -> list[str]:
-    return [entry.partition(":")[0] for entry in entries]
 
 
 def _summarise(to: list[str], one: str, many: str, names: list[str], rest: str = "") -> None:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_summary(console: "Console", found: Inspection, num_gpus: int) -> None:
-    console.print(f"[bold]{found.folder}[/]: {found.model}")
+    console.print(f"[bold]{_escape(found.folder)}[/]: {found.model}")
     console.print(
         f"{found.num_tensors:,} tensors, {_size(found.num_bytes)} in {found.num_files} files"
     )

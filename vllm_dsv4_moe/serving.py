@@ -121,18 +121,8 @@ def serve(
     tail when the server dies or is not healthy after `timeout` seconds.
     """
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
-    command += ["--host=127.0.0.1", f"--port={port}", f"--served-model-name={MODEL_NAME}"]
     started = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=server_environment(environment),
-            start_new_session=True,
-        )
+    process = _start(model, port, log, arguments, environment)
     try:
         while not _healthy(port):
             seconds = time.monotonic() - started
@@ -147,6 +137,26 @@ def serve(
         yield Server(port, log, process, time.monotonic() - started)
     finally:
         _stop(process)
+
+
+def _start(
+    model: str | Path,
+    port: int,
+    log: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None,
+) -> subprocess.Popen:
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command += ["--host=127.0.0.1", f"--port={port}", f"--served-model-name={MODEL_NAME}"]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*command, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=server_environment(environment),
+            start_new_session=True,  # its process group is its own, to be stopped as one
+        )
 
 
 def _healthy(port: int) -> bool:
