@@ -124,6 +124,21 @@ def test_a_truncated_shard_is_refused_before_any_layer_is_made(config, checkpoin
         load(config, bad)
 
 
+@pytest.mark.parametrize(
+    "size, says",
+    [("hidden_size", "hidden size 120"), ("moe_intermediate_size", "intermediate size 120")],
+)
+def test_a_size_that_nvfp4_cannot_cut_into_blocks_is_refused(
+    config, checkpoint, tmp_path, size, says
+):
+    bad = edited(checkpoint, tmp_path / "bad", {})
+    content = json.loads((bad / "config.json").read_text()) | {size: 120}
+    (bad / "config.json").unlink()
+    (bad / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{says}.* not a positive multiple of the NVFP4 block"):
+        loading.load_model(loading.engine_config(bad))
+
+
 def test_different_scales_of_gate_and_up_are_kept_and_said(config, checkpoint, tmp_path):
     name = f"{EXPERTS}.3.w3.weight_scale_2"
     doubled = tensor(checkpoint, name) * 2
@@ -137,7 +152,7 @@ def test_different_scales_of_gate_and_up_are_kept_and_said(config, checkpoint, t
 
 BAD_SETTINGS = {
     "unknown": ({"tile": 8}, "dsv4_moe.tile is not a setting"),
-    "a GPU's backend": ({"backend": "sm90"}, "sm90 backend"),
+    "a GPU's backend": ({"backend": "sm90"}, "sm90 backend runs on NVIDIA GPUs"),
     "no such file": (
         {"activation_scale": "file", "activation_scale_file": "/nowhere.json"},
         "model.layers.0.ffn.experts: activation scale file /nowhere.json cannot be read",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import loading  # first: it sets what Triton reads when it is imported
@@ -117,6 +118,7 @@ def config_on_a_gpu(**changes):
 
 WHOSE = {
     "NVFP4": ({}, "layers.0.ffn.experts", True),
+    "NVFP4 for Marlin": ({"backend": "marlin"}, "layers.0.ffn.experts", False),
     "left out by name": ({}, "layers.1.ffn.experts", False),
     "MXFP4 in MTP": ({}, "layers.2.ffn.experts", False),
     "FP8 experts": ({"expert_dtype": "fp8"}, "layers.0.ffn.experts", False),
@@ -130,8 +132,9 @@ def test_layers_that_are_not_ours_get_vllms_own_method(changes, prefix, ours):
 
     from vllm_dsv4_moe import quant_config
 
+    backend = changes.get("backend", "auto")
     config = config_on_a_gpu(**changes)
-    layer = mock.Mock(spec=RoutedExperts, moe_config="moe config")
+    layer = mock.Mock(spec=RoutedExperts, moe_config=mock.Mock(moe_backend=backend))
     with (
         mock.patch.object(quant_config, "ModelOptNvFp4Dsv4Method", return_value="ours"),
         mock.patch.object(quant_config.logger, "info") as say,
@@ -145,3 +148,31 @@ def test_layers_that_are_not_ours_get_vllms_own_method(changes, prefix, ours):
 
 def test_a_layer_of_another_kind_is_vllms():
     assert config_on_a_gpu().get_quant_method(object(), "layers.0.attn.wq_a") == "vLLM's own"
+
+
+def test_the_reference_backend_on_a_gpu_wants_eager_mode():
+    from vllm_dsv4_moe.moe_method import check_device
+
+    check_device("reference", (9, 0), is_eager=True)
+    with pytest.raises(ValueError, match="--enforce-eager"):
+        check_device("reference", (9, 0), is_eager=False)
+
+
+@pytest.mark.parametrize(
+    "sizes, most",
+    [({}, 100), ({"dp_size": 4}, 400), ({"dp_size": 2, "sp_size": 8}, 208)],
+    ids=["alone", "data parallel", "sequence parallel"],
+)
+def test_the_arena_is_sized_for_what_every_rank_may_send(sizes, most):
+    from vllm_dsv4_moe.moe_method import max_num_tokens
+
+    sizes = {"max_num_tokens": 100, "dp_size": 1, "pcp_size": 1, "sp_size": 1} | sizes
+    config = SimpleNamespace(**sizes, is_sequence_parallel=sizes["sp_size"] > 1)
+    assert max_num_tokens(config) == most
+
+
+def test_a_cpu_without_bf16_instructions_is_refused_in_one_sentence():
+    plugin = pytest.importorskip("vllm_cpu_host.plugin", reason="made for hosts without a GPU")
+    with mock.patch("torch.cpu._is_avx512_bf16_supported", return_value=False):
+        with pytest.raises(RuntimeError, match="this CPU lacks avx512_bf16.*NVIDIA GPU"):
+            plugin.register()

@@ -90,7 +90,7 @@ ATTRIBUTES = {
     MOE_CONFIG: (
         "num_experts num_local_experts num_logical_experts experts_per_token hidden_dim"
         " intermediate_size_per_partition max_num_tokens moe_parallel_config sp_size dp_size"
-        " pcp_size is_sequence_parallel"
+        " pcp_size is_sequence_parallel moe_backend swiglu_limit"
     ),
     f"{FUSED_MOE}.config.FusedMoEParallelConfig": "tp_size",
     f"{FUSED_MOE}.router.fused_topk_bias_router.FusedTopKBiasRouter": (
@@ -121,9 +121,11 @@ ATTRIBUTES = {
         "expert_dtype moe_quant_algo ignored_layers packed_modules_mapping"
     ),
     "vllm.forward_context.ForwardContext": "is_padding",
-    "vllm.config.vllm.VllmConfig": "additional_config load_config model_config",
+    "vllm.config.vllm.VllmConfig": "additional_config load_config model_config compilation_config",
     "vllm.config.load.LoadConfig": "load_format",
-    "vllm.config.model.ModelConfig": "enable_sleep_mode",
+    "vllm.config.model.ModelConfig": "enable_sleep_mode enforce_eager",
+    "vllm.config.compilation.CompilationConfig": "cudagraph_mode",
+    "vllm.config.compilation.CUDAGraphMode": "NONE",
     "vllm.platforms.interface.Platform": "is_cpu get_device_capability",
 }
 

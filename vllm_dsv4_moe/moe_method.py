@@ -51,11 +51,13 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         # vLLM's weight loader then also loads the input scales of experts on other ranks.
         self.use_global_sf = True
         self.router: Dsv4Router | None = None
-        self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        config = get_current_vllm_config()
+        self.is_dummy = config.load_config.load_format == "dummy"
         capability = current_platform.get_device_capability()
         self.capability = None if capability is None else tuple(capability)
         self.shape = moe_shape(moe_config, settings, self.capability)
         self.backend = choose_backend(settings.backend, self.shape, self.capability)
+        check_device(self.backend.name, self.capability, config.model_config.enforce_eager)
 
     @property
     def supports_eplb(self) -> bool:
@@ -186,6 +188,19 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         else:
             from dsv4_kernels.router_topk import router_topk
         return router_topk
+
+
+def check_device(backend: str, capability: tuple[int, int] | None, is_eager: bool) -> None:
+    """ValueError for a backend that this machine could load and not run."""
+    if capability is None and backend != "reference":
+        raise ValueError(
+            f"the {backend} backend runs on NVIDIA GPUs, and vLLM sees none: set backend to auto"
+        )
+    if capability is not None and backend == "reference" and not is_eager:
+        raise ValueError(
+            "the reference backend waits for the GPU in every layer, which no CUDA graph can "
+            "hold: add --enforce-eager, or choose another backend"
+        )
 
 
 def moe_shape(

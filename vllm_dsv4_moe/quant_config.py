@@ -42,11 +42,14 @@ class OurLayers(QuantizationConfig):
     _ours: tuple[int, ...] = ()  # layers that are built and not announced
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if isinstance(layer, RoutedExperts) and self.is_ours(prefix):
+        asked = layer.moe_config.moe_backend if isinstance(layer, RoutedExperts) else "auto"
+        if asked != "auto":
+            self._announce(f"vLLM runs all experts, as --moe-backend {asked} asks", prefix)
+        elif isinstance(layer, RoutedExperts) and self.is_ours(prefix):
             self._ours += (extract_layer_index(prefix),)
             return ModelOptNvFp4Dsv4Method(layer.moe_config, self.settings(), self.announce_ours)
         method = super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
-        if isinstance(layer, RoutedExperts):
+        if isinstance(layer, RoutedExperts) and asked == "auto":
             self._announce(f"vLLM keeps the experts of {type(method).__name__}", prefix)
         return method
 

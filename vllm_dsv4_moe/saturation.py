@@ -8,7 +8,7 @@ import threading
 import time
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
@@ -21,15 +21,19 @@ class SaturationLog:
     def __init__(self) -> None:
         self.counters: dict[str, torch.Tensor] = {}
         self.seen: dict[str, int] = {}
+        self.captures = False
         self.thread: threading.Thread | None = None
 
     def add(self, layer_name: str, counter: torch.Tensor, interval: float) -> None:
         """Watch a layer's (1,) int64 counter every interval seconds; 0 is never."""
         if interval == 0:
             return
-        if get_current_vllm_config().model_config.enable_sleep_mode:
+        config = get_current_vllm_config()
+        if config.model_config.enable_sleep_mode:
+            # Asleep, the counters' memory is not mapped.
             logger.warning_once("dsv4-moe: saturated blocks are not reported in sleep mode")
             return
+        self.captures = counter.is_cuda and captures_graphs(config)
         self.counters[layer_name] = counter
         if self.thread is None:
             self.thread = threading.Thread(target=self._watch, args=(interval,), daemon=True)
@@ -38,7 +42,7 @@ class SaturationLog:
     def _watch(self, interval: float) -> None:
         while True:
             time.sleep(interval)
-            if graphs_are_captured():
+            if not self.captures or graphs_are_captured():
                 grown = self.look()
                 if grown:
                     logger.warning("dsv4-moe: %s", describe(grown))
@@ -63,10 +67,13 @@ class SaturationLog:
 SATURATION = SaturationLog()
 
 
+def captures_graphs(config: VllmConfig) -> bool:
+    mode = config.compilation_config.cudagraph_mode
+    return not config.model_config.enforce_eager and mode != CUDAGraphMode.NONE
+
+
 def graphs_are_captured() -> bool:
     """vLLM locks its workspace when it has captured: before, a copy could break the capture."""
-    if not torch.cuda.is_available():
-        return True
     return is_workspace_manager_initialized() and current_workspace_manager().is_locked()
 
 
