@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-ARCHES = ("sm_90a", "sm_100a")
+ARCHES = ("sm_90a", "sm_100a", "sm_103a")
 # n_routed_experts, num_experts_per_tok, hidden_size, moe_intermediate_size of the two releases
 MODELS = {"pro": (384, 6, 7168, 3072), "flash": (256, 6, 4096, 2048)}
 CONFIG_KEYS = ("n_routed_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8192,
         help="of one call: max_num_batched_tokens times the data-parallel ranks",
     )
-    parser.add_argument(
-        "--scale-per-row", action="store_true", help="for activation_scale token (sm_100a only)"
-    )
+    parser.add_argument("--scale-per-row", action="store_true", help="for activation_scale token")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +70,7 @@ def shape_of(args: argparse.Namespace):
         hidden=hidden,
         intermediate=intermediate // args.tp_size,
         max_num_tokens=args.max_num_tokens,
-        quantize_activations=args.arch == "sm_100a",
+        quantize_activations=args.arch != "sm_90a",
         scale_per_row=args.scale_per_row,
     )
     reason = _op(args.arch)[0].unsupported(shape)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from dsv4_kernels.compiled import ARCHES, load_objects
+from dsv4_kernels.compiled import arch_of, load_objects
 from dsv4_kernels.moe import AUTO, MoeLayer, MoeShape, choose_backend, prepare_layer
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
@@ -126,8 +126,8 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
             delattr(layer, name)
             layer._parameters.pop(f"{name}_2", None)
         limit = layer.swiglu_limit
-        if self.settings.kernel_objects and self.backend.name in ARCHES:
-            load_objects(Path(self.settings.kernel_objects), ARCHES[self.backend.name])
+        if self.settings.kernel_objects and self.capability is not None:
+            load_objects(Path(self.settings.kernel_objects), arch_of(self.capability))
         moe_layer = prepare_layer(
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )

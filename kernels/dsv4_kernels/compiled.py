@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-# What a backend's objects are made for.
-ARCHES = {"sm90": "sm_90a", "sm100": "sm_100a"}
 MANIFEST = "manifest.json"
 _REMEDY = "run dsv4-moe compile again with this installation"
 # (arch, key) -> launcher, and the folder that they came from
 _loaded: dict[tuple[str, str], Any] = {}
 _folders: dict[str, str] = {}
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """What to compile for: instructions of the sm_90a kind exist on that very capability only."""
+    return f"sm_{capability[0]}{capability[1]}a"
 
 
 def versions() -> dict[str, str]:

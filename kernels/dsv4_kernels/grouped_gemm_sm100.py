@@ -18,7 +18,7 @@ import torch
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
-from dsv4_kernels.compiled import compiled
+from dsv4_kernels.compiled import arch_of, compiled
 from dsv4_kernels.grouped_gemm_sm100_kernel import Dsv4GroupedGemmSm100
 from dsv4_kernels.grouped_gemm_sm100_spec import CONFIGS, Gemm, all_gemms
 from dsv4_kernels.types import (
@@ -82,14 +82,16 @@ def compile_gemm(gemm: Gemm, arch: str = "sm_100a"):
 
 def compile_layer(shape: MoeShape, device: torch.device) -> None:
     """Compile all that calls of up to shape.max_num_tokens will use."""
-    _num_sms(device)
+    _, arch = _device(device)
     for gemm in all_gemms(shape):
-        compile_gemm(gemm)
+        compile_gemm(gemm, arch)
 
 
 @functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _device(device: torch.device) -> tuple[int, str]:
+    """Its multiprocessors, and what to compile for."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, arch_of((properties.major, properties.minor))
 
 
 def launch(gemm: Gemm, arguments: tuple, limit: float | None) -> None:
@@ -101,10 +103,11 @@ def launch(gemm: Gemm, arguments: tuple, limit: float | None) -> None:
         else a
         for a in arguments
     ]
-    clusters = _num_sms(device) // gemm.config.num_ctas
+    num_sms, arch = _device(device)
+    clusters = num_sms // gemm.config.num_ctas
     stream = cuda.CUstream(torch.cuda.current_stream(device).cuda_stream)
     limit = Float32(math.inf if limit is None else limit)
-    compile_gemm(gemm)(*pointers, limit, Int32(clusters), stream)
+    compile_gemm(gemm, arch)(*pointers, limit, Int32(clusters), stream)
 
 
 def fc1(
