@@ -15,16 +15,19 @@ if shutil.which("nvidia-smi") is None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-results", metavar="FILE", help="write outcomes, GPU and commit as JSON")
+    parser.addoption("--commit", help="the commit of these files, where they are no git checkout")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--gpu-results"):
-        config.pluginmanager.register(GpuResults(Path(config.getoption("--gpu-results"))))
+        commit = config.getoption("--commit") or _commit()
+        config.pluginmanager.register(GpuResults(Path(config.getoption("--gpu-results")), commit))
 
 
 class GpuResults:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, commit: str) -> None:
         self.path = path
+        self.commit = commit
         self.outcomes: dict[str, dict] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -42,7 +45,7 @@ class GpuResults:
             raise pytest.UsageError("--gpu-results needs a CUDA GPU, and torch sees none")
         results = {
             "gpu": torch.cuda.get_device_name(),
-            "commit": _commit(),
+            "commit": self.commit,
             "torch": torch.__version__,
             "tests": self.outcomes,
         }
@@ -55,6 +58,8 @@ def _commit() -> str:
     git = ["git", "-C", str(root)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     if commit.returncode:
-        raise pytest.UsageError("--gpu-results names the commit, and this is no git checkout")
+        raise pytest.UsageError(
+            "--gpu-results names the commit, and this is no git checkout: add --commit"
+        )
     dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     return commit.stdout.strip() + ("-dirty" if dirty.stdout else "")

@@ -1,0 +1,100 @@
+"""A tiny V4 on a GPU through `vllm serve`: this plugin beside vLLM's own NVFP4 backends."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_dsv4_moe.serving import SMALL_ARGUMENTS, serve
+from vllm_dsv4_moe.tiny import TinyConfig, write_tiny_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+# What vLLM's attention for V4 takes on a GPU: 64 heads at least.
+MODEL = TinyConfig(layers=4, hidden=1024, intermediate=512, experts=256, heads=64)
+PROMPTS = ("Hello world", "The quick brown fox jumps over the lazy dog", "0123456789" * 12, "a")
+NOT_OURS = {"VLLM_PLUGINS": ""}
+# The expert backend is the difference; the rest is what every GPU host has.
+SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "ours": ([], {}),
+    "ours_bf16_reference": (
+        ["--enforce-eager"],
+        {"VLLM_DSV4_MOE_BACKEND": "reference", "VLLM_DSV4_MOE_ACTIVATIONS": "bf16"},
+    ),
+    "marlin": (["--kernel-config", '{"moe_backend": "marlin"}'], NOT_OURS),
+    "emulation": (["--kernel-config", '{"moe_backend": "emulation"}'], NOT_OURS),
+}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Server's name -> (log-probability of every prompt token, greedy tokens, log), each once."""
+    folder = tmp_path_factory.mktemp("serve_gpu")
+    write_tiny_checkpoint(folder / "model", MODEL)
+
+    @functools.cache
+    def ask(name: str) -> tuple[list[float], list[list[int]], str]:
+        extra, environment = SERVERS[name]
+        log = folder / f"{name}.log"
+        arguments = [*SMALL_ARGUMENTS, "--gpu-memory-utilization=0.3", *extra]
+        logprobs, tokens = [], []
+        with serve(folder / "model", log, arguments, environment) as server:
+            for prompt in PROMPTS:
+                body = server.complete(
+                    prompt,
+                    max_tokens=16,
+                    temperature=0,
+                    ignore_eos=True,
+                    prompt_logprobs=0,
+                    return_token_ids=True,
+                )
+                (choice,) = body["choices"]
+                for entry in choice["prompt_logprobs"][1:]:
+                    logprobs.append(next(iter(entry.values()))["logprob"])
+                tokens.append(choice["token_ids"])
+        return logprobs, tokens, log.read_text()
+
+    return ask
+
+
+def distance(a: list[float], b: list[float]) -> float:
+    """Mean absolute difference of log-probabilities, nats."""
+    assert len(a) == len(b) > 100
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def test_every_expert_layer_is_ours(answers):
+    log = answers("ours")[2]
+    assert "this plugin runs NVFP4 experts" in log
+    assert "vLLM keeps the experts" not in log
+
+
+def test_agrees_with_vllms_backends_as_they_do(answers, record_property):
+    """Marlin multiplies bf16 activations, as sm90 does; emulation quantises them too."""
+    ours, marlin, emulation = (answers(name)[0] for name in ("ours", "marlin", "emulation"))
+    between = distance(marlin, emulation)
+    record_property("marlin_emulation", between)
+    record_property("ours_marlin", distance(ours, marlin))
+    record_property("ours_emulation", distance(ours, emulation))
+    assert distance(ours, marlin) <= between
+    assert distance(ours, emulation) <= 1.25 * between
+
+
+def test_agrees_with_the_reference_backend(answers, record_property):
+    reference = distance(answers("ours")[0], answers("ours_bf16_reference")[0])
+    record_property("ours_reference", reference)
+    assert reference <= distance(answers("marlin")[0], answers("emulation")[0])
+
+
+def test_greedy_tokens_start_like_marlins(answers, record_property):
+    pairs = list(zip(answers("ours")[1], answers("marlin")[1], strict=True))
+    record_property("tokens", json.dumps(pairs))
+    assert sum(ours[0] == marlin[0] for ours, marlin in pairs) >= len(pairs) - 1
+
+
+def test_nothing_is_compiled_while_serving(answers):
+    """vLLM's log of a server that has answered: no line of ours about compiling after start-up."""
+    log = answers("ours")[2]
+    started = log.index("Application startup complete")
+    assert "compil" not in log[started:].lower(), Path(log[started:])
