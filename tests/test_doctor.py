@@ -16,10 +16,6 @@ INSTALLED = {"vllm": "0.32.0+cpu", "torch": "2.13.0", "triton": "3.9.0"}
 H200 = doctor.Gpu("NVIDIA H200", (9, 0), 150_754_820_096)
 
 
-def statuses(checks):
-    return {check.name: check.status for check in checks}
-
-
 def only(checks):
     (check,) = checks
     return check
@@ -81,9 +77,15 @@ def test_settings_are_shown_and_refused_by_name():
     ("capability", "environ", "status", "words"),
     [
         pytest.param(None, {}, "note", "auto means reference", id="no-gpu"),
+        pytest.param((9, 0), {}, "ok", "auto means sm90, bf16 activations", id="h200"),
+        pytest.param((10, 0), {}, "ok", "auto means sm100, NVFP4 activations", id="b200"),
         pytest.param((8, 0), {}, "bad", "compute capability 8.0", id="a100"),
         pytest.param(
-            (9, 0), {"VLLM_DSV4_MOE_BACKEND": "reference"}, "note", "not for speed", id="forced"
+            (9, 0),
+            {"VLLM_DSV4_MOE_BACKEND": "reference"},
+            "note",
+            "--enforce-eager only",
+            id="forced",
         ),
         pytest.param(
             (9, 0),
@@ -93,7 +95,11 @@ def test_settings_are_shown_and_refused_by_name():
             id="w4a4-on-hopper",
         ),
         pytest.param(
-            None, {"VLLM_DSV4_MOE_BACKEND": "sm100"}, "bad", "sm100", id="sm100-without-a-gpu"
+            None,
+            {"VLLM_DSV4_MOE_BACKEND": "sm100"},
+            "bad",
+            "vLLM sees none",
+            id="sm100-without-a-gpu",
         ),
     ],
 )
@@ -102,9 +108,20 @@ def test_backend(capability, environ, status, words):
     assert check.name == "backend" and check.status == status and words in check.text
 
 
-def test_every_backend_says_why_not():
-    checks = statuses(doctor.check_backends(None, {}))
-    assert checks == {"sm90": "note", "sm100": "note", "reference": "ok", "backend": "note"}
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        pytest.param(None, {"reference"}, id="no-gpu"),
+        pytest.param((9, 0), {"sm90", "reference"}, id="h200"),
+        pytest.param((10, 0), {"sm100", "reference"}, id="b200"),
+    ],
+)
+def test_every_backend_says_whether_and_why_not(capability, runs):
+    checks = {check.name: check for check in doctor.check_backends(capability, {})}
+    assert checks.pop("backend").status != "bad"
+    assert {name for name, check in checks.items() if check.status == "ok"} == runs
+    for name in checks.keys() - runs:
+        assert checks[name].text.startswith("would not run V4-Flash here: the " + name)
 
 
 def test_this_machine_is_healthy_as_vllm_sees_it():

@@ -183,7 +183,7 @@ def check_backends(
     """Which backend would run V4-Flash's layer, all experts on one GPU, and why not the others."""
     from dsv4_kernels.moe import AUTO, BACKENDS, MoeShape, choose_backend
 
-    from vllm_dsv4_moe.moe_method import quantizes_activations
+    from vllm_dsv4_moe.moe_method import check_device, quantizes_activations
     from vllm_dsv4_moe.settings import read_settings
 
     try:
@@ -192,20 +192,27 @@ def check_backends(
     except ValueError as error:
         yield Check("backend", "bad", str(error))
         return
-    shape = MoeShape(256, 256, 6, 4096, 2048, 8192, quantized)
+
+    def choose(name: str) -> str:
+        shape = MoeShape(256, 256, 6, 4096, 2048, 8192, quantized)
+        chosen = choose_backend(name, shape, capability).name
+        check_device(chosen, capability, is_eager=True)
+        return chosen
+
     for name in dict.fromkeys([*AUTO.values(), *BACKENDS]):
         try:
-            choose_backend(name, shape, capability)
+            choose(name)
         except ValueError as error:
             yield Check(name, "note", f"would not run V4-Flash here: {error}")
         else:
             yield Check(name, "ok", "would run V4-Flash here")
     try:
-        chosen = choose_backend(settings.backend, shape, capability).name
+        chosen = choose(settings.backend)
     except ValueError as error:
         yield Check("backend", "bad", f"{settings.backend}: {error}")
         return
     multiplies = "NVFP4 activations (W4A4)" if quantized else "bf16 activations (W4A16)"
     slow = ": for checking, not for speed" if chosen == "reference" else ""
+    slow += ", and with --enforce-eager only" if slow and capability is not None else ""
     status = "note" if slow else "ok"
     yield Check("backend", status, f"{settings.backend} means {chosen}, {multiplies}{slow}")
