@@ -25,6 +25,8 @@ MAX_LOCAL_EXPERTS = 512
 ONE_LAUNCH_SLOTS = 2048
 MAX_BLOCKS = 128
 MAX_FILLERS = 128
+TILES = 16  # that a filler writes at once
+COUNTS_AT_ONCE = 8192  # of the first launch's, that a program adds up at once
 
 
 class Config(NamedTuple):
@@ -281,8 +283,7 @@ def _launch(
         _count_kernel[(config.blocks,)](
             ids, expert_map, scratch, num_slots, map_size, span, AT_ONCE=slots_at_once, **common
         )
-    tiles = 16 if tile >= 64 else 64
-    fillers = min(MAX_FILLERS, triton.cdiv(num_tiles, tiles))
+    fillers = min(MAX_FILLERS, triton.cdiv(num_tiles, TILES))
     _layout_kernel[(config.blocks + fillers,)](
         ids,
         expert_map,
@@ -293,10 +294,10 @@ def _launch(
         config.steps,
         config.blocks,
         num_tiles,
-        AT_ONCE=16384 // expert_block if config.counted_before else slots_at_once,
+        AT_ONCE=COUNTS_AT_ONCE // expert_block if config.counted_before else slots_at_once,
         STEP=config.step,
         TILE=tile,
-        TILES=tiles,
+        TILES=TILES,
         COUNTED=config.counted_before,
         **common,
     )
