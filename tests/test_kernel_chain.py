@@ -1,4 +1,4 @@
-"""Route, layout, quantise and combine as captured graphs over arena slices, as vLLM replays them."""
+"""Route, layout, quantise and combine as graphs over arena slices, as vLLM replays them."""
 
 import pytest
 import torch

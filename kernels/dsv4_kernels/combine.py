@@ -2,9 +2,9 @@
 
     out[t] = bf16(sum over j of float(rows[slot_to_row[t, j]]))     slots without a row add nothing
 
-The routing weight is in the rows already. A program sums BLOCK columns of one token: the loads of
-all its slots are independent and in flight together; the sum is in fp32, in slot order, so that
-two runs are bit-equal. Equal to `reference.combine` bit for bit.
+The routing weight is in the rows already. A program sums BLOCK columns of one token or two: the
+loads of all their slots are independent and in flight together; the sum is in fp32, in slot order,
+so that two runs are bit-equal. Equal to `reference.combine` bit for bit.
 """
 
 from typing import NamedTuple
@@ -17,14 +17,15 @@ from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
 
 
 class Config(NamedTuple):
+    tokens: int  # per program
     block: int  # columns per program
     num_warps: int
 
 
-def choose_config(hidden: int) -> Config:
+def choose_config(hidden: int, num_tokens: int) -> Config:
     """Blocks of 1024 columns, 8 per thread and row, divide 4096, 5120 and 7168 evenly."""
     block = min(1024, triton.next_power_of_2(hidden))
-    return Config(block=block, num_warps=max(1, block // 256))
+    return Config(2 if num_tokens >= 1024 else 1, block, num_warps=max(1, block // 256))
 
 
 @triton.jit
@@ -35,28 +36,31 @@ def round_to_bf16(x):
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _combine_kernel(
     rows_ptr,
     slot_to_row_ptr,
     out_ptr,
+    num_tokens,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
     wait_for_inputs(launch_pdl)
     blocks = (HIDDEN + BLOCK - 1) // BLOCK
-    token = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    tokens = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    in_batch = tokens < num_tokens
+    total = tl.zeros([TOKENS, BLOCK], tl.float32)
     for slot in tl.static_range(TOP_K):
-        row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
-        width = tl.where(row >= 0, HIDDEN, 0)
-        term = tl.load(rows_ptr + row * HIDDEN + columns, mask=columns < width, other=0.0)
+        row = tl.load(slot_to_row_ptr + tokens * TOP_K + slot, mask=in_batch, other=-1)
+        ptrs = rows_ptr + row.to(tl.int64) * HIDDEN + columns
+        term = tl.load(ptrs, mask=(row >= 0) & (columns < HIDDEN), other=0.0)
         total += term.to(tl.float32)
     out = round_to_bf16(total).to(tl.bfloat16)
-    tl.store(out_ptr + token * HIDDEN + columns, out, mask=columns < HIDDEN)
+    tl.store(out_ptr + tokens * HIDDEN + columns, out, mask=in_batch & (columns < HIDDEN))
 
 
 def combine(
@@ -76,13 +80,16 @@ def combine(
     assert rows.is_contiguous() and slot_to_row.is_contiguous() and out.is_contiguous()
     if num_tokens == 0:
         return out
-    config = choose_config(hidden)
-    _combine_kernel[(num_tokens * triton.cdiv(hidden, config.block),)](
+    config = choose_config(hidden, num_tokens)
+    grid = (triton.cdiv(num_tokens, config.tokens) * triton.cdiv(hidden, config.block),)
+    _combine_kernel[grid](
         rows,
         slot_to_row,
         out,
+        num_tokens,
         HIDDEN=hidden,
         TOP_K=top_k,
+        TOKENS=config.tokens,
         BLOCK=config.block,
         launch_pdl=supports_pdl(rows),
         num_warps=config.num_warps,

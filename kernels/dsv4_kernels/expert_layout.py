@@ -22,7 +22,7 @@ from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
 from dsv4_kernels.types import ExpertLayout, capacity
 
 MAX_LOCAL_EXPERTS = 512
-ONE_LAUNCH_SLOTS = 2048
+ONE_LAUNCH_SLOTS = 1024
 MAX_BLOCKS = 128
 MAX_FILLERS = 128
 TILES = 16  # that a filler writes at once
@@ -38,13 +38,13 @@ class Config(NamedTuple):
 
 
 def choose_config(num_slots: int) -> Config:
-    """Blocks of 64 slots in one launch; beyond, of 128, and 128 blocks at most.
+    """Blocks of 32 slots in one launch; beyond, of 128, and 128 blocks at most.
 
     Four warps: with eight, barriers cost more than the work they share (H200, 8192 tokens of top 6:
     8.9 us and 15.3).
     """
     if num_slots <= ONE_LAUNCH_SLOTS:
-        return Config(64, 1, triton.cdiv(num_slots, 64), num_warps=4, counted_before=False)
+        return Config(32, 1, triton.cdiv(num_slots, 32), num_warps=4, counted_before=False)
     steps = triton.cdiv(num_slots, 128 * MAX_BLOCKS)
     return Config(128, steps, triton.cdiv(num_slots, 128 * steps), 4, counted_before=True)
 

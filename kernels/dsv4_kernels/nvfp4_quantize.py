@@ -3,9 +3,10 @@
     block scale = e4m3(max|block| / 6 / gs)          16 values, gs the global scale
     code        = e2m1(x / (block scale * gs))       both to nearest even; a zero scale: zero codes
 
-gs comes per layer or per expert, or is the row's own, max|row| / 2688 (`token`), found in the same
-pass. A program quantises one token's columns once and writes them to the row of each of its local
-slots, so that a token is read once, and only tokens that have rows are read. Codes and scales
+gs comes per layer or per expert, or is the row's own, max|row| / 2688 (`token`), for which the
+program reads its row twice, from L1 the second time. A program quantises one token once, a block of
+columns at a time, and writes it to the row of each of its local slots: only tokens that have rows
+are read. Codes and scales
 equal `reference.nvfp4_quantize` bit for bit: every quotient is IEEE's, and the conversions are
 integer arithmetic on float bits, the same under Triton's interpreter as on any GPU.
 
@@ -30,16 +31,14 @@ _PER_EXPERT, _PER_ROW, _OWN = tl.constexpr(PER_EXPERT), tl.constexpr(PER_ROW), t
 
 
 class Config(NamedTuple):
-    blocks: int  # of 16 values, per program
+    blocks: int  # of 16 values, at once
     num_warps: int
 
 
-def choose_config(scale_columns: int, whole_rows: bool) -> Config:
-    """8 values per thread, 1024 per program (which divides 4096, 5120, 7168), or a whole row."""
-    blocks = triton.next_power_of_2(scale_columns)
-    if not whole_rows:
-        blocks = min(64, blocks)
-    return Config(blocks, num_warps=min(8, max(1, blocks // 16)))
+def choose_config(scale_columns: int) -> Config:
+    """1024 values at a time, 16 per thread: 4096, 5120 and 7168 are multiples."""
+    blocks = min(64, triton.next_power_of_2(scale_columns))
+    return Config(blocks, num_warps=max(1, blocks // 32))
 
 
 @triton.jit
@@ -56,16 +55,16 @@ def _e4m3(x):
 
 
 @triton.jit
-def _e2m1(x, scale, inverse, limit):
+def _e2m1(negative_x, scale, negative_inverse, limit):
     """x / scale to the nearest E2M1, to even: 4-bit codes, int32. NaN becomes +limit.
 
-    (blocks, n) over (blocks, 1). The quotient is IEEE's: x * inverse corrected once by its exact
-    remainder, inverse being the correctly rounded 1 / scale (Markstein). The remainder's sign is
-    such that -0 stays -0. limit is 6, or 0 in a block whose scale is 0, where inverse is 0 too.
+    (blocks, n) over (blocks, 1). The quotient is IEEE's: x times 1 / scale, correctly rounded,
+    corrected once by its exact remainder (Markstein). Operands come negated so that -0 stays -0.
+    limit is 6, or 0 in a block whose scale is 0, where the inverse is 0 too.
     """
-    quotient = x * inverse
-    excess = tl.fma(quotient, scale, -x)
-    exact = tl.fma(-excess, inverse, quotient)
+    quotient = negative_x * negative_inverse
+    excess = tl.fma(quotient, scale, negative_x)
+    exact = tl.fma(excess, negative_inverse, quotient)
     quotient = tl.where(tl.abs(quotient) < 8.0, exact, quotient)  # infinities have no remainder
     # minimum() takes the number where the other is NaN.
     value = tl.maximum(tl.minimum(quotient, limit), -limit)
@@ -81,19 +80,57 @@ def _e2m1(x, scale, inverse, limit):
 
 @triton.jit
 def _quantize_blocks(even, odd, amax, gs):
-    """(blocks, 8) values at even and odd columns -> bytes of codes, scales' bits, too large."""
+    """(blocks, 8) values at even and odd columns -> bytes of codes, scales' bits, saturated."""
     quotient = tl.div_rn(tl.div_rn(amax, 6.0), gs)
     code, value = _e4m3(tl.minimum(quotient, 448.0))
     # Tiny scales are multiplied up with their values: remainders have to be normal numbers.
     up = tl.where(gs < 2.3283064365386963e-10, 1.8446744073709552e19, 1.0)
     scale = ((value * gs) * up)[:, None]
     is_live = scale > 0
-    inverse = tl.where(is_live, tl.div_rn(1.0, tl.where(is_live, scale, 1.0)), 0.0)
+    inverse = tl.where(is_live, tl.div_rn(-1.0, tl.where(is_live, scale, 1.0)), 0.0)
     limit = tl.where(is_live, 6.0, 0.0)
-    low = _e2m1(even * up, scale, inverse, limit)
-    high = _e2m1(odd * up, scale, inverse, limit)
-    # 464 is the tie between 448 and the next E4M3 step, and goes to 448.
-    return low | (high << 4), code, quotient > 464.0
+    low = _e2m1(even * -up, scale, inverse, limit)
+    high = _e2m1(odd * -up, scale, inverse, limit)
+    # 464 is the tie between 448 and the next E4M3 step, and goes to 448. Times 0, what is no
+    # finite number leaves NaN.
+    zero = tl.sum(even * 0.0 + odd * 0.0, axis=1)
+    saturated = (quotient > 464.0) | (zero != zero)
+    return low | (high << 4), code, saturated.to(tl.int32)
+
+
+@triton.jit
+def _load_blocks(row_ptr, block, num_blocks):
+    """(blocks, 8) float32 at even and odd columns, and the largest magnitude of every block."""
+    words = block[:, None] * 8 + tl.arange(0, 8)[None, :]
+    pairs = tl.load(row_ptr + words, mask=block[:, None] < num_blocks, other=0)
+    even = (pairs << 16).to(tl.float32, bitcast=True)
+    odd = (pairs & -0x10000).to(tl.float32, bitcast=True)
+    # maximum() takes the number where the other is NaN.
+    amax = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1)
+    return even, odd, tl.where(amax == amax, amax, 0.0)
+
+
+@triton.jit
+def _store_blocks(
+    codes, scales, row, block, codes_ptr, scales_ptr, num_blocks, scale_columns, SWIZZLED
+):
+    """Blocks of one row; nothing where the row is negative."""
+    words = block[:, None] * 8 + tl.arange(0, 8)[None, :]
+    limit = tl.where(row >= 0, num_blocks, 0)
+    # Codes stream out; a sector of swizzled scales is filled by several tokens.
+    tl.store(
+        codes_ptr + row * num_blocks * 8 + words,
+        codes.to(tl.uint8),
+        mask=block[:, None] < limit,
+        cache_modifier=".cs",
+    )
+    if SWIZZLED:
+        place = (row // 128) * (scale_columns * 128) + row % 32 * 16 + row % 128 // 32 * 4
+        scale_ptrs = scales_ptr + place + block // 4 * 512 + block % 4
+    else:
+        scale_ptrs = scales_ptr + row * scale_columns + block
+    limit = tl.where(row >= 0, scale_columns, 0)
+    tl.store(scale_ptrs, scales.to(tl.uint8), mask=block < limit, eviction_policy="evict_last")
 
 
 @triton.jit(do_not_specialize=["num_blocks", "scale_columns"])
@@ -110,7 +147,6 @@ def _quantize_kernel(
     num_blocks,  # K // 16
     scale_columns,  # of a row of block scales, padding included
     TOP_K: tl.constexpr,
-    K_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     BLOCKS: tl.constexpr,
     POLICY: tl.constexpr,
@@ -121,80 +157,62 @@ def _quantize_kernel(
     launch_pdl: tl.constexpr,
 ):
     wait_for_inputs(launch_pdl)
-    programs_per_row = (scale_columns + BLOCKS - 1) // BLOCKS
-    token = (tl.program_id(0) // programs_per_row).to(tl.int64)
-    num_rows = 1
-    if HAS_LAYOUT:
-        slots = tl.arange(0, K_BLOCK)
-        rows = tl.load(slot_to_row_ptr + token * TOP_K + slots, mask=slots < TOP_K, other=-1)
-        num_rows = tl.sum((rows >= 0).to(tl.int32), axis=0)
-    elif HAS_LIVE:
-        num_rows = (tl.load(live_ptr + token) >= 0).to(tl.int32)
+    token = tl.program_id(0).to(tl.int64)
+
+    # Phase 1: the rows to write; none, and the token is not read.
+    rows = ()
+    num_rows = tl.zeros([], tl.int32)
+    for slot in tl.static_range(TOP_K):
+        row = token
+        if HAS_LAYOUT:
+            row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
+        elif HAS_LIVE:
+            row = tl.where(tl.load(live_ptr + token) >= 0, token, -1)
+        rows = rows + (row,)
+        num_rows += (row >= 0).to(tl.int32)
     if num_rows > 0:
-        # Phase 1: the token's values, and the largest of every block.
-        block = tl.program_id(0) % programs_per_row * BLOCKS + tl.arange(0, BLOCKS)
-        in_row = block < num_blocks
-        words = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-        pairs = tl.load(
-            x_ptr + token * num_blocks * 8 + words,
-            mask=in_row[:, None],
-            other=0,
-            eviction_policy="evict_first",
-        )
-        even = (pairs << 16).to(tl.float32, bitcast=True)
-        odd = (pairs & -0x10000).to(tl.float32, bitcast=True)
-        # maximum() takes the number where the other is NaN.
-        amax = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1)
-        amax = tl.where(amax == amax, amax, 0.0)
-        # 0, and NaN where a value is none or infinite.
-        zero = tl.sum(even * 0.0 + odd * 0.0, axis=1)
+        # Phase 2: the global scale, where it is the layer's or the row's.
+        row_ptr = x_ptr + token * num_blocks * 8
         if POLICY == _OWN:
-            row_amax = tl.minimum(tl.max(amax, axis=0), 3.4e38)
+            largest = tl.zeros([BLOCKS], tl.float32)
+            for first in range(0, num_blocks, BLOCKS):
+                block = first + tl.arange(0, BLOCKS)
+                _, _, amax = _load_blocks(row_ptr, block, num_blocks)
+                largest = tl.maximum(largest, amax)
+            row_amax = tl.minimum(tl.max(largest, axis=0), 3.4e38)
             gs = tl.maximum(tl.div_rn(row_amax, 2688.0), 7.888609052210118e-31)
             gs = tl.where(row_amax > 0, gs, 1.0)
+            for slot in tl.static_range(TOP_K):
+                if rows[slot] >= 0:
+                    tl.store(gs_out_ptr + rows[slot], gs)
         elif POLICY == _PER_ROW:
             gs = tl.load(gs_in_ptr + token)
         elif POLICY != _PER_EXPERT:
             gs = tl.load(gs_in_ptr)
 
-        # Phase 2: quantise, once, unless the slots' experts have scales of their own.
-        if POLICY != _PER_EXPERT:
-            codes, scales, too_large = _quantize_blocks(even, odd, amax, gs)
-            num_saturated = num_rows * tl.sum((too_large | (zero != zero)).to(tl.int32), axis=0)
-        else:
-            num_saturated = num_rows * 0
-
-        # Phase 3: write every row.
-        for slot in tl.static_range(TOP_K):
-            row = token
-            if HAS_LAYOUT:
-                row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
-            if row >= 0:
+        # Phase 3: quantise, once unless the slots' experts have scales of their own, and write.
+        num_saturated = tl.zeros([BLOCKS], tl.int32)
+        for first in range(0, scale_columns, BLOCKS):
+            block = first + tl.arange(0, BLOCKS)
+            even, odd, amax = _load_blocks(row_ptr, block, num_blocks)
+            if POLICY != _PER_EXPERT:
+                codes, scales, saturated = _quantize_blocks(even, odd, amax, gs)
+                num_saturated += num_rows * saturated
+            for slot in tl.static_range(TOP_K):
+                row = rows[slot]
                 if POLICY == _PER_EXPERT:
-                    expert = tl.load(tile_to_expert_ptr + row // TILE)
-                    gs = tl.load(gs_in_ptr + expert)
-                    codes, scales, too_large = _quantize_blocks(even, odd, amax, gs)
-                    num_saturated += tl.sum((too_large | (zero != zero)).to(tl.int32), axis=0)
-                if POLICY == _OWN:
-                    tl.store(gs_out_ptr + row, gs)
-                code_ptrs = codes_ptr + row * num_blocks * 8 + words
-                # Codes stream out; a sector of swizzled scales is filled by several tokens.
-                tl.store(code_ptrs, codes.to(tl.uint8), mask=in_row[:, None], cache_modifier=".cs")
-                if SWIZZLED:
-                    place = (row // 128) * (scale_columns * 128) + row % 32 * 16
-                    place += row % 128 // 32 * 4
-                    scale_ptrs = scales_ptr + place + block // 4 * 512 + block % 4
-                else:
-                    scale_ptrs = scales_ptr + row * scale_columns + block
-                tl.store(
-                    scale_ptrs,
-                    scales.to(tl.uint8),
-                    mask=block < scale_columns,
-                    eviction_policy="evict_last",
-                )
+                    expert = tl.load(tile_to_expert_ptr + tl.maximum(row, 0) // TILE)
+                    gs = tl.load(gs_in_ptr + tl.maximum(expert, 0))
+                    codes, scales, saturated = _quantize_blocks(even, odd, amax, gs)
+                    num_saturated += tl.where(row >= 0, saturated, 0)
+                _store_blocks(
+                    codes, scales, row, block,
+                    codes_ptr, scales_ptr, num_blocks, scale_columns, SWIZZLED,
+                )  # fmt: skip
         if COUNTS_SATURATED:
-            if num_saturated > 0:
-                tl.atomic_add(saturated_ptr, num_saturated.to(tl.int64), sem="relaxed")
+            count = tl.sum(num_saturated, axis=0)
+            if count > 0:
+                tl.atomic_add(saturated_ptr, count.to(tl.int64), sem="relaxed")
 
 
 def block_scales_shape(rows: int, K: int, swizzled: bool) -> tuple[int, int]:
@@ -247,8 +265,8 @@ def nvfp4_quantize(
         return out
     top_k = 1 if layout is None else layout.slot_to_row.shape[1]
     tile = 1 if layout is None else rows // max(1, len(layout.tile_to_expert))
-    config = choose_config(scales_shape[1], whole_rows=policy == OWN)
-    _quantize_kernel[(num_tokens * triton.cdiv(scales_shape[1], config.blocks),)](
+    config = choose_config(scales_shape[1])
+    _quantize_kernel[(num_tokens,)](
         x.view(torch.int32),
         layout.slot_to_row if layout else None,
         live,
@@ -261,7 +279,6 @@ def nvfp4_quantize(
         K // NVFP4_BLOCK,
         scales_shape[1],
         TOP_K=top_k,
-        K_BLOCK=triton.next_power_of_2(top_k),
         TILE=tile,
         BLOCKS=config.blocks,
         POLICY=policy,

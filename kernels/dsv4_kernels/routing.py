@@ -30,20 +30,22 @@ NO_EXPERT = tl.constexpr(2**30)
 
 
 @triton.jit
-def _exp_negative(x):
-    """exp(x) for x <= 0, to 2 ulp, denormals included: exp2 alone loses |x| / ln 2 half ulps."""
-    x = tl.maximum(x, -110.0)  # exp(-110) is 0, and 0 * inf would be NaN
-    exponent = x * LOG2_E
-    lost = tl.fma(x, LOG2_E, -exponent)
-    lost = tl.fma(x, LOG2_E_LOW, lost)
+def _exp_minus(x):
+    """exp(-x) for x >= 0, to 2 ulp, 0 below the normal numbers.
+
+    exp2 of the rounded exponent alone would be off by up to x / ln 2 half ulps.
+    """
+    x = tl.minimum(x, 110.0)  # exp(-110) is 0, and 0 * inf would be NaN
+    exponent = x * -LOG2_E
+    excess = tl.fma(x, LOG2_E_LOW, tl.fma(x, LOG2_E, exponent))
     power = tl.exp2(exponent)
-    return tl.fma(power, lost * LN_2, power)
+    return tl.fma(power, excess * -LN_2, power)
 
 
 @triton.jit
 def router_scores(z):
     """sqrt(softplus(z)) of float32, at most the largest finite number; 0 for NaN."""
-    root = _exp_negative(-0.5 * tl.abs(z))
+    root = _exp_minus(0.5 * tl.abs(z))
     power = root * root
     # 1 / (2 + power): the square of rsqrt, and a Newton step; a division is twice as long.
     divisor = 2.0 + power
