@@ -24,7 +24,7 @@ from dsv4_kernels.compiled import compiled
 from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90, Gemm, Sm90Config
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 
-ROW_TILE = 8  # what the row groups of experts are padded to; any would do
+GATHERED_ROWS = 14  # an expert, at most, where fc1 gathers
 # Of 256 weight rows by the largest tile_n that choose_config names, per thread block.
 MOST_PARTIALS = 256 * 144
 _FLAGS = 16  # per thread block: one a consumer warp
@@ -63,7 +63,7 @@ def choose_config(shape: MoeShape, num_tokens: int, k: int) -> Sm90Config:
     what a tile will hold: with more, ptxas runs out of registers and makes WGMMA wait.
     """
     rows = num_tokens * shape.top_k / shape.num_experts
-    if rows <= 14:
+    if rows <= GATHERED_ROWS:
         return Sm90Config(1, 4, (8, 16, 24, 32), _tile_k(k, 256))
     if rows <= 52:
         return Sm90Config(1, 4, (16, 32, 48, 64), _tile_k(k, 128))
@@ -78,12 +78,27 @@ def _tile_k(k: int, most: int) -> int:
     return next(tile for tile in (256, 128, 64) if tile <= most and k % tile == 0)
 
 
+def places_rows(shape: MoeShape, num_tokens: int) -> bool:
+    """Whether fc1 wants rows as the layout says. Two warps gather rows by token fast enough for
+    the small tiles, whose time goes to weights; large ones want TMA, and a copy pays."""
+    return num_tokens * shape.top_k / shape.num_experts > GATHERED_ROWS
+
+
 def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
     """(fc1, fc2) of a layer at a number of tokens."""
     sizes = {"fc1": (2 * shape.intermediate, shape.hidden)}
     sizes["fc2"] = (shape.hidden, shape.intermediate)
+    gather = {"fc1": not places_rows(shape, num_tokens), "fc2": False}
     return tuple(
-        Gemm(op, shape.num_local_experts, m, k, shape.top_k, choose_config(shape, num_tokens, k))
+        Gemm(
+            op,
+            shape.num_local_experts,
+            m,
+            k,
+            shape.top_k,
+            gather[op],
+            choose_config(shape, num_tokens, k),
+        )
         for op, (m, k) in sizes.items()
     )
 
@@ -102,6 +117,7 @@ def example_arguments(gemm: Gemm) -> tuple:
         *(_pointer(dtype, 1 << 20) for dtype in (Uint8, Uint8, Float32, BFloat16, BFloat16)),
         *(_pointer(dtype, 1 << 20) for dtype in (Int32, Int32, Int32, Float32, Float32, Int32)),
         Float32(math.inf),
+        Int32(1),
         Int32(1),
         driver.CUstream(0),
     )
@@ -150,7 +166,8 @@ def launch(gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -
     pointers = (_pointer(_DTYPES[t.dtype], t.data_ptr()) for t in (*tensors, *_fix_up(device)))
     stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
     limit = math.inf if limit is None else limit
-    compile_gemm(gemm)(*pointers, Float32(limit), Int32(_num_sms(device)), stream)
+    num_rows = Int32(len(tensors[3]))
+    compile_gemm(gemm)(*pointers, Float32(limit), num_rows, Int32(_num_sms(device)), stream)
 
 
 def fc1(
@@ -163,13 +180,15 @@ def fc1(
     *,
     out: torch.Tensor,
 ) -> None:
-    """h of every row that exists: x (num_tokens, hidden) bf16 -> out (capacity, intermediate) bf16.
+    """h of every row that exists: x (num_tokens, hidden) bf16, or (capacity, hidden) where
+    `places_rows` says so, -> out (capacity, intermediate) bf16.
 
     routing_weights (num_tokens, top_k) float32.
     """
     assert x.dtype == out.dtype == torch.bfloat16, (x.dtype, out.dtype)
     assert x.is_contiguous() and out.is_contiguous() and routing_weights.is_contiguous()
-    gemm, _ = gemms(shape, len(x))
+    gemm, _ = gemms(shape, len(routing_weights))
+    assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape
     launch(
         gemm,
         (

@@ -11,9 +11,9 @@ all blocks end together. A stretch that begins inside a tile leaves its sums in 
 the block that began the tile adds them, in the order of K: the result does not depend on timing.
 
 One producer warpgroup fills a ring of shared-memory stages, each tile_k wide: codes and block
-scales by bulk copies (`weights_sm90.shuffle_sm90` made them contiguous), rows of x by 16-byte
-cp.async, gathered and swizzled. The consumer warpgroups widen codes to bf16 in registers, which
-is exact, and multiply.
+scales by bulk copies (`weights_sm90.shuffle_sm90` made them contiguous), rows of x by TMA where
+they lie one after another, or gathered by 16-byte cp.async. The consumer warpgroups widen codes to
+bf16 in registers, which is exact, and multiply.
 
 Widening. A word holds the eight codes of one thread in one m64k16 step; shifts and masks put each
 code's sign at bit 15 and its three other bits at 8:6 of a bf16, which reads it as code * 2^-126.
@@ -30,7 +30,7 @@ import cutlass
 import cutlass.cute as cute
 from cuda.bindings import driver
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from dsv4_kernels import grouped_gemm_sm90_ptx as ptx
 
@@ -39,6 +39,7 @@ SCALE_BLOCK_BYTES = 256  # its block scales
 SMEM_BYTES = 227 * 1024
 STAGING_PITCH = 48  # bytes a staged row takes: 32 of data, and no two of 8 rows share a bank
 STAGING_ROWS = 32
+TMA_ROWS = 16  # of a box
 UNSCALE = 128.0  # 2^7, see above
 
 
@@ -70,6 +71,7 @@ class Gemm(NamedTuple):
     m: int  # weight rows: 2 * intermediate for fc1, hidden for fc2
     k: int  # columns
     top_k: int
+    gather: bool  # rows of x are fetched by row_to_slot; otherwise they lie as the layout says
     config: Sm90Config
 
 
@@ -77,7 +79,7 @@ class Dsv4GroupedGemmSm90:
     """One grouped GEMM, compiled for one specialisation."""
 
     def __init__(self, gemm: Gemm):
-        op, num_experts, m, k, top_k, config = gemm
+        op, num_experts, m, k, top_k, gather, config = gemm
         fc1 = op == "fc1"
         assert op in ("fc1", "fc2"), op
         assert m % 64 == 0, f"{m} weight rows, must be a multiple of 64"
@@ -85,10 +87,12 @@ class Dsv4GroupedGemmSm90:
         assert config.tile_n == tuple(sorted(config.tile_n)), config.tile_n
         self.config = config
         self.fc1 = fc1
+        self.gather = gather
         self.num_experts = num_experts
         self.m, self.k, self.top_k = m, k, top_k
         self.m_out = m // 2 if fc1 else m
-        self.tile_n_max = config.tile_n[-1]
+        # A box may reach past the last size's rows.
+        self.tile_n_max = -(-config.tile_n[-1] // TMA_ROWS) * TMA_ROWS
         self.k_blocks = config.tile_k // 64
         self.k_stages = k // config.tile_k
         self.m_blocks_tile = config.m_blocks * config.warpgroups
@@ -119,7 +123,7 @@ class Dsv4GroupedGemmSm90:
     def _registers(self) -> tuple[int, int]:
         """(producer, consumer) registers per thread, multiples of 8, within the register file."""
         per_thread = 65536 // (self.threads * self.config.blocks_per_sm) // 8 * 8
-        producer = min(per_thread, 56)
+        producer = min(per_thread, 56 if self.gather else 40)
         spare = (per_thread - producer) * 128
         consumer = per_thread + spare // (128 * self.config.warpgroups)
         return producer, min(240, consumer // 8 * 8)
@@ -139,6 +143,7 @@ class Dsv4GroupedGemmSm90:
         partials: cute.Pointer,
         flags: cute.Pointer,
         limit: Float32,
+        num_rows: Int32,
         num_blocks: Int32,
         stream: driver.CUstream,
     ):
@@ -146,12 +151,23 @@ class Dsv4GroupedGemmSm90:
         fc2; x (tokens or rows, k) bf16; out (rows, m_out) bf16; counts (experts,), offsets
         (experts + 1,), row_to_slot (rows,) int32; slot_weights (tokens * top_k,) float32;
         partials (num_blocks * partial_floats,) float32; flags (num_blocks * 16,) int32, zeros
-        before and after; limit of SwiGLU, infinity for none; num_blocks thread blocks."""
+        before and after; limit of SwiGLU, infinity for none; num_rows: of x."""
+        tma_atom, tma_x = None, None
+        if cutlass.const_expr(not self.gather):
+            box = (TMA_ROWS, 64)
+            tma_atom, tma_x = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileG2SOp(),
+                cute.make_tensor(x, cute.make_layout((num_rows, self.k), stride=(self.k, 1))),
+                cute.tile_to_shape(self._swizzle_atom(), box, order=(0, 1)),
+                box,
+            )
         self.kernel(
             codes,
             block_scales,
             global_scales,
             x,
+            tma_atom,
+            tma_x,
             out,
             counts,
             offsets,
@@ -176,6 +192,8 @@ class Dsv4GroupedGemmSm90:
         block_scales: cute.Pointer,
         global_scales: cute.Pointer,
         x: cute.Pointer,
+        tma_atom: cute.CopyAtom | None,
+        tma_x: cute.Tensor | None,
         out: cute.Pointer,
         counts: cute.Pointer,
         offsets: cute.Pointer,
@@ -218,7 +236,7 @@ class Dsv4GroupedGemmSm90:
         if tidx == 0:
             for stage in cutlass.range_constexpr(self.stages):
                 # The warp that loads weights and the one that passes on rows; 64 gather these.
-                cute.arch.mbarrier_init(full + stage, 2)
+                cute.arch.mbarrier_init(full + stage, 2 if self.gather else 1)
                 cute.arch.mbarrier_init(landed + stage, 64)
                 cute.arch.mbarrier_init(empty + stage, warps)
         cute.arch.mbarrier_init_fence()
@@ -247,11 +265,21 @@ class Dsv4GroupedGemmSm90:
         if warp >= warps:
             cute.arch.setmaxregister_decrease(producer_registers)
             if warp == warps:
-                self._load_weights(codes, block_scales, s_codes, s_scales, full, empty, tables)
-            elif warp == warps + 1:
-                self._pass_on_rows(landed, full, tables)
-            else:
-                self._load_rows(x, row_to_slot, s_x, landed, empty, tables)
+                self._load_weights(
+                    codes,
+                    block_scales,
+                    tma_atom,
+                    tma_x,
+                    (s_x, s_codes, s_scales),
+                    full,
+                    empty,
+                    tables,
+                )
+            if cutlass.const_expr(self.gather):
+                if warp == warps + 1:
+                    self._pass_on_rows(landed, full, tables)
+                elif warp > warps + 1:
+                    self._load_rows(x, row_to_slot, s_x, landed, empty, tables)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             self._consume(
@@ -343,13 +371,16 @@ class Dsv4GroupedGemmSm90:
         self,
         codes: cute.Pointer,
         block_scales: cute.Pointer,
-        s_codes: cute.Pointer,
-        s_scales: cute.Pointer,
+        tma_atom: cute.CopyAtom | None,
+        tma_x: cute.Tensor | None,
+        buffers: tuple,
         full: cute.Pointer,
         empty: cute.Pointer,
         tables: tuple,
     ):
-        """One warp, of which one lane asks for every stage's codes and scales."""
+        """One warp asks for every stage's codes and scales, and for its rows if they need no
+        gathering; those of the next expert, or past the end as zeros, where a box holds more."""
+        s_x, s_codes, s_scales = buffers
         m_blocks_total = self.m // 64
         k_blocks_total = self.k // 64
         stage_bytes = self.m_blocks_tile * self.k_blocks * (CODE_BLOCK_BYTES + SCALE_BLOCK_BYTES)
@@ -358,17 +389,22 @@ class Dsv4GroupedGemmSm90:
         stage = Int32(0)
         phase = Int32(1)
         while position < end:
-            expert, _, _, m_tile = self._locate(self._tile_at(position, whole), tables)
+            expert, row_start, rows, m_tile = self._locate(self._tile_at(position, whole), tables)
             k_first = position % self.k_stages
             k_end = cutlass.min(Int32(self.k_stages), k_first + end - position)
             position += k_end - k_first
             if position == whole:
                 position = first
             first_block = Int64(expert) * m_blocks_total
+            expected = Int32(stage_bytes)
+            if cutlass.const_expr(not self.gather):
+                boxes = (rows + TMA_ROWS - 1) // TMA_ROWS
+                expected += boxes * (TMA_ROWS * 128 * self.k_blocks)
+                t_rows, t_boxes = self._row_boxes(tma_atom, tma_x, row_start, s_x)
             for k_stage in cutlass.range(k_first, k_end, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 if cute.arch.lane_idx() == 0:
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, stage_bytes)
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, expected)
                     for mb in cutlass.range_constexpr(self.m_blocks_tile):
                         # Beyond the last rows of weights: the last block again, never stored.
                         m_block = cutlass.min(
@@ -388,10 +424,51 @@ class Dsv4GroupedGemmSm90:
                             Int32(self.k_blocks * SCALE_BLOCK_BYTES),
                             full + stage,
                         )
+                cute.arch.sync_warp()
+                if cutlass.const_expr(not self.gather):
+                    for box in cutlass.range(boxes, unroll=1):
+                        for kb in cutlass.range_constexpr(self.k_blocks):
+                            cute.copy(
+                                tma_atom,
+                                t_rows[None, box, k_stage * self.k_blocks + kb],
+                                t_boxes[None, box, kb, stage],
+                                tma_bar_ptr=full + stage,
+                            )
                 stage += 1
                 if stage == self.stages:
                     stage = Int32(0)
                     phase ^= 1
+
+    @cute.jit
+    def _row_boxes(self, tma_atom, tma_x, row_start: Int32, s_x: cute.Pointer):
+        """TMA's view of the rows from row_start: (bytes, box, k block), and of where they go:
+        (bytes, box, k block of the stage, stage)."""
+        atom = self._swizzle_atom()
+        layout = cute.make_layout(
+            ((8, TMA_ROWS // 8), 64, self.tile_n_max // TMA_ROWS, self.k_blocks, self.stages),
+            stride=(
+                (64, 512),
+                1,
+                TMA_ROWS * 64,
+                self.tile_n_max * 64,
+                self.k_blocks * self.tile_n_max * 64,
+            ),
+        )
+        boxes = cute.make_tensor(cute.recast_ptr(s_x, atom.inner, dtype=BFloat16), layout)
+        rows = cute.domain_offset((row_start, 0), tma_x)
+        rows = cute.local_tile(rows, (TMA_ROWS, 64), (None, None))
+        t_boxes, t_rows = cpasync.tma_partition(
+            tma_atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(boxes, 0, 2),
+            cute.group_modes(rows, 0, 2),
+        )
+        return t_rows, t_boxes
+
+    @staticmethod
+    def _swizzle_atom():
+        return warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
 
     @cute.jit
     def _load_rows(
@@ -646,7 +723,7 @@ class Dsv4GroupedGemmSm90:
 
     def _rows_operand(self, mma, n: int, thread, s_x: cute.Pointer) -> cute.Tensor:
         """WGMMA's descriptors of n rows of x: (1, 1, steps of 16 columns, stages)."""
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        atom = self._swizzle_atom()
         layout = cute.make_layout(
             ((8, n // 8), (64, self.k_blocks), self.stages),
             stride=(

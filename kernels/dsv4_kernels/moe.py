@@ -41,11 +41,14 @@ class Backend:
     tile: Callable[[MoeShape, int], int]
     # (hidden_states, routing, layer, workspace, expert_map, out): `run_kernels`, or the oracle
     run: Callable[..., None]
-    # (x, routing weights, layout, layer, out=h), x being hidden_states or quantised, placed rows.
+    # (x, routing weights, layout, layer, out=h), x being hidden_states, or placed rows, quantised
+    # or not.
     # h is bf16 in W4A16 and where layer.activation_scales.fc2 is None, otherwise QuantizedRows.
     fc1: Callable[..., None] | None = None
     # (h, layout, layer, out=rows)
     fc2: Callable[..., None] | None = None
+    # (shape, num_tokens) -> whether fc1 wants bf16 rows placed as the layout says, not by token
+    places_rows: Callable[[MoeShape, int], bool] | None = None
     # (shape, device): all that serving would otherwise compile or allocate; called at load
     compile: Callable[[MoeShape, torch.device], None] | None = None
 
@@ -98,6 +101,7 @@ def run_kernels(
     from dsv4_kernels.combine import combine
     from dsv4_kernels.expert_layout import expert_layout
     from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
+    from dsv4_kernels.place_rows import place_rows
 
     backend, shape, num_tokens = layer.backend, layer.shape, len(hidden_states)
     tile = backend.tile(shape, num_tokens)
@@ -120,6 +124,9 @@ def run_kernels(
             saturated=layer.saturated,
             out=buffers.x,
         )
+    elif backend.places_rows is not None and backend.places_rows(shape, num_tokens):
+        # FC2 writes these rows when FC1 has read them.
+        x = place_rows(hidden_states, layout.slot_to_row, out=buffers.rows)
     h = buffers.h if buffers.h_bf16 is None else buffers.h_bf16
     assert backend.fc1 is not None and backend.fc2 is not None, backend.name
     backend.fc1(x, routing.weights, layout, layer, out=h)
@@ -196,6 +203,12 @@ def _shuffle_sm90(weights: ExpertWeights) -> ExpertWeights:
     return shuffle_sm90(weights)
 
 
+def _places_rows_sm90(shape: MoeShape, num_tokens: int) -> bool:
+    from dsv4_kernels.grouped_gemm_sm90 import places_rows
+
+    return places_rows(shape, num_tokens)
+
+
 def _compile_sm90(shape: MoeShape, device: torch.device) -> None:
     from dsv4_kernels.grouped_gemm_sm90 import compile_layer
 
@@ -222,6 +235,7 @@ SM90 = Backend(
     run=run_kernels,
     fc1=_fc1_sm90,
     fc2=_fc2_sm90,
+    places_rows=_places_rows_sm90,
     compile=_compile_sm90,
 )
 
