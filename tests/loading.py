@@ -8,12 +8,17 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 from vllm_dsv4_moe.serving import free_port
+
+if find_spec("vllm_cpu_host") is None:
+    pytest.skip("made for vLLM's CPU build with tests/cpu_host", allow_module_level=True)
 
 
 def engine_config(checkpoint: Path, settings: dict | None = None, **arguments):

@@ -42,7 +42,17 @@ def tensors(checkpoint):
     return tensors
 
 
-def rank_layer(vllm_config, tensors, ep_size, ep_rank, *, redundant=0, placement="linear"):
+def rank_layer(
+    vllm_config,
+    tensors,
+    ep_size,
+    ep_rank,
+    *,
+    redundant=0,
+    placement="linear",
+    tp=(1, 0),
+    **settings,
+):
     """vLLM's RoutedExperts of one rank with this plugin's method, loaded and processed."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
@@ -56,7 +66,7 @@ def rank_layer(vllm_config, tensors, ep_size, ep_rank, *, redundant=0, placement
     from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
 
     parallel = FusedMoEParallelConfig(
-        *(1, 1, 1, ep_size), *(0, 0, 0, ep_rank), sp_size=1, use_ep=ep_size > 1,
+        *(tp[0], 1, 1, ep_size), *(tp[1], 0, 0, ep_rank), sp_size=1, use_ep=ep_size > 1,
         all2all_backend="allgather_reducescatter", enable_eplb=redundant > 0,
     )  # fmt: skip
     num_experts = CONFIG.experts + redundant
@@ -79,7 +89,9 @@ def rank_layer(vllm_config, tensors, ep_size, ep_rank, *, redundant=0, placement
         swiglu_limit=10.0,
     )
     quant_config = SimpleNamespace(
-        get_quant_method=lambda layer, prefix: ModelOptNvFp4Dsv4Method(moe_config, Settings()),
+        get_quant_method=lambda layer, prefix: ModelOptNvFp4Dsv4Method(
+            moe_config, Settings(**settings)
+        ),
         get_name=lambda: "deepseek_v4_fp8",
         online_quantization_config=None,
     )
@@ -137,6 +149,17 @@ def test_ranks_add_up_to_the_whole_layer(vllm_config, tensors, whole, ep_size, p
     assert (maps[0, 1] == -1) == (placement == "round_robin")
     total = sum(output(layer, *tokens()) for layer in layers)
     assert relative_error(total, whole) <= TOLERANCE
+
+
+def test_tensor_parallel_ranks_add_up_too(vllm_config, tensors):
+    """Each rank has every expert, and 16 of its 32 intermediate values."""
+    whole = output(rank_layer(vllm_config, tensors, 1, 0, activations="bf16"), *tokens())
+    halves = [
+        output(rank_layer(vllm_config, tensors, 1, 0, tp=(2, rank), activations="bf16"), *tokens())
+        for rank in range(2)
+    ]
+    assert relative_error(sum(halves), whole) <= TOLERANCE
+    assert relative_error(halves[0], whole) > 0.1
 
 
 class Mailbox:

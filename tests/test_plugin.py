@@ -94,6 +94,20 @@ def test_a_published_config_resolves_to_the_plugin(published):
     assert type(pickle.loads(pickle.dumps(published.quant_config))) is Dsv4Fp8Config
 
 
+def test_mtp_layers_of_a_published_checkpoint_stay_vllms_on_gpus(published):
+    from vllm.config import set_current_vllm_config
+    from vllm.models.deepseek_v41.quant_config import DeepseekV4FP8Config
+
+    from vllm_dsv4_moe.quant_config import OurLayers
+
+    on_gpus = type("OnGpus", (OurLayers, DeepseekV4FP8Config), {})
+    config_json = json.loads((Path(published.model_config.model) / "config.json").read_text())
+    config = on_gpus.from_config(config_json["quantization_config"])
+    with set_current_vllm_config(published):
+        ours = [config.is_ours(f"model.layers.{n}.ffn.experts") for n in range(3)]
+    assert ours == [True, True, False]  # two layers, and one of multi-token prediction
+
+
 def config_on_a_gpu(**changes):
     """The plugin's class over one that answers as vLLM's does on GPUs: MTP layers stayed MXFP4."""
     from vllm.model_executor.layers.quantization import QuantizationConfig
@@ -119,6 +133,7 @@ def config_on_a_gpu(**changes):
 WHOSE = {
     "NVFP4": ({}, "layers.0.ffn.experts", True),
     "NVFP4 for Marlin": ({"backend": "marlin"}, "layers.0.ffn.experts", False),
+    "NVFP4 on ROCm": ({"platform": "rocm"}, "layers.0.ffn.experts", False),
     "left out by name": ({}, "layers.1.ffn.experts", False),
     "MXFP4 in MTP": ({}, "layers.2.ffn.experts", False),
     "FP8 experts": ({"expert_dtype": "fp8"}, "layers.0.ffn.experts", False),
@@ -135,7 +150,9 @@ def test_layers_that_are_not_ours_get_vllms_own_method(changes, prefix, ours):
     backend = changes.get("backend", "auto")
     config = config_on_a_gpu(**changes)
     layer = mock.Mock(spec=RoutedExperts, moe_config=mock.Mock(moe_backend=backend))
+    platform = mock.Mock(is_cpu=lambda: False, is_cuda=lambda: "platform" not in changes)
     with (
+        mock.patch.object(quant_config, "current_platform", platform),
         mock.patch.object(quant_config, "ModelOptNvFp4Dsv4Method", return_value="ours"),
         mock.patch.object(quant_config.logger, "info") as say,
     ):

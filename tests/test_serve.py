@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,12 @@ LOGPROB_TOLERANCE = 0.01
 PARALLEL_TOLERANCE = 2.0**-7
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2")
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        find_spec("vllm_cpu_host") is None, reason="made for vLLM's CPU build with tests/cpu_host"
+    ),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

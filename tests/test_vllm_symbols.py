@@ -63,7 +63,6 @@ SIGNATURES = {
     f"{ROUTED_EXPERTS}.weight_loader": (
         "self param loaded_weight weight_name shard_id expert_id return_success"
     ),
-    f"{ROUTED_EXPERTS}._map_global_expert_id_to_local_expert_id": "self expert_id",
     f"{ROUTED_EXPERTS}._expert_routing_tables": "self",
     "vllm.model_executor.custom_op.PluggableLayer.register_oot": "cls _decorated_layer_cls",
     "vllm.model_executor.layers.quantization.register_quantization_config": "quantization",
@@ -126,7 +125,7 @@ ATTRIBUTES = {
     "vllm.config.model.ModelConfig": "enable_sleep_mode enforce_eager",
     "vllm.config.compilation.CompilationConfig": "cudagraph_mode",
     "vllm.config.compilation.CUDAGraphMode": "NONE",
-    "vllm.platforms.interface.Platform": "is_cpu get_device_capability",
+    "vllm.platforms.interface.Platform": "is_cpu is_cuda get_device_capability",
 }
 
 

@@ -82,6 +82,9 @@ class LoadRecord:
         self.expected = expected_tensors(sizes)
         self.num_experts = sizes.num_experts
         self.num_logical = layer.moe_config.num_logical_experts
+        # Once on the host: asking vLLM for each of 100,000 tensors waits for the GPU each time.
+        expert_map = layer.expert_map
+        self.local_ids = range(self.num_experts) if expert_map is None else expert_map.tolist()
         # parameter -> (local expert, shard) that came
         self.loaded: dict[str, set[tuple[int, str]]] = {name: set() for name in self.expected}
 
@@ -94,7 +97,7 @@ class LoadRecord:
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
+            local = self.local_ids[expert_id]
             if local == -1 and name not in INPUT_SCALES:
                 return False if return_success else None
             self._check(name, loaded_weight, shard_id, expert_id % self.num_logical)

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
 from vllm_dsv4_moe.settings import Settings, read_settings
@@ -42,16 +43,25 @@ class OurLayers(QuantizationConfig):
     _ours: tuple[int, ...] = ()  # layers that are built and not announced
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        asked = layer.moe_config.moe_backend if isinstance(layer, RoutedExperts) else "auto"
-        if asked != "auto":
-            self._announce(f"vLLM runs all experts, as --moe-backend {asked} asks", prefix)
-        elif isinstance(layer, RoutedExperts) and self.is_ours(prefix):
+        if not isinstance(layer, RoutedExperts):
+            return super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
+        reason = self.why_vllms(layer, prefix)
+        if reason is None:
             self._ours += (extract_layer_index(prefix),)
             return ModelOptNvFp4Dsv4Method(layer.moe_config, self.settings(), self.announce_ours)
         method = super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
-        if isinstance(layer, RoutedExperts) and asked == "auto":
-            self._announce(f"vLLM keeps the experts of {type(method).__name__}", prefix)
+        self._announce(f"vLLM keeps the experts as {type(method).__name__}: {reason}", prefix)
         return method
+
+    def why_vllms(self, layer: RoutedExperts, prefix: str) -> str | None:
+        """Why vLLM's own method runs these experts; None where this package's does."""
+        if not self.is_ours(prefix):
+            return "they are not NVFP4"
+        if layer.moe_config.moe_backend != "auto":
+            return f"--moe-backend {layer.moe_config.moe_backend} asks for it"
+        if not current_platform.is_cuda() and not current_platform.is_cpu():
+            return "this plugin runs on NVIDIA GPUs"
+        return None
 
     def is_ours(self, prefix: str) -> bool:
         """Whether the experts at prefix are NVFP4, by what vLLM read from config.json."""
