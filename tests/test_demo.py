@@ -1,16 +1,20 @@
 """The demo's path and its failures, with a stand-in for the server; test_serve has the real one."""
 
+import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 
 from vllm_dsv4_moe.cli import main
 
+PYTHON = sys.executable
 ANNOUNCED = "INFO dsv4-moe: this plugin runs NVFP4 experts, on reference: layers 0-3"
 # Answers as vLLM does, after writing what vLLM would log.
 SERVER = """
-import json, sys
+import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class Handler(BaseHTTPRequestHandler):
@@ -20,6 +24,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         chat = "messages" in asked
+        time.sleep(60 * (asked["max_tokens"] == 99))
         text = asked["messages"][0]["content"][:5] if chat else TEXT
         choice = {"message": {"content": text}} if chat else {"text": text}
         usage = {"prompt_tokens": 7, "completion_tokens": asked["max_tokens"]}
@@ -31,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 (port,) = [int(word.split("=")[1]) for word in sys.argv if word.startswith("--port=")]
-print(LOG, flush=True)
+print(os.getpid(), LOG, flush=True)
 HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
@@ -83,6 +88,20 @@ def test_failure_ends_in_status_1_with_the_log(stand_in, tmp_path, capsys, serve
     assert main(["demo", "--work", str(tmp_path / "work")]) == 1
     text = capsys.readouterr().out
     assert "the demo failed" in text and words in text and "--- last lines of" in text
+
+
+def test_a_demo_that_is_ended_ends_its_server(stand_in, tmp_path):
+    stand_in()
+    log = tmp_path / "work/server.log"
+    code = f"import sys; sys.executable = {sys.executable!r}\nfrom vllm_dsv4_moe.cli import main\n"
+    code += f"main(['demo', '--work', {str(tmp_path / 'work')!r}, '--max-tokens', '99'])"
+    demo = subprocess.Popen([PYTHON, "-c", code])
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "dsv4-moe" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    demo.terminate()
+    assert demo.wait(30) == 143
+    assert not Path(f"/proc/{log.read_text().split()[0]}").exists()
 
 
 def test_work_folder_must_be_empty(tmp_path, capsys):

@@ -92,6 +92,16 @@ def with_shape(name, shape, dtype=None):
     return change
 
 
+def as_f32(name):
+    def change(shard):
+        entry = shard.header[name]
+        size = math.prod(entry["shape"]) * 4
+        entry |= {"dtype": "F32", "data_offsets": [len(shard.data), len(shard.data) + size]}
+        shard.data += bytes(size)
+
+    return change
+
+
 def with_extra(name):
     def change(shard):
         shard.header[name] = {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}
@@ -153,6 +163,16 @@ def test_details_have_the_shapes(checkpoint):
             with_extra("layers.2.attn.rotary"), "layers.2.attn.rotary is extra", id="extra"
         ),
         pytest.param(
+            with_extra("mtp.1.ffn.experts.0.w1.scale"),
+            "1 MTP tensors are extra, mtp.1.ffn.experts.0.w1.scale among them",
+            id="extra-mtp-layer",
+        ),
+        pytest.param(
+            as_f32("layers.2.ffn_norm.weight"),
+            "layers.2.ffn_norm.weight has another dtype, which vLLM casts",
+            id="castable-dtype",
+        ),
+        pytest.param(
             lambda shard: [shard.header.pop(n) for n in list(shard.header) if "input_scale" in n],
             "layers.*.ffn.experts.*.w1.input_scale are absent: the activation-scale policy "
             "`checkpoint` cannot be used (8, first layers.2.ffn.experts.0.w1.input_scale)",
@@ -191,6 +211,14 @@ def test_damaged_header(checkpoint):
     write_file(checkpoint / SHARD, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}})
     problem = inspect(checkpoint).problems[0]
     assert problem.startswith(f"{SHARD} has a damaged header") and "F32 [2] in 4 bytes" in problem
+
+
+def test_absent_mtp_layer_is_a_note(checkpoint):
+    (checkpoint / "model-00005-of-00005.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").unlink()
+    found = inspect(checkpoint)
+    assert found.problems == []
+    assert any("MTP tensors are absent" in note for note in found.notes)
 
 
 def test_missing_file_of_the_index(checkpoint):
@@ -296,9 +324,9 @@ def bytes_read_so_far():
 
 
 def test_pro_of_913_gb_in_seconds_without_reading_it(sparse_pro):
-    before, started = bytes_read_so_far(), time.monotonic()
+    before, started = bytes_read_so_far(), time.process_time()
     found = inspect(sparse_pro, tp=8)
-    seconds, read = time.monotonic() - started, bytes_read_so_far() - before
+    seconds, read = time.process_time() - started, bytes_read_so_far() - before
     assert found.problems == [] and found.model.startswith("V4-Pro (hidden 7168")
     assert found.num_bytes > 913e9 and found.num_tensors == 285_660
     assert sum(layer.ours for layer in found.layers) == 61

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from vllm_dsv4_moe import tiny
 from vllm_dsv4_moe.checkpoint_layout import ModelSizes, checkpoint_tensors
 from vllm_dsv4_moe.cli import main
 from vllm_dsv4_moe.tiny import write_tiny_checkpoint
@@ -69,12 +70,10 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
 
 
 def test_e2m1_is_nearest_with_ties_to_the_even_code():
-    from vllm_dsv4_moe.tiny import _e2m1
-
     grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.linspace(-6, 6, 4802)  # 24 steps in 0.06: reaches every midpoint's neighbours
     values = torch.cat([values, (grid[1:] + grid[:-1]) / 2, torch.zeros(1)])
-    packed = _e2m1(values)
+    packed = tiny._e2m1(values)
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten()
     distance = (values.abs()[:, None] - grid).abs()
     nearest = distance.min(dim=1).values
@@ -83,6 +82,29 @@ def test_e2m1_is_nearest_with_ties_to_the_even_code():
     tied = (distance == nearest[:, None]).sum(1) == 2
     assert tied.sum() == 7 and (chosen[tied] % 2 == 0).all()
     assert torch.equal(codes >= 8, values < 0)
+
+
+@pytest.mark.parametrize(
+    ("quantise", "block", "shape", "error"),
+    [
+        pytest.param(tiny._fp8, 128, (200, 300), 0.04, id="fp8-ragged"),
+        pytest.param(tiny._mxfp4, 32, (48, 96), 0.2, id="mxfp4"),
+    ],
+)
+def test_other_formats_hold_their_matrix(quantise, block, shape, error):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    codes, scales = quantise(matrix)
+    assert scales.dtype == torch.float8_e8m0fnu
+    scales = scales.float().repeat_interleave(block, dim=1)[:, : shape[1]]
+    if codes.dtype == torch.int8:
+        grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        packed = codes.view(torch.uint8).int()
+        nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+        values = torch.cat([grid, -grid])[nibbles]
+    else:
+        values = codes.float()
+        scales = scales.repeat_interleave(block, dim=0)[: shape[0]]
+    assert (values * scales - matrix).norm() < error * matrix.norm()
 
 
 def test_tokenizer_gives_the_text_back(checkpoint):

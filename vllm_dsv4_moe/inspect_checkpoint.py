@@ -191,13 +191,18 @@ def _compare(
             f"or dtype and {len(foreign):,} are not of this model's MoE layers"
         )
         return
-    other = [name for name in found.extra if not _in_our_layers(name)]
+    mtp_extra = [name for name in found.extra if name.startswith("mtp.")]
+    known = {*foreign, *mtp_extra}
+    other = [name for name in found.extra if name not in known]
     _summarise(found.problems, "is missing", "are missing", needed)
     _summarise(found.problems, "has", "have", wrong, " another shape or dtype")
     _summarise(found.problems, "is", "are", foreign, " not of this model's MoE layers")
     _summarise(found.notes, "is", "are", other, " extra")
+    if mtp_extra:
+        found.notes.append(f"{len(mtp_extra):,} MTP tensors are extra, {mtp_extra[0]} among them")
     _summarise(found.notes, "has", "have", cast, " another dtype, which vLLM casts")
-    _summarise(found.notes, "is", "are", mtp, " absent: no speculative decoding with MTP")
+    if mtp:
+        found.notes.append(f"{len(mtp):,} MTP tensors are absent: no speculative decoding with MTP")
     words = " absent: the activation-scale policy `checkpoint` cannot be used"
     _summarise(found.notes, "is", "are", inputs, words)
 
