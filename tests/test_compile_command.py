@@ -1,6 +1,9 @@
 """`dsv4-moe compile`: objects made without a GPU, found again, refused where they do not fit."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from dsv4_kernels import compiled, grouped_gemm_sm100
@@ -25,12 +28,15 @@ def objects(tmp_path_factory):
     config = folder / "config.json"
     config.write_text(json.dumps(SIZES))
     command = ["compile", "--arch", "sm_100a", "--model", str(config), "--out", str(folder / "out")]
-    assert main([*command, "--ep-size", "2", "--max-num-tokens", "8"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUTE_DSL_ARCH", "sm_100a")  # the command sets it for its process
+        assert main([*command, "--ep-size", "2", "--max-num-tokens", "8"]) == 0
     return folder / "out"
 
 
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch):
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_100a")
     monkeypatch.setattr(compiled, "_loaded", {})
     monkeypatch.setattr(compiled, "_folders", {})
     grouped_gemm_sm100.compile_gemm.cache_clear()
@@ -101,3 +107,18 @@ def test_pro_on_eight_ranks_is_what_a_rank_serves():
     assert chosen == {("fc1", 64), ("fc2", 64), ("fc1", 128), ("fc2", 128)}
     more = all_gemms(shape._replace(max_num_tokens=65536))
     assert {gemm.config.tile for gemm in more} == {64, 128, 256}
+
+
+def test_hoppers_kernels_are_written_too(tmp_path):
+    """In a process of its own: CuTe DSL settles on one arch when it is imported."""
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    command = ["compile", "--arch", "sm_90a", "--model", str(tmp_path), "--max-num-tokens", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_dsv4_moe.cli", *command, "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 kernels for sm_90a" in done.stdout
+    assert compiled.load_objects(tmp_path / "out", "sm_90a") == 2

@@ -6,6 +6,7 @@ server will divide them. Give the server the folder in the option kernel_objects
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    # CuTe DSL asks the GPU otherwise, and writes no objects where there is none of this kind.
+    os.environ["CUTE_DSL_ARCH"] = args.arch
     from dsv4_kernels.compiled import write_objects
 
     shape = shape_of(args)
