@@ -8,7 +8,6 @@ from unittest import mock
 import loading  # first: it sets what Triton reads when it is imported
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vllm_dsv4_moe.tiny import TinyConfig, write_tiny_checkpoint
@@ -114,13 +113,13 @@ def test_a_bad_tensor_is_named(config, checkpoint, tmp_path, name, change, says)
     assert "\n" not in sentence
 
 
-def test_a_truncated_shard_is_refused_before_any_layer_is_made(config, checkpoint, tmp_path):
+def test_a_truncated_shard_is_named_before_any_layer_is_made(config, checkpoint, tmp_path):
     bad = edited(checkpoint, tmp_path / "bad", {})
     shard = bad / "model-00002-of-00003.safetensors"
     whole = shard.read_bytes()
     shard.unlink()
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SafetensorError, match="incomplete|not.*cover|invalid"):
+    with pytest.raises(ValueError, match=f"{shard.name} is cut short: .* fetch it again"):
         load(config, bad)
 
 

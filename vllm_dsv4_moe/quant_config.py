@@ -6,6 +6,7 @@ needs no flag. Module level throughout: vLLM pickles the config to its other pro
 
 import os
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
+from vllm_dsv4_moe.safetensors_files import read_header
 from vllm_dsv4_moe.settings import Settings, read_settings
 
 METHOD_NAME = "deepseek_v4_fp8"
@@ -40,6 +42,7 @@ class OurLayers(QuantizationConfig):
 
     _settings: Settings | None = None
     _announced: frozenset[str] = frozenset()
+    _files_checked = False
     _ours: tuple[int, ...] = ()  # layers that are built and not announced
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -47,6 +50,7 @@ class OurLayers(QuantizationConfig):
             return super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
         reason = self.why_vllms(layer, prefix)
         if reason is None:
+            self._check_files()
             self._ours += (extract_layer_index(prefix),)
             return ModelOptNvFp4Dsv4Method(layer.moe_config, self.settings(), self.announce_ours)
         method = super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
@@ -90,6 +94,16 @@ class OurLayers(QuantizationConfig):
                 "dsv4-moe: this plugin runs NVFP4 experts, on %s: layers %s", backend, layers
             )
             self._ours = ()
+
+    def _check_files(self) -> None:
+        """ValueError for a file cut short: the loader's own error does not say which it is."""
+        config = get_current_vllm_config()
+        if self._files_checked or config.load_config.load_format == "dummy":
+            return
+        self._files_checked = True
+        # A model's name instead of a folder: vLLM fetches the files later, and checks them.
+        for path in sorted(Path(config.model_config.model).glob("*.safetensors")):
+            read_header(path)
 
     def _announce(self, what: str, prefix: str) -> None:
         """Say once whose the layers of one kind are."""
