@@ -26,7 +26,6 @@ ONE_LAUNCH_SLOTS = 1024
 MAX_BLOCKS = 128
 MAX_FILLERS = 128
 TILES = 16  # that a filler writes at once
-COUNTS_AT_ONCE = 8192  # of the first launch's, that a program adds up at once
 
 
 class Config(NamedTuple):
@@ -47,6 +46,16 @@ def choose_config(num_slots: int) -> Config:
         return Config(32, 1, triton.cdiv(num_slots, 32), num_warps=4, counted_before=False)
     steps = triton.cdiv(num_slots, 128 * MAX_BLOCKS)
     return Config(128, steps, triton.cdiv(num_slots, 128 * steps), 4, counted_before=True)
+
+
+def counts_at_once(expert_block: int) -> int:
+    """Blocks whose counts a program adds up at once: all, while they fit in its registers."""
+    return 16 if expert_block == 512 else min(MAX_BLOCKS, 16384 // expert_block)
+
+
+def slots_at_once(num_slots: int) -> int:
+    """Slots that are counted at once: of few sizes, each of which is compiled."""
+    return next((size for size in (64, 128, 512) if num_slots <= size), 1024)
 
 
 def scratch_size(num_tokens: int, top_k: int, num_local_experts: int) -> int:
@@ -273,7 +282,6 @@ def _launch(
         "launch_pdl": supports_pdl(ids),
         "num_warps": config.num_warps,
     }
-    slots_at_once = min(1024, triton.next_power_of_2(num_slots))
     if config.counted_before:
         size = scratch_size(ids.shape[0], ids.shape[1], num_local_experts)
         if scratch is None:
@@ -281,8 +289,18 @@ def _launch(
         assert scratch.dtype == torch.int32 and scratch.numel() >= size, (scratch.shape, size)
         span = config.steps * config.step
         _count_kernel[(config.blocks,)](
-            ids, expert_map, scratch, num_slots, map_size, span, AT_ONCE=slots_at_once, **common
+            ids,
+            expert_map,
+            scratch,
+            num_slots,
+            map_size,
+            span,
+            AT_ONCE=slots_at_once(span),
+            **common,
         )
+        at_once = counts_at_once(expert_block)
+    else:
+        at_once = slots_at_once(num_slots)
     fillers = min(MAX_FILLERS, triton.cdiv(num_tiles, TILES))
     _layout_kernel[(config.blocks + fillers,)](
         ids,
@@ -294,7 +312,7 @@ def _launch(
         config.steps,
         config.blocks,
         num_tiles,
-        AT_ONCE=COUNTS_AT_ONCE // expert_block if config.counted_before else slots_at_once,
+        AT_ONCE=at_once,
         STEP=config.step,
         TILE=tile,
         TILES=TILES,
