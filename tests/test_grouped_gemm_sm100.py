@@ -303,3 +303,22 @@ def test_swizzled_scales_are_where_the_isa_wants_them():
         source = row // 32 * 16 + row % 16 + (INTERMEDIATE if row % 32 >= 16 else 0)
         assert torch.equal(result[row], plain[source]), row
     assert torch.equal(swizzled.w13, problem.weights.w13)
+
+
+@pytest.mark.parametrize("config", EVERY_CONFIG, ids=str)
+def test_no_row_costs_no_mma_and_writes_nothing(run_emulated, config: Config):
+    """All tokens belong to other ranks: the buffers have a capacity, and no tile is alive."""
+    ids = torch.full((5, 1), -1)
+    layout = ExpertLayout(*map(aligned, reference.expert_layout(ids, 3, None, config.tile)))
+    problem = make_problem([1, 1, 1], config.tile)._replace(layout=layout)
+    rows = len(layout.row_to_slot)
+    scales = ActivationScales(torch.tensor([0.01]), torch.tensor([0.01] * 3))
+    zeros = torch.zeros(rows, INTERMEDIATE // 2, dtype=torch.uint8)
+    blocks = torch.zeros(-(-rows // 128) * 128, INTERMEDIATE // 16, dtype=torch.uint8)
+    h = QuantizedRows(aligned(zeros), aligned(blocks), scales.fc2)
+    out = aligned(torch.full((rows, HIDDEN), 3.0, dtype=torch.bfloat16))
+    sm100.fc2(h, layout, prepared(problem.weights), scales, out=out)
+    assert (out == 3).all()
+    (statistics,) = run_emulated.statistics
+    work = [n for n in statistics.counts if n.startswith(("tcgen05.mma", "cp.async.bulk"))]
+    assert work == [], work
