@@ -19,7 +19,9 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dsv4-moe", description="The MoE layer of DeepSeek-V4 for NVFP4, as a vLLM plugin."
+        prog="dsv4-moe",
+        description="The MoE layer of DeepSeek-V4 for NVFP4, as a vLLM plugin.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module_name, summary) in COMMANDS.items():
