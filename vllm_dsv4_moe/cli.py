@@ -19,9 +19,7 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dsv4-moe",
-        description="The MoE layer of DeepSeek-V4 for NVFP4, as a vLLM plugin.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+        prog="dsv4-moe", description="The MoE layer of DeepSeek-V4 for NVFP4, as a vLLM plugin."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module_name, summary) in COMMANDS.items():
