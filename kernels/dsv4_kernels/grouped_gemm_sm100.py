@@ -41,32 +41,21 @@ _DTYPES = {
 
 def example_arguments(gemm: Gemm) -> tuple:
     """What `cute.compile` is given for a specialisation: types and alignments."""
-
-    def pointer(dtype, alignment=16):
-        return make_ptr(dtype, 1 << 20, cute.AddressSpace.gmem, assumed_align=alignment)
-
     quantize, fc1 = gemm.quantize, gemm.op == "fc1"
-    return (
-        pointer(Uint8),
-        pointer(Uint8),
-        pointer(Float32, 4),
-        pointer(Uint8),
-        pointer(Uint8),
-        pointer(Float32, 4),
-        Int32(gemm.config.tile),
-        pointer(Int32, 4),
-        pointer(Int32, 4),
-        pointer(Int32, 4),
-        pointer(Uint8 if quantize else BFloat16),
-        pointer(Uint8) if quantize else None,
-        pointer(Float32, 4) if quantize else None,
-        pointer(Int32, 4) if fc1 else None,
-        pointer(Float32, 4) if fc1 else None,
-        pointer(Int64, 8) if quantize else None,
-        Float32(math.inf),
-        Int32(1),
-        cuda.CUstream(0),
+    dtypes = (
+        *(Uint8, Uint8, Float32, Uint8, Uint8, Float32, None, Int32, Int32, Int32),
+        *((Uint8, Uint8, Float32) if quantize else (BFloat16, None, None)),
+        *((Int32, Float32) if fc1 else (None, None)),
+        Int64 if quantize else None,
     )
+    pointers = [None if dtype is None else _pointer(dtype, 1 << 20) for dtype in dtypes]
+    pointers[6] = Int32(gemm.config.tile)  # rows
+    return (*pointers, Float32(math.inf), Int32(1), cuda.CUstream(0))
+
+
+def _pointer(dtype, address: int):
+    align = {Int32: 4, Float32: 4, Int64: 8}.get(dtype, 16)
+    return make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
 
 
 @functools.cache
@@ -98,9 +87,7 @@ def launch(gemm: Gemm, arguments: tuple, limit: float | None) -> None:
     """Run a specialisation on torch tensors, in the order of the kernel's `__call__`."""
     device = arguments[0].device
     pointers = [
-        make_ptr(_DTYPES[a.dtype], a.data_ptr(), cute.AddressSpace.gmem, assumed_align=4)
-        if isinstance(a, torch.Tensor)
-        else a
+        _pointer(_DTYPES[a.dtype], a.data_ptr()) if isinstance(a, torch.Tensor) else a
         for a in arguments
     ]
     num_sms, arch = _device(device)
