@@ -73,6 +73,14 @@ def test_settings_are_shown_and_refused_by_name():
     assert check.status == "bad" and "VLLM_DSV4_MOE_SPEED is not a setting" in check.text
 
 
+def test_settings_that_name_a_path_which_is_not_there(tmp_path):
+    environ = {"VLLM_DSV4_MOE_KERNEL_OBJECTS": str(tmp_path / "objects")}
+    bad, given = doctor.check_settings(environ)
+    assert (bad.status, given.status) == ("bad", "ok") and "there is no such path" in bad.text
+    (tmp_path / "objects").mkdir()
+    assert only(doctor.check_settings(environ)).status == "ok"
+
+
 @pytest.mark.parametrize(
     ("capability", "environ", "status", "words"),
     [

@@ -168,10 +168,14 @@ def check_settings(environ: Mapping[str, str]) -> Iterator[Check]:
     from vllm_dsv4_moe.settings import ENV_PREFIX, read_settings
 
     try:
-        read_settings({}, environ)
+        settings = read_settings({}, environ)
     except ValueError as error:
         yield Check("settings", "bad", str(error))
         return
+    for name in ("activation_scale_file", "kernel_objects"):
+        path = getattr(settings, name)
+        if path and not Path(path).exists():
+            yield Check("settings", "bad", f"{name} is {path!r}, and there is no such path")
     given = sorted(name for name in environ if name.startswith(ENV_PREFIX))
     words = ", ".join(f"{name}={environ[name]}" for name in given) or "all at their defaults"
     yield Check("settings", "ok", words)
