@@ -119,6 +119,7 @@ ATTRIBUTES = {
     "vllm.models.deepseek_v41.quant_config.DeepseekV4FP8Config": (
         "expert_dtype moe_quant_algo ignored_layers packed_modules_mapping"
     ),
+    "vllm.envs": "VLLM_MOE_SKIP_PADDING",
     "vllm.forward_context.ForwardContext": "is_padding",
     "vllm.config.vllm.VllmConfig": "additional_config load_config model_config compilation_config",
     "vllm.config.load.LoadConfig": "load_format",
