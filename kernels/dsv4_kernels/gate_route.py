@@ -178,7 +178,9 @@ def _gate_route_kernel(
         arrived = tl.atomic_add(counters_ptr, 0, sem="acquire", scope="gpu")
         while arrived < num_workers:
             arrived = tl.atomic_add(counters_ptr, 0, sem="acquire", scope="gpu")
-        seen = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed", scope="gpu")
+        seen = num_tokens - 1
+        if num_tokens > 1:
+            seen = tl.atomic_add(counters_ptr + 1, 1, sem="relaxed", scope="gpu")
         if seen == num_tokens - 1:
             tl.store(counters_ptr, 0)
             tl.store(counters_ptr + 1, 0)
