@@ -33,6 +33,7 @@ _BULK_STORE = """
     @%p1 cp.async.bulk.commit_group;
     @%p1 cp.async.bulk.wait_group 0;
 """
+_BULK_STORE_NO_WAIT = _BULK_STORE.rsplit("@", 1)[0]
 _TMEM = """
     @!%p3 bra ALLOCATED;
     tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1+8], 64;
@@ -315,6 +316,15 @@ CASES = {
         + "@!%p3 bra SKIP; tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r50}, [%r40];"
         + "mov.b32 %r50, lane; tcgen05.wait::ld.sync.aligned; SKIP:"
         + _FREE,
+    ),
+    "exit before a bulk store has read": Case(
+        "async-wait",
+        "thread 0 exits with a bulk store",
+        _STORE_WORD + "fence.proxy.async.shared::cta;" + _BULK_STORE_NO_WAIT,
+        _STORE_WORD
+        + "fence.proxy.async.shared::cta;"
+        + _BULK_STORE_NO_WAIT
+        + "cp.async.bulk.wait_group.read 0;",
     ),
     "shfl by half a warp": Case(
         "divergent",

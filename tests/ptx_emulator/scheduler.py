@@ -10,6 +10,7 @@ import numpy as np
 from tests.ptx_emulator.async_engine import AsyncEngine
 from tests.ptx_emulator.barriers import ClusterBarrier
 from tests.ptx_emulator.findings import EmulatorError, Finding, Unsupported
+from tests.ptx_emulator.instructions.copies import check_stores_at_exit
 from tests.ptx_emulator.instructions.table import COMPILERS
 from tests.ptx_emulator.memory import SHARED_BASE, GlobalMemory
 from tests.ptx_emulator.operands import Binder
@@ -309,6 +310,7 @@ class Machine:
             self._exit(gang, taken)
 
     def _exit(self, gang: Gang, strand: Strand) -> None:
+        check_stores_at_exit(gang, strand.mask)
         gang.strands.remove(strand)
         self.events += 1
 

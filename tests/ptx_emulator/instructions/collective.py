@@ -253,7 +253,7 @@ def compile_fence(binder: Binder) -> Step:
     name = ".".join(binder.parts[:3])
 
     def action(gang, mask):
-        gang.machine.counts[name] += 1
+        gang.machine.counts[name] += len(gang.warps_of(mask))
         if proxy and not binder.opcode.endswith("async.global"):
             for warp in gang.warps_of(mask):
                 gang.cta.visibility.proxy_fence(gang.first_warp + warp, gang.cta.shared.stamps)
@@ -266,7 +266,7 @@ def compile_ordering(binder: Binder) -> Step:
     name = ".".join(binder.parts[:2])
 
     def action(gang, mask):
-        gang.machine.counts[name] += 1
+        gang.machine.counts[name] += len(gang.warps_of(mask))
 
     return Step(PLAIN, action, None)
 

@@ -144,6 +144,7 @@ class _Store:
         self.read_action, self.write_action = read, write
         self.data = None
         self.has_read = self.has_written = False
+        self.awaited = False  # the program knows that shared memory was read
 
     def read(self) -> None:
         if not self.has_read:
@@ -172,6 +173,18 @@ def _commit_bulk(gang: Gang, mask: np.ndarray) -> None:
         gang.bulk[lane] = []
 
 
+def check_stores_at_exit(gang: Gang, mask: np.ndarray) -> None:
+    """Shared memory goes with the CTA: a bulk store must have read it before its thread exits."""
+    for lane in np.nonzero(mask)[0]:
+        groups = [gang.bulk[lane], *gang.bulk_groups[lane]]
+        if any(not store.awaited for group in groups for store in group):
+            raise Finding(
+                "async-wait",
+                f"thread {int(gang.thread[lane])} exits with a bulk store that it has not waited "
+                "for by cp.async.bulk.wait_group",
+            )
+
+
 def _compile_bulk_wait(binder: Binder) -> Step:
     keep = literal(binder.operands[0])
     reads_only = binder.has("read")
@@ -182,6 +195,7 @@ def _compile_bulk_wait(binder: Binder) -> Step:
             done = groups[: max(0, len(groups) - keep)]
             for group in done:
                 for store in group:
+                    store.awaited = True
                     store.read() if reads_only else store.write()
             if not reads_only:
                 del groups[: len(done)]

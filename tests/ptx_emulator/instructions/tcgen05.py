@@ -86,7 +86,7 @@ def _compile_fence(binder: Binder) -> Step:
     name = ".".join(binder.parts)
 
     def action(gang, mask):
-        gang.machine.counts[name] += 1
+        gang.machine.counts[name] += len(gang.warps_of(mask))
 
     return Step(PLAIN, action, None)
 

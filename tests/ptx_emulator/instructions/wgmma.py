@@ -35,7 +35,7 @@ def compile_wgmma(binder: Binder) -> Step:
 
 
 def _fence(gang: Gang, mask: np.ndarray) -> None:
-    gang.machine.counts["wgmma.fence"] += 1
+    gang.machine.counts["wgmma.fence"] += len(gang.warps_of(mask))
     # Registers are replaced, never changed in place: a value that is one of these objects was
     # there at the fence. The compiler may rename it since.
     gang.fenced_values = {id(_held(r)): _held(r) for r in gang.registers}

@@ -1,0 +1,314 @@
+"""Faults planted in the PTX of this project's own kernels: the emulator catches each kind.
+
+A fault is caught where a run raises a report, or where its rows differ from the oracle's. Each is
+tried in several orders of the asynchronous work until one catches it. `pytest -s` prints the list.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from dsv4_kernels import grouped_gemm_sm90 as sm90
+
+from tests import sm90_problems, sm100_emulation
+from tests import test_emulator_sm90 as on_sm90
+from tests import test_grouped_gemm_sm100 as on_sm100
+from tests.ptx_emulator.findings import EmulatorError
+
+ORDERS = [("lazy", 0), ("random", 1), ("eager", 0), *(("random", seed) for seed in (2, 3, 5, 7))]
+MAX_INSTRUCTIONS = 3_000_000
+WAIT = r"mbarrier\.try_wait[^;]*?(P\d), \[(%\w+)\], (%\w+), \d+;"
+
+
+class Fault(NamedTuple):
+    what: str
+    pattern: str
+    replacement: str
+    which: slice = slice(None)  # of the pattern's matches
+
+
+def plant(ptx: str, fault: Fault) -> str:
+    matches = list(re.finditer(fault.pattern, ptx, re.S))[fault.which]
+    assert matches, f"the kernel no longer has what `{fault.what}` changes"
+    for match in reversed(matches):
+        ptx = ptx[: match.start()] + match.expand(fault.replacement) + ptx[match.end() :]
+    return ptx
+
+
+def nth(index: int) -> slice:
+    return slice(index, index + 1 or None)
+
+
+def no_wait(name: str, which: slice) -> Fault:
+    return Fault(f"{name}: no wait", WAIT, r"setp.eq.u32 \1, 0, 0;", which)
+
+
+def wrong_parity(name: str, which: slice) -> Fault:
+    return Fault(
+        f"{name}: wrong parity",
+        WAIT,
+        r"{.reg .b32 q; xor.b32 q, \3, 1; mbarrier.try_wait.parity.shared.b64 \1, [\2], q, 0;}",
+        which,
+    )
+
+
+def dropped(what: str, pattern: str, which: slice = slice(None)) -> Fault:
+    return Fault(f"{what} dropped", pattern + ";", "", which)
+
+
+ELECTED = r"elect\.sync\s+%\w+\|(%p\d+), -1;\s+not\.pred\s+(%p\d+), \1;\s+@\2 bra\s+\S+;\s+{}"
+EXPECT = r"(mbarrier\.arrive\.expect_tx\S+\s+%\w+, \[[^\]]*\]), (%\w+);"
+SHARED_FAULTS = [
+    no_wait("producer, stage empty", nth(0)),
+    wrong_parity("producer, stage empty", nth(0)),
+    Fault("128 bytes too many expected", EXPECT, r"{.reg .b32 q; add.u32 q, \2, 128; \1, q;}"),
+    Fault("128 bytes too few expected", EXPECT, r"{.reg .b32 q; sub.u32 q, \2, 128; \1, q;}"),
+]
+
+# What follows an instruction, to tell it from others like it.
+THEN_EPILOGUE_BARRIER = r"(?=.{0,200}\+96\])"
+THEN_LOOP_END = r"(?=\s+setp\.ne\.b32[^;]*;\s+@%p\d+ bra)"
+THEN_K_LOOP = r"(?=\s+mov\.pred\s+%p\d+, -1;\s+\$L\w+:\s+\.pragma[^;]*;\s+mov\.pred[^;]*;\s+shl)"
+THEN_MMA = r"(?=\s+// begin inline asm\s+\{\s+\.reg \.pred p;)"
+GATHER = r"cp\.async\.mbarrier\.arrive\.noinc"
+BULK_COPY = r"(cp\.async\.bulk\.shared::cluster\.global\S+ \[%\w+"
+COORDINATES = r"\{(%\w+), (%\w+), (%\w+)\}(?=\], \[%\w+\], %rd)"
+COMMIT = r"tcgen05\.commit\.[^\[]*\[%\w+\+{}\]"
+SCALED = r"(tcgen05\.mma\.\S+ \[[^\]]*\], %\w+, %\w+, %\w+), (\[%\w+\]), (\[%\w+\]), p;"
+SM100_FAULTS = [
+    *SHARED_FAULTS,
+    dropped("bar.sync after alloc and mbarrier.init", r"bar\.sync\s+0", nth(0)),
+    dropped("bar.sync before dealloc", r"bar\.sync\s+0", nth(-1)),
+    no_wait("MMA, accumulator empty", nth(1)),
+    no_wait("MMA, stage full", nth(2)),
+    no_wait("epilogue, accumulator full", nth(3)),
+    wrong_parity("MMA, accumulator empty", nth(1)),
+    wrong_parity("MMA, stage full", nth(2)),
+    wrong_parity("epilogue, accumulator full", nth(3)),
+    dropped("commit of a stage", COMMIT.format(r"\d+"), nth(0)),
+    dropped("commit of an accumulator", COMMIT.format(r"\d+"), nth(1)),
+    Fault("commit to the next stage", r"(tcgen05\.commit[^\[]*\[%\w+)\+40\]", r"\1+48]", nth(0)),
+    dropped("arrival of the epilogue", r"mbarrier\.arrive\.shared\.b64[^;]*"),
+    Fault(
+        "one arrival more expected",
+        r"mov\.b32(\s+%\w+), 4;" + THEN_EPILOGUE_BARRIER,
+        r"mov.b32\1, 5;",
+    ),
+    Fault(
+        "one arrival less expected",
+        r"mov\.b32(\s+%\w+), 4;" + THEN_EPILOGUE_BARRIER,
+        r"mov.b32\1, 3;",
+    ),
+    dropped("fence.proxy.async", r"fence\.proxy\.async\S*"),
+    dropped("tcgen05.wait::ld", r"tcgen05\.wait::ld\.sync\.aligned"),
+    dropped("wait for the staging buffer", r"cp\.async\.bulk\.wait_group\.read\s+1"),
+    dropped("wait for the last stores", r"cp\.async\.bulk\.wait_group\.read\s+0"),
+    Fault(
+        "one staging buffer for two", r"xor\.b32(\s+%\w+, %\w+), 1;" + THEN_LOOP_END, r"mov.b32\1;"
+    ),
+    Fault("coordinates of a weight tile swapped", COORDINATES, r"{\2, \1, \3}", nth(0)),
+    Fault("a tile copied one KiB off", r"\[(%\w+)\+1024\], \[%rd", r"[\1+2048], [%rd", nth(0)),
+    dropped("one copy of scales to tensor memory", r"tcgen05\.cp\.[^;]*", nth(3)),
+    Fault("scales of A and B swapped", SCALED, r"\1, \3, \2, p;", nth(1)),
+    Fault(
+        "the first MMA of a tile accumulates",
+        r"mov\.b32(\s+%\w+), 0;" + THEN_K_LOOP,
+        r"mov.b32\1, 1;",
+    ),
+    Fault(
+        "a later MMA does not accumulate",
+        r"mov\.b32(\s+%\w+), 1;" + THEN_MMA,
+        r"mov.b32\1, 0;",
+        nth(0),
+    ),
+    Fault(
+        "a descriptor not advanced along K", r"4611756662049538050", "4611756662049538048", nth(0)
+    ),
+    Fault(
+        "half the tensor memory allocated",
+        r"mov\.b32(\s+%\w+), 512;(?=\s+tcgen05\.alloc)",
+        r"mov.b32\1, 256;",
+    ),
+    dropped("dealloc", r"tcgen05\.dealloc[^;]*"),
+    Fault("both loads from the lower lanes", r"(add\.s32\s+%\w+, %\w+), 1048576;", r"\1, 0;"),
+    Fault(
+        "every lane issues the copies",
+        ELECTED.format(r"(?=cvta\.param[^@]*?cp\.async\.bulk)"),
+        "",
+        nth(0),
+    ),
+    Fault("every lane issues the MMA", ELECTED.format(r"(?=shl[^@]*?tcgen05\.cp)"), ""),
+    Fault("stmatrix not transposed", r"x4\.trans\.shared", "x4.shared"),
+    Fault("staging rows overlap", r"(stmatrix[^\[]*\[%\w+)\+512\]", r"\1+256]"),
+    Fault(
+        "the ring has one stage less for the MMA",
+        r"(setp\.eq\.b32\s+%\w+, %\w+), 5;",
+        r"\1, 4;",
+        nth(-1),
+    ),
+]
+
+SM90_FAULTS = [
+    *SHARED_FAULTS,
+    dropped("bar.sync after mbarrier.init", r"bar\.sync\s+0"),
+    no_wait("fence warp, rows gathered", nth(1)),
+    no_wait("gather, rows consumed", nth(2)),
+    no_wait("consumers, stage full", slice(3, None)),
+    wrong_parity("fence warp, rows gathered", nth(1)),
+    wrong_parity("gather, rows consumed", nth(2)),
+    wrong_parity("consumers, stage full", slice(3, None)),
+    dropped("fence.proxy.async after cp.async", r"fence\.proxy\.async\S*"),
+    dropped("arrival after the proxy fence", r"mbarrier\.arrive\.shared\.b64[^;]*", nth(0)),
+    dropped("arrival of the gather", r"cp\.async\.mbarrier\.arrive\.noinc[^;]*"),
+    Fault(
+        "arrival of the gather before its copies end",
+        GATHER + r"(\S*)\s+(\[[^;]*\]);",
+        r"mbarrier.arrive\1 _, \2;",
+    ),
+    Fault("arrival of the gather without .noinc", r"(cp\.async\.mbarrier\.arrive)\.noinc", r"\1"),
+    dropped("arrival of the consumers", r"mbarrier\.arrive\.shared\.b64[^;]*", slice(1, None)),
+    dropped("wgmma.fence", r"wgmma\.fence\.sync\.aligned"),
+    dropped("wgmma.commit_group", r"wgmma\.commit_group\.sync\.aligned"),
+    dropped("the last wgmma.wait_group", r"wgmma\.wait_group\.sync\.aligned\s+0"),
+    Fault("one group too many in flight", r"(wgmma\.wait_group\.sync\.aligned\s+)1;", r"\g<1>2;"),
+    Fault(
+        "a scale of the wrong step",
+        r"mul\.rn\.bf16x2 (%\w+), (%\w+), both",
+        r"mul.rn.bf16x2 \1, both, both",
+        slice(0, 4),
+    ),
+    Fault(
+        "low and high half of a scale swapped",
+        r"mov\.b32 both, \{lo, lo\}",
+        "mov.b32 both, {hi, hi}",
+    ),
+    Fault("a bulk copy one block off", BULK_COPY + r"\], \[%\w+)\]", r"\1+16]", nth(0)),
+    Fault("a bulk copy to the wrong place", BULK_COPY + r")\]", r"\1+128]", nth(0)),
+    Fault(
+        "swizzle of the gathered rows off",
+        r"(cp\.async\.cg\.shared\.global \[%\w+)\]",
+        r"\1+16]",
+        nth(0),
+    ),
+    Fault(
+        "flag of partial sums not awaited",
+        r"ld\.acquire\.gpu\.global\.b32 (%\w+), \[%\w+\];",
+        r"mov.b32 \1, 1;",
+    ),
+    dropped("raising the flag of partial sums", r"st\.release\.gpu\.global\.b32[^;]*"),
+    dropped("wait before the staging buffer is read", r"bar\.warp\.sync[^;]*"),
+]
+
+
+class Kernel(NamedTuple):
+    """A kernel with a problem: `run(ptx, mode, seed)` raises, or says whether rows are right."""
+
+    ptx: str
+    run: Callable[[str, str, int], bool]
+
+
+def right(out: torch.Tensor, exact: torch.Tensor) -> bool:
+    error = (out.float() - exact).abs()
+    return bool((error <= exact.abs() * 2**-8 + exact.abs().max() * 1e-5).all())
+
+
+@pytest.fixture
+def sm90_kernel(monkeypatch) -> Kernel:
+    problem = sm90_problems.Problem("faults", 11, 4, 2, 512, 448)
+    inputs = sm90_problems.make_inputs(problem)
+    exact, live = sm90_problems.expected(problem, inputs, "fc2"), sm90_problems.live_rows(inputs)
+    gemm = sm90.gemms(problem.shape, problem.num_tokens)[1]
+    function = on_sm90.emulated(gemm)
+
+    def run(ptx: str, mode: str, seed: int) -> bool:
+        def launch(gemm, tensors, limit):
+            blocks = on_sm90.FEW_BLOCKS
+            partials = torch.full((blocks * sm90.MOST_PARTIALS,), float("nan"))
+            flags = torch.zeros(blocks * sm90._FLAGS, dtype=torch.int32)
+            function.run(
+                *tensors,
+                sm90_problems.aligned(partials),
+                sm90_problems.aligned(flags),
+                float("inf"),
+                blocks,
+                None,
+                mode=mode,
+                seed=seed,
+                num_sms=blocks,
+                ptx=ptx,
+                max_instructions=MAX_INSTRUCTIONS,
+            )
+
+        monkeypatch.setattr(sm90, "launch", launch)
+        return right(sm90_problems.run(problem, inputs, "fc2")[live], exact[live])
+
+    return Kernel(function.ptx, run)
+
+
+@pytest.fixture
+def sm100_kernel(monkeypatch) -> Kernel:
+    config = next(c for c in on_sm100.CONFIGS.values() if c.num_ctas == 1 and c.tile == 128)
+    problem = on_sm100.make_problem([40, 0, 65, 300], config.tile)
+    scales = on_sm100.ActivationScales(None, torch.rand(4) * 0.01 + 0.001)
+    rows = torch.randn(len(problem.live), on_sm100.INTERMEDIATE)
+    h, meaning = on_sm100.quantized_rows(problem, rows, scales.fc2)
+    exact = on_sm100.oracle_fc2(problem, meaning)[problem.live]
+    weights = on_sm100.prepared(problem.weights)
+    used = []
+
+    def run(ptx: str, mode: str, seed: int) -> bool:
+        def launch(gemm, arguments, limit):
+            function = sm100_emulation.emulated(gemm)
+            used.append(function.ptx)
+            given = (argument for argument in arguments if argument is not None)
+            function.run(
+                *given,
+                float("inf"),
+                1,
+                None,
+                mode=mode,
+                seed=seed,
+                ptx=ptx or None,
+                max_instructions=MAX_INSTRUCTIONS,
+            )
+
+        monkeypatch.setattr(on_sm100.sm100, "launch", launch)
+        size = (len(problem.live), on_sm100.HIDDEN)
+        out = sm100_emulation.aligned(torch.full(size, torch.nan, dtype=torch.bfloat16))
+        on_sm100.sm100.fc2(h, problem.layout, weights, scales, out=out)
+        return right(out[problem.live], exact)
+
+    assert run("", "eager", 0)
+    return Kernel(used[0], run)
+
+
+def how_caught(kernel: Kernel, ptx: str) -> str | None:
+    """The report or the order that shows the fault, or None."""
+    for mode, seed in ORDERS:
+        try:
+            if not kernel.run(ptx, mode, seed):
+                return f"wrong rows ({mode}, seed {seed})"
+        except EmulatorError as error:
+            return f"{str(error).splitlines()[0][:90]} ({mode}, seed {seed})"
+    return None
+
+
+def check_all(kernel: Kernel, faults: list[Fault]) -> None:
+    assert all(kernel.run(kernel.ptx, mode, seed) for mode, seed in ORDERS)
+    caught = {fault.what: how_caught(kernel, plant(kernel.ptx, fault)) for fault in faults}
+    assert len(caught) == len(faults) >= 20
+    for what, how in caught.items():
+        print(f"  {what:55} {how or 'NOT CAUGHT'}")
+    found = sum(how is not None for how in caught.values())
+    print(f"  caught {found} of {len(faults)} kinds, {found / len(faults):.0%}")
+    assert not [what for what, how in caught.items() if how is None]
+
+
+def test_faults_in_the_sm100_kernel(sm100_kernel):
+    check_all(sm100_kernel, SM100_FAULTS)
+
+
+def test_faults_in_the_sm90_kernel(sm90_kernel):
+    check_all(sm90_kernel, SM90_FAULTS)
