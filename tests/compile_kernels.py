@@ -16,6 +16,7 @@ from dsv4_kernels.combine import combine
 from dsv4_kernels.expert_layout import expert_layout
 from dsv4_kernels.gate_route import gate_route
 from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
+from dsv4_kernels.place_rows import place_rows
 from dsv4_kernels.router_topk import router_topk
 from dsv4_kernels.types import ImageBias
 from triton.backends.compiler import GPUTarget
@@ -58,33 +59,30 @@ def compile_launches(target: GPUTarget) -> None:
 
 
 def launch_everything() -> None:
+    table = torch.zeros(100, TOP_K, dtype=torch.int64)
+    image_bias = ImageBias(torch.zeros(EXPERTS), 7)
+    bias, expert_map = torch.zeros(EXPERTS), torch.zeros(EXPERTS, dtype=torch.int32)
+    x = torch.zeros(8192, HIDDEN, dtype=torch.bfloat16)
+    gate = torch.zeros(EXPERTS, HIDDEN, dtype=torch.bfloat16)
     for num_tokens in (1, 8192):
         logits = torch.zeros(num_tokens, EXPERTS)
         token_ids = torch.zeros(num_tokens, dtype=torch.int32)
-        table = torch.zeros(100, TOP_K, dtype=torch.int64)
-        image_bias = ImageBias(torch.zeros(EXPERTS), 7)
-        router_topk(logits, TOP_K, bias=torch.zeros(EXPERTS))
+        router_topk(logits, TOP_K, bias=bias)
         router_topk(logits, TOP_K, table=table, token_ids=token_ids, ids_dtype=torch.int64)
-        router_topk(logits, TOP_K, table=table, token_ids=token_ids, image_bias=image_bias)
         ids = torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
-        layout = expert_layout(ids, EXPERTS, torch.zeros(EXPERTS, dtype=torch.int32), tile=128)
-        expert_layout(ids, EXPERTS, None, tile=8)
-    x = torch.zeros(8192, HIDDEN, dtype=torch.bfloat16)
-    gate = torch.zeros(EXPERTS, HIDDEN, dtype=torch.bfloat16)
-    for num_tokens in (1, 64):
-        gate_route(x[:num_tokens], gate, TOP_K, bias=torch.zeros(EXPERTS))
-    token_ids = torch.zeros(1, dtype=torch.int32)
-    hashed = {"table": table, "token_ids": token_ids, "hash_weights": "uniform"}
-    gate_route(x[:1], gate, TOP_K, **hashed)
-    gate_route(x[:1], gate, TOP_K, image_bias=image_bias, **hashed)
+        layout = expert_layout(ids, EXPERTS, expert_map, tile=128)
+    router_topk(logits, TOP_K, table=table, token_ids=token_ids, image_bias=image_bias)
+    expert_layout(ids, EXPERTS, None, tile=8)
+    gate_route(x[:1], gate, TOP_K, bias=bias)
+    hashed = {"table": table, "token_ids": token_ids[:64], "hash_weights": "uniform"}
+    gate_route(x[:64], gate, TOP_K, image_bias=image_bias, **hashed)
+    saturated = torch.zeros(1, dtype=torch.int64)
     for scale in (None, torch.ones(1), torch.ones(EXPERTS)):
-        saturated = torch.zeros(1, dtype=torch.int64)
         nvfp4_quantize(x, scale, layout, swizzled=True, saturated=saturated)
-    nvfp4_quantize(x, torch.ones(8192))
-    live = torch.zeros(8192, dtype=torch.int32)
-    nvfp4_quantize(x, None, live=live, swizzled=True, saturated=saturated)
+    nvfp4_quantize(x, None, live=torch.zeros(8192, dtype=torch.int32), saturated=saturated)
     rows = torch.empty(len(layout.row_to_slot), HIDDEN, dtype=torch.bfloat16)
     combine(rows, layout.slot_to_row)
+    place_rows(x, layout.slot_to_row, out=rows)
 
 
 if __name__ == "__main__":
