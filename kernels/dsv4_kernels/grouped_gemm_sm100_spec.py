@@ -3,6 +3,7 @@
 Pure Python: what decides about buffers and backends needs no compiler and no GPU.
 """
 
+import functools
 from dataclasses import dataclass
 
 from dsv4_kernels.types import MoeShape
@@ -48,8 +49,8 @@ def unsupported(shape: MoeShape) -> str | None:
     """Why these kernels cannot run the layer, or None."""
     if not shape.quantize_activations:
         return (
-            "it multiplies NVFP4 activations and this layer keeps them in bf16: use an activation "
-            "scale policy other than none"
+            "it multiplies NVFP4 activations, and this layer keeps them in bf16: set activations "
+            "to auto"
         )
     for name, multiple in (("hidden", 128), ("intermediate", 64)):
         size = getattr(shape, name)
@@ -157,7 +158,8 @@ def gemms(shape: MoeShape, tile: int, fc1_per_row: bool) -> tuple[Gemm, Gemm]:
     )
 
 
-def all_gemms(shape: MoeShape) -> list[Gemm]:
+@functools.cache
+def all_gemms(shape: MoeShape) -> tuple[Gemm, ...]:
     """Every specialisation that calls of up to shape.max_num_tokens need.
 
     With a scale per row into FC2, x may have one per row or one in all (`token`, `warmup`).
@@ -165,4 +167,4 @@ def all_gemms(shape: MoeShape) -> list[Gemm]:
     tiles = {choose_config(shape, tokens).tile for tokens in range(1, shape.max_num_tokens + 1)}
     policies = (False, True) if shape.scale_per_row else (False,)
     found = [gemm for t in sorted(tiles) for p in policies for gemm in gemms(shape, t, p)]
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
