@@ -31,6 +31,7 @@ from vllm_dsv4_moe.router import Dsv4Router
 from vllm_dsv4_moe.saturation import SATURATION
 from vllm_dsv4_moe.scale_policy import activation_scales
 from vllm_dsv4_moe.settings import Settings
+from vllm_dsv4_moe.warm_up import WARM_UP
 
 logger = init_logger("vllm.dsv4_moe")
 
@@ -153,6 +154,8 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
             )
         experts = Dsv4Experts(self.moe, self.moe_quant_config, moe_layer)
         self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
+        ids_dtype = self.topk_indices_dtype or torch.int32
+        WARM_UP(moe_layer, self.router, layer.expert_map, ids_dtype)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         """What vLLM needs to know: activations travel between ranks as they are, in bf16."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import vllm.envs as envs
-from dsv4_kernels.types import ImageBias
+from dsv4_kernels.types import ImageBias, Routing
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
@@ -56,9 +56,8 @@ class Dsv4Router(BaseRouter):
         input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens = len(router_logits)
-        image_bias = self._image_bias()
         token_ids = None
-        if self.table is not None or image_bias is not None:
+        if self.uses_token_ids:
             if input_ids is None or len(input_ids) != num_tokens:
                 given = "none" if input_ids is None else str(len(input_ids))
                 raise ValueError(
@@ -66,18 +65,32 @@ class Dsv4Router(BaseRouter):
                     "needs one a token, so prompts of embeddings cannot be served"
                 )
             token_ids = input_ids
+        return self.select(router_logits, token_ids, padding_mask(num_tokens), indices_type)
+
+    def select(
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        ids_dtype: torch.dtype | None,
+    ) -> Routing:
+        """The op on this layer's bias and table. token_ids where uses_token_ids says so."""
         return self.route(
-            router_logits,
+            logits,
             self.top_k,
             bias=self.bias,
             table=self.table,
             token_ids=token_ids,
-            image_bias=image_bias,
-            padding=padding_mask(num_tokens),
+            image_bias=self._image_bias(),
+            padding=padding,
             scaling=self.scaling,
             hash_weights=self.hash_weights,
-            ids_dtype=indices_type or torch.int32,
+            ids_dtype=ids_dtype or torch.int32,
         )
+
+    @property
+    def uses_token_ids(self) -> bool:
+        return self.table is not None or self._image_bias() is not None
 
     def _image_bias(self) -> ImageBias | None:
         if self.bias_vl is None or self.image_sentinel_lo == 0:

@@ -1,0 +1,104 @@
+"""Loading reaches every compiled variant of the Triton kernels, so that no request compiles one."""
+
+import dataclasses
+
+import pytest
+import torch
+from dsv4_kernels import combine, expert_layout, nvfp4_quantize, place_rows, router_topk
+from dsv4_kernels.moe import SM90, SM100, MoeLayer, MoeShape
+from dsv4_kernels.types import ActivationScales, ExpertLayout, ExpertWeights
+
+from vllm_dsv4_moe.warm_up import WarmUp, token_counts
+
+MOST = 2100
+OPS = {
+    "expert_layout": (expert_layout, ("_count_kernel", "_layout_kernel")),
+    "combine": (combine, ("_combine_kernel",)),
+    "place_rows": (place_rows, ("_place_kernel",)),
+    "nvfp4_quantize": (nvfp4_quantize, ("_quantize_kernel",)),
+    "router_topk": (router_topk, ("_router_kernel",)),
+}
+
+
+class Recorder:
+    """Stands where a kernel is, and keeps the options that Triton would compile it for."""
+
+    def __init__(self, name: str, variants: set) -> None:
+        self.name, self.variants = name, variants
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.variants.add(
+            (self.name, tuple(a is None for a in args), tuple(sorted(options.items())))
+        )
+
+
+@pytest.fixture
+def variants(monkeypatch) -> set:
+    seen: set = set()
+    for module, names in OPS.values():
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(name, seen))
+    return seen
+
+
+def call_ops(num_tokens: int, top_k: int, num_local: int, tile: int) -> None:
+    """Each op at that size, on tensors that hold nothing: a recorder does not look."""
+    hidden, experts = 32, min(512, 4 * num_local)
+    ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device="meta")
+    x = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device="meta")
+    expert_map = torch.empty(experts, dtype=torch.int32, device="meta")
+    layout = expert_layout.expert_layout(ids, num_local, expert_map, tile)
+    rows = torch.empty((len(layout.row_to_slot), hidden), dtype=torch.bfloat16, device="meta")
+    combine.combine(rows, layout.slot_to_row, out=x)
+    place_rows.place_rows(x, layout.slot_to_row, out=rows)
+    logits = torch.empty((num_tokens, experts), device="meta")
+    router_topk.router_topk(logits, top_k, bias=logits[0])
+    table = torch.empty((512, top_k), dtype=torch.int32, device="meta")
+    router_topk.router_topk(logits, top_k, table=table, token_ids=ids[:, 0].contiguous())
+
+
+@pytest.mark.parametrize("top_k", [1, 6, 8])
+@pytest.mark.parametrize("num_local", [32, 48, 256])
+def test_powers_of_two_reach_every_variant(variants, top_k, num_local):
+    for num_tokens in token_counts(MOST):
+        call_ops(num_tokens, top_k, num_local, tile=8)
+    reached = set(variants)
+    assert len({name for name, *_ in reached}) == 5
+    for num_tokens in range(1, MOST + 1, 13):
+        call_ops(num_tokens, top_k, num_local, tile=8)
+    assert variants == reached
+
+
+def test_fewer_sizes_would_not():
+    assert token_counts(1) == [1]
+    assert token_counts(96) == [1, 2, 4, 8, 16, 32, 64, 96]
+
+
+def layer_of(backend, quantize: bool) -> tuple[MoeLayer, list]:
+    """A layer whose GEMMs only say at how many tokens they were called."""
+    shape = MoeShape(16, 8, 2, 64, 32, 40, quantize)
+    calls: list = []
+
+    def gemm(x, *args, out):
+        layout = next(a for a in args if isinstance(a, ExpertLayout))
+        calls.append(len(layout.slot_to_row))
+
+    weights = ExpertWeights(*(torch.zeros(8, 64, 32) for _ in range(6)))
+    scales = ActivationScales(torch.ones(1), torch.ones(8)) if quantize else None
+    backend = dataclasses.replace(
+        backend, fc1=gemm, fc2=gemm, places_rows=None, tile=lambda shape, num_tokens: 8
+    )
+    return MoeLayer(backend, shape, weights, 10.0, scales, torch.zeros(1)), calls
+
+
+@pytest.mark.parametrize("backend, quantize", [(SM90, False), (SM100, True)], ids=["sm90", "sm100"])
+def test_layers_of_one_shape_are_run_once_at_each_size(monkeypatch, backend, quantize, variants):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    layer, calls = layer_of(backend, quantize)
+    expert_map = torch.zeros(16, dtype=torch.int32)
+    warm_up = WarmUp()
+    for _ in range(3):
+        warm_up(layer, None, expert_map, torch.int32)
+    assert calls == [count for count in (1, 2, 4, 8, 16, 32, 40) for _ in ("fc1", "fc2")]
+    warm_up(layer, None, expert_map, torch.int64)
+    assert len(calls) == 28

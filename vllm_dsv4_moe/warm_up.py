@@ -1,0 +1,70 @@
+"""Launch every kernel that serving can launch once, at load, so that no request compiles one.
+
+What Triton compiles depends on how many tokens there are through a few thresholds in the ops'
+choose_config, none of which are closer together than a factor of two: the powers of two reach
+every variant. The tokens go to no expert, so the GEMMs (compiled by prepare_layer) do nothing.
+"""
+
+import torch
+from dsv4_kernels.moe import MoeLayer, moe, workspace_bytes
+from dsv4_kernels.types import Routing
+
+from vllm_dsv4_moe.router import Dsv4Router
+
+
+def token_counts(max_num_tokens: int) -> list[int]:
+    """The powers of two up to max_num_tokens, and max_num_tokens."""
+    powers = [2**i for i in range(max_num_tokens.bit_length())]
+    return sorted({*powers, max_num_tokens})
+
+
+class WarmUp:
+    """Remembers what was launched: layers of one shape and kind of routing need it once."""
+
+    def __init__(self) -> None:
+        self.done: set[tuple] = set()
+
+    def __call__(
+        self,
+        layer: MoeLayer,
+        router: Dsv4Router | None,
+        expert_map: torch.Tensor | None,
+        ids_dtype: torch.dtype,
+    ) -> None:
+        """router None where vLLM's own stays; ids_dtype is what vLLM's dispatch wants."""
+        is_hash = None if router is None else router.table is not None
+        key = (layer.backend.name, layer.shape, layer.limit, is_hash, expert_map is None, ids_dtype)
+        if key in self.done or layer.backend.fc1 is None:
+            return
+        self.done.add(key)
+        shape, device = layer.shape, layer.weights.w13.device
+        size = (shape.max_num_tokens, shape.hidden)
+        x = torch.zeros(size, dtype=torch.bfloat16, device=device)
+        out = torch.empty_like(x)
+        workspace = torch.empty(
+            workspace_bytes(layer.backend, shape), dtype=torch.uint8, device=device
+        )
+        for count in token_counts(shape.max_num_tokens):
+            if router is not None:
+                launch_router(router, count, ids_dtype, device)
+            routing = Routing(
+                torch.zeros((count, shape.top_k), device=device),
+                torch.full((count, shape.top_k), -1, dtype=ids_dtype, device=device),
+            )
+            moe(x[:count], routing, layer, workspace, expert_map=expert_map, out=out[:count])
+        torch.cuda.synchronize(device)
+
+
+def launch_router(
+    router: Dsv4Router, num_tokens: int, ids_dtype: torch.dtype, device: torch.device
+) -> None:
+    """With and without a mask of padding, which vLLM makes for the batches of its CUDA graphs."""
+    logits = torch.zeros((num_tokens, router.num_experts), device=device)
+    token_ids = None
+    if router.uses_token_ids:
+        token_ids = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+    for padding in (None, torch.zeros(num_tokens, dtype=torch.bool, device=device)):
+        router.select(logits, token_ids, padding, ids_dtype)
+
+
+WARM_UP = WarmUp()
