@@ -17,6 +17,7 @@ from dsv4_kernels import reference
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 from dsv4_kernels.weights_sm90 import shuffle_sm90
 
+ROW_TILE = 8  # the row groups of experts are padded to it
 DATA = Path(__file__).parent / "data"
 
 
@@ -112,7 +113,7 @@ def make_inputs(problem: Problem) -> Inputs:
     if problem.skewed:
         scores[:, : problem.top_k] += 1
     ids = torch.from_numpy(np.argsort(-scores, axis=1)[:, : problem.top_k].astype(np.int32))
-    layout = reference.expert_layout(ids, experts, None, sm90.ROW_TILE)
+    layout = reference.expert_layout(ids, experts, None, ROW_TILE)
     prepared = shuffle_sm90(ExpertWeights(*(aligned(t) for t in weights)))
     return Inputs(
         weights,
@@ -148,6 +149,14 @@ def expected(problem: Problem, inputs: Inputs, op: str) -> torch.Tensor:
     return out
 
 
+def placed_rows(inputs: Inputs, top_k: int) -> torch.Tensor:
+    """(capacity, hidden): x as the layout says, NaN in padding rows."""
+    slots = inputs.layout.row_to_slot.long()
+    rows = aligned(torch.full((len(slots), inputs.x.shape[1]), float("nan"), dtype=torch.bfloat16))
+    rows[slots >= 0] = inputs.x.cpu()[(slots[slots >= 0] // top_k).cpu()]
+    return rows.to(inputs.x.device)
+
+
 def run(problem: Problem, inputs: Inputs, op: str) -> torch.Tensor:
     """The op's own host function on the inputs' device; rows that do not exist stay NaN."""
     width = problem.intermediate if op == "fc1" else problem.hidden
@@ -156,8 +165,10 @@ def run(problem: Problem, inputs: Inputs, op: str) -> torch.Tensor:
     out = out.to(inputs.x.device)
     weights, layout, shape = inputs.prepared, inputs.layout, problem.shape
     if op == "fc1":
-        routing = inputs.routing_weights
-        sm90.fc1(inputs.x, routing, layout, weights, shape, problem.limit, out=out)
+        x, routing = inputs.x, inputs.routing_weights
+        if sm90.places_rows(shape, problem.num_tokens):
+            x = placed_rows(inputs, problem.top_k)
+        sm90.fc1(x, routing, layout, weights, shape, problem.limit, out=out)
     else:
         sm90.fc2(inputs.h, layout, weights, shape, out=out)
     return out

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from dsv4_kernels import grouped_gemm_sm90 as sm90
+from dsv4_kernels import grouped_gemm_sm90
 
-from tests import sm90_problems, sm100_emulation
-from tests import test_emulator_sm90 as on_sm90
+from tests import sm90_emulation, sm90_problems, sm100_emulation
 from tests import test_grouped_gemm_sm100 as on_sm100
 from tests.ptx_emulator.findings import EmulatorError
 
@@ -216,35 +215,18 @@ def right(out: torch.Tensor, exact: torch.Tensor) -> bool:
 
 @pytest.fixture
 def sm90_kernel(monkeypatch) -> Kernel:
-    problem = sm90_problems.Problem("faults", 11, 4, 2, 512, 448)
+    problem = sm90_problems.Problem("faults", 11, 4, 2, 448, 256)
     inputs = sm90_problems.make_inputs(problem)
-    exact, live = sm90_problems.expected(problem, inputs, "fc2"), sm90_problems.live_rows(inputs)
-    gemm = sm90.gemms(problem.shape, problem.num_tokens)[1]
-    function = on_sm90.emulated(gemm)
+    exact, live = sm90_problems.expected(problem, inputs, "fc1"), sm90_problems.live_rows(inputs)
+    emulation = sm90_emulation.Emulation(max_instructions=MAX_INSTRUCTIONS)
+    monkeypatch.setattr(grouped_gemm_sm90, "launch", emulation.launch)
 
     def run(ptx: str, mode: str, seed: int) -> bool:
-        def launch(gemm, tensors, limit):
-            blocks = on_sm90.FEW_BLOCKS
-            partials = torch.full((blocks * sm90.MOST_PARTIALS,), float("nan"))
-            flags = torch.zeros(blocks * sm90._FLAGS, dtype=torch.int32)
-            function.run(
-                *tensors,
-                sm90_problems.aligned(partials),
-                sm90_problems.aligned(flags),
-                float("inf"),
-                blocks,
-                None,
-                mode=mode,
-                seed=seed,
-                num_sms=blocks,
-                ptx=ptx,
-                max_instructions=MAX_INSTRUCTIONS,
-            )
+        emulation.ptx, emulation.mode, emulation.seed = ptx, mode, seed
+        return right(sm90_problems.run(problem, inputs, "fc1")[live], exact[live])
 
-        monkeypatch.setattr(sm90, "launch", launch)
-        return right(sm90_problems.run(problem, inputs, "fc2")[live], exact[live])
-
-    return Kernel(function.ptx, run)
+    gemm = grouped_gemm_sm90.gemms(problem.shape, problem.num_tokens)[0]
+    return Kernel(sm90_emulation.emulated(gemm).ptx, run)
 
 
 @pytest.fixture
