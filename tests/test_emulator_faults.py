@@ -1,6 +1,6 @@
 """Faults planted in the PTX of this project's own kernels: the emulator catches each kind.
 
-A fault is caught where a run raises a report, or where its rows or flags are not the oracle's. Each is
+A fault is caught where a run raises a report, or leaves other rows or flags than it should. Each is
 tried in several orders of the asynchronous work until one catches it. `pytest -s` prints the list.
 """
 

@@ -147,6 +147,7 @@ def _parse_body(kernel: Kernel, body: str, first_line: int) -> None:
     scopes = _Scopes()
     branches: list[tuple[int, str, str]] = []
     position = 0
+    counted, line = 0, first_line
     token = re.compile(r"\s*(?:([{}])|([$\w]+)\s*:(?!:)|([^;]*);)", re.S)
     while match := token.match(body, position):
         position = match.end()
@@ -158,7 +159,8 @@ def _parse_body(kernel: Kernel, body: str, first_line: int) -> None:
         elif label:
             kernel.labels[label + scopes.labels[-1]] = len(kernel.instructions)
         elif statement and statement.strip():
-            line = first_line + body.count("\n", 0, match.start(3))
+            line += body.count("\n", counted, match.start(3))
+            counted = match.start(3)
             _parse_statement(kernel, scopes, " ".join(statement.split()), line, branches)
     if body[position:].strip():
         raise Unsupported(f"PTX that does not parse: {body[position:].strip()[:80]!r}")
