@@ -1,8 +1,12 @@
-"""Every file of configs/ goes through vLLM's own argument parser."""
+"""Every file of configs/ goes through vLLM's own argument parser, and says what memory it takes."""
 
 from pathlib import Path
 
 import pytest
+from dsv4_kernels.moe import SM90, SM100, MoeShape, workspace_bytes
+from test_checkpoint_layout import FLASH, NVFP4, PRO, tensors_of
+
+from vllm_dsv4_moe.inspect_checkpoint import weight_bytes_per_gpu
 
 DEPLOYMENTS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -23,6 +27,44 @@ def test_vllm_parses(path):
     assert args.tensor_parallel_size * args.data_parallel_size == count
     assert args.enable_expert_parallel == (count > 1)
     assert args.max_num_batched_tokens > 0
+
+
+GIB = 2**30
+# Of one GPU, as nvidia-smi gives it in MiB.
+GPU_BYTES = {"b200": 183_359 * 2**20, "h200": 143_771 * 2**20}
+
+
+def memory_comment(path: Path, args) -> str:
+    """The comment that a deployment carries: where the memory of each GPU goes."""
+    config = FLASH if path.stem.startswith("flash") else PRO
+    gpu = path.stem[-4:]
+    tp, dp = args.tensor_parallel_size, args.data_parallel_size
+    weights = weight_bytes_per_gpu(tensors_of(config | NVFP4), tp, dp)
+    shape = MoeShape(
+        num_experts=config["n_routed_experts"],
+        num_local_experts=config["n_routed_experts"] // (tp * dp),
+        top_k=config["num_experts_per_tok"],
+        hidden=config["hidden_size"],
+        intermediate=config["moe_intermediate_size"],
+        max_num_tokens=args.max_num_batched_tokens * dp,
+        quantize_activations=gpu == "b200",
+    )
+    arena = workspace_bytes(SM100 if gpu == "b200" else SM90, shape)
+    given = GPU_BYTES[gpu] * args.gpu_memory_utilization
+    left = given - sum(weights.values()) - arena
+    return (
+        f"# Memory of a GPU, GiB: {GPU_BYTES[gpu] / GIB:.1f}, of which vLLM takes "
+        f"{given / GIB:.1f}: {weights['experts'] / GIB:.1f} experts, "
+        f"{weights['others'] / GIB:.1f} other weights,\n"
+        f"# {arena / GIB:.1f} arena of the MoE layers, and {left / GIB:.1f} for activations, CUDA "
+        "graphs and the KV cache.\n"
+    )
+
+
+@pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.stem)
+def test_memory_is_what_the_formulas_say(path):
+    comment = memory_comment(path, parse(path))
+    assert comment in path.read_text(), f"{path.name} should say\n{comment}"
 
 
 def test_vllm_refuses_an_option_it_does_not_know(tmp_path, capsys):
