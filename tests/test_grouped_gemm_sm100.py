@@ -23,6 +23,7 @@ from dsv4_kernels.types import (
 )
 from dsv4_kernels.weights_sm100 import swizzle_sm100
 
+from tests.ptx_emulator.host import PROGRAMMATIC_STREAM_SERIALIZATION
 from tests.sm100_emulation import Emulation, aligned
 
 MODES = [("eager", 0), ("lazy", 0), ("random", 1), ("random", 2)]
@@ -260,6 +261,13 @@ def test_chain_of_fc1_and_fc2(run_emulated, config: Config):
     gs = scales.fc2[problem.expert][:, None]
     meaning = reference.nvfp4_dequantize(h.codes, block_scales, gs)
     assert_bf16_of(out[problem.live], oracle_fc2(problem, meaning)[problem.live])
+    for statistics in run_emulated.statistics:
+        # Each kernel may be placed while the one before it drains, and waits before it reads.
+        (launch,) = statistics.launches
+        assert (PROGRAMMATIC_STREAM_SERIALIZATION, 1) in launch.attributes
+        warps = launch.grid[0] * launch.block[0] // 32
+        assert statistics.counts["griddepcontrol.wait"] == warps
+        assert statistics.counts["griddepcontrol.launch_dependents"] == warps
 
 
 def test_every_config_can_be_chosen_and_the_tile_never_falls():
