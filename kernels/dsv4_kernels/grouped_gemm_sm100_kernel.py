@@ -184,7 +184,7 @@ class Dsv4GroupedGemmSm100:
         step = cute.arch.grid_dim()[0] // config.num_ctas
 
         # Phase 1: barriers, tensor memory, tensor maps; nothing that an earlier kernel wrote.
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.utils.SmemAllocator()  # where vLLM's CuTe DSL 4.7.1 has it
         barriers = (
             smem.allocate_array(Int64, config.stages),  # full: operands of a stage are there
             smem.allocate_array(Int64, config.stages),  # empty: the MMAs have read them
