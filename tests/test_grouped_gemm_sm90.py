@@ -35,7 +35,7 @@ def test_every_config_fits_the_shape(shape):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_layer_has_few_specialisations(shape):
     """Each takes seconds to compile at load."""
-    assert len(all_gemms(shape)) <= 16, all_gemms(shape)
+    assert len(all_gemms(shape)) <= 20, all_gemms(shape)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 128, 2048, 8192])

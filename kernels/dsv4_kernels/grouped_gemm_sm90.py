@@ -65,13 +65,13 @@ def choose_config(shape: MoeShape, num_tokens: int, k: int) -> Sm90Config:
     rows = num_tokens * shape.top_k / shape.num_experts
     if rows <= GATHERED_ROWS:
         return Sm90Config(1, 4, (8, 16, 24, 32), _tile_k(k, 256))
-    if rows <= 52:
-        return Sm90Config(1, 4, (16, 32, 48, 64), _tile_k(k, 128))
-    # One standard deviation more than the even share still fits one tile.
+    if rows <= 36:
+        return Sm90Config(1, 4, (24, 32, 40, 48), _tile_k(k, 128))
     parts = math.ceil((rows + 1.25 * math.sqrt(rows)) / 144)
-    middle = min(128, math.ceil(rows / parts / 16) * 16)
-    tile_n = (middle - 16, middle, middle + 8, middle + 16)
-    return Sm90Config(2, 2, tile_n, _tile_k(k, 128))
+    # One and a half standard deviations more than the even share still fit.
+    most = rows / parts + 1.5 * math.sqrt(rows) / parts
+    most = min(144, math.ceil(most / 16) * 16)
+    return Sm90Config(2, 2, (most - 24, most - 16, most - 8, most), _tile_k(k, 128))
 
 
 def _tile_k(k: int, most: int) -> int:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cuda.bindings import driver
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from dsv4_kernels import grouped_gemm_sm90_ptx as ptx
@@ -241,8 +241,10 @@ class Dsv4GroupedGemmSm90:
                 cute.arch.mbarrier_init(empty + stage, warps)
         cute.arch.mbarrier_init_fence()
 
-        # Phase 2: which tiles are alive. Before the wait nothing of the previous kernel is read.
-        cute.arch.griddepcontrol_wait()
+        # Phase 2: which tiles are alive. fc2 comes right after fc1, which waited for the layout:
+        # it waits for fc1 only where it asks for the first rows, its weights already on their way.
+        if cutlass.const_expr(self.fc1):
+            cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         for i in cutlass.range_constexpr(math.ceil(self.experts_padded / self.threads)):
             expert = tidx + i * self.threads
@@ -384,6 +386,7 @@ class Dsv4GroupedGemmSm90:
         m_blocks_total = self.m // 64
         k_blocks_total = self.k // 64
         stage_bytes = self.m_blocks_tile * self.k_blocks * (CODE_BLOCK_BYTES + SCALE_BLOCK_BYTES)
+        is_first = Boolean(True)
         whole, first, end, _, _ = self._share(tables)
         position = Int32(0) if whole > 0 else first
         stage = Int32(0)
@@ -425,6 +428,10 @@ class Dsv4GroupedGemmSm90:
                             full + stage,
                         )
                 cute.arch.sync_warp()
+                if cutlass.const_expr(not self.fc1):
+                    if is_first:
+                        cute.arch.griddepcontrol_wait()
+                        is_first = False
                 if cutlass.const_expr(not self.gather):
                     for box in cutlass.range(boxes, unroll=1):
                         for kb in cutlass.range_constexpr(self.k_blocks):
@@ -438,6 +445,9 @@ class Dsv4GroupedGemmSm90:
                 if stage == self.stages:
                     stage = Int32(0)
                     phase ^= 1
+        if cutlass.const_expr(not self.fc1):
+            # Also without work: that fc2 has ended must mean that fc1 has.
+            cute.arch.griddepcontrol_wait()
 
     @cute.jit
     def _row_boxes(self, tma_atom, tma_x, row_start: Int32, s_x: cute.Pointer):
