@@ -21,7 +21,8 @@ from cutlass import BFloat16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 from dsv4_kernels.compiled import compiled
-from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90, Gemm, Sm90Config
+from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90
+from dsv4_kernels.grouped_gemm_sm90_spec import Gemm, Sm90Config
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 
 GATHERED_ROWS = 14  # an expert, at most, where fc1 gathers

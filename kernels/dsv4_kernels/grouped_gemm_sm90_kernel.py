@@ -23,8 +23,6 @@ significant bits and E4M3 has 4. The 2^7 is put back with the fp32 global scale.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -33,6 +31,8 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from dsv4_kernels import grouped_gemm_sm90_ptx as ptx
+from dsv4_kernels.grouped_gemm_sm90_schedule import Sm90Schedule
+from dsv4_kernels.grouped_gemm_sm90_spec import Gemm
 
 CODE_BLOCK_BYTES = 2048  # codes of a 64 x 64 block of weights
 SCALE_BLOCK_BYTES = 256  # its block scales
@@ -43,39 +43,7 @@ TMA_ROWS = 16  # of a box
 UNSCALE = 128.0  # 2^7, see above
 
 
-@dataclass(frozen=True)
-class Sm90Config:
-    """What a compiled kernel is specialised on, besides the layer's shape.
-
-    m_blocks: 64-row blocks of weights a warpgroup owns; warpgroups: consumer warpgroups;
-    tile_n: ascending multiples of 8, the row counts a tile may have; tile_k: 64, 128 or 256;
-    blocks_per_sm: thread blocks that share one multiprocessor.
-    """
-
-    m_blocks: int
-    warpgroups: int
-    tile_n: tuple[int, ...]
-    tile_k: int
-    blocks_per_sm: int = 1
-
-    @property
-    def tile_m(self) -> int:
-        return 64 * self.m_blocks * self.warpgroups
-
-
-class Gemm(NamedTuple):
-    """All that a kernel is specialised on: a layer's GEMM and how it is run."""
-
-    op: str  # "fc1", fused with SwiGLU and the routing weight, or "fc2"
-    num_experts: int  # of this rank
-    m: int  # weight rows: 2 * intermediate for fc1, hidden for fc2
-    k: int  # columns
-    top_k: int
-    gather: bool  # rows of x are fetched by row_to_slot; otherwise they lie as the layout says
-    config: Sm90Config
-
-
-class Dsv4GroupedGemmSm90:
+class Dsv4GroupedGemmSm90(Sm90Schedule):
     """One grouped GEMM, compiled for one specialisation."""
 
     def __init__(self, gemm: Gemm):
@@ -300,73 +268,6 @@ class Dsv4GroupedGemmSm90:
     def _allocate(self, smem, dtype, count: int, align: int) -> cute.Pointer:
         pointer = smem.allocate(count * dtype.width // 8, byte_alignment=align)
         return cute.recast_ptr(pointer, dtype=dtype)
-
-    @cute.jit
-    def _scan_tiles(self, s_counts: cute.Pointer, s_first_tile: cute.Pointer):
-        """First row tile of every expert; by one warp, each lane for a run of experts."""
-        run = self.experts_padded // 32
-        lane = cute.arch.lane_idx()
-        tiles = [Int32(0)] * run
-        total = Int32(0)
-        for i in cutlass.range_constexpr(run):
-            count = (s_counts + lane * run + i).load()
-            tiles[i] = total
-            total += (count + self.tile_n_max - 1) // self.tile_n_max
-        before = total
-        for i in cutlass.range_constexpr(5):
-            left = cute.arch.shuffle_sync_up(before, 1 << i, mask_and_clamp=0)
-            if lane >= 1 << i:
-                before += left
-        if lane == 31:
-            (s_first_tile + self.experts_padded).store(before)
-        before -= total
-        for i in cutlass.range_constexpr(run):
-            (s_first_tile + lane * run + i).store(before + tiles[i])
-
-    @cute.jit
-    def _share(self, tables: tuple):
-        """This block's work, in stages: whole tiles block, block + grid, ... up to `whole`, then
-        the stretch [first, end) of what is left of all tiles. -> (whole, first, end, length,
-        longer): block b's stretch has `length` stages, and one more if b < longer."""
-        s_first_tile, _, _ = tables
-        bidx, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        tiles = (s_first_tile + self.experts_padded).load() * self.m_tiles
-        whole = tiles // grid * self.k_stages
-        left = tiles % grid * self.k_stages
-        length, longer = left // grid, left % grid
-        first = bidx * length + cutlass.min(bidx, longer)
-        return whole, whole + first, whole + first + length + Int32(bidx < longer), length, longer
-
-    @cute.jit
-    def _tile_at(self, position: Int32, whole: Int32):
-        """The tile that a position of this block's work is in."""
-        bidx, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        step = position // self.k_stages
-        tile = bidx + step * grid
-        if position >= whole:
-            steps = whole // self.k_stages
-            tile = steps * grid + (step - steps)
-        return tile
-
-    @cute.jit
-    def _locate(self, tile: Int32, tables: tuple):
-        """Tile index -> (expert, first row, rows, m tile). Tiles of one expert are neighbours."""
-        s_first_tile, s_counts, s_offsets = tables
-        row_tile = tile // self.m_tiles
-        expert = Int32(0)
-        for i in cutlass.range_constexpr(self.experts_padded.bit_length() - 1):
-            candidate = expert + (self.experts_padded >> (i + 1))
-            if (s_first_tile + candidate).load() <= row_tile:
-                expert = candidate
-        count = (s_counts + expert).load()
-        # Equal parts, so that no tile is nearly empty.
-        parts = (count + self.tile_n_max - 1) // self.tile_n_max
-        rows_per_tile = ((count + parts - 1) // parts + 7) // 8 * 8
-        start = (row_tile - (s_first_tile + expert).load()) * rows_per_tile
-        rows = cutlass.min(rows_per_tile, count - start)
-        return expert, (s_offsets + expert).load() + start, rows, tile % self.m_tiles
 
     @cute.jit
     def _load_weights(
@@ -698,7 +599,7 @@ class Dsv4GroupedGemmSm90:
                 for half in cutlass.range_constexpr(2):
                     words_w = cute.recast_tensor(frag_w[half], Uint32)
                     for i in cutlass.range_constexpr(2):
-                        words = self._widen(codes[2 * half + i], scales[half], scale_bits, i)
+                        words = ptx.widen(codes[2 * half + i], scales[half], scale_bits, i)
                         for j in cutlass.range_constexpr(4):
                             words_w[i * 4 + j] = words[j]
                     warpgroup.fence()
@@ -822,31 +723,6 @@ class Dsv4GroupedGemmSm90:
             k_first += length + Int32(block < longer)
 
     @cute.jit
-    def _widen(self, word: Uint32, scale_word: Uint32, scale_bits: Uint32, step: cutlass.Constexpr):
-        """One word of codes -> four bf16 pairs of one m64k16 fragment, scaled."""
-        low_bits = Uint32(0x01C001C0)
-        both = low_bits | Uint32(0x80008000)
-        code_0 = word & both
-        code_1 = (word << 3) & both
-        code_2 = (word << 6) & both
-        code_3 = (
-            ((word << 1) & Uint32(0x80008000))
-            | ((word >> 4) & Uint32(0x00C000C0))
-            | ((word >> 5) & Uint32(0x01000100))
-        )
-        # The scales of row and row + 8: of the first step at bits 11:4 and 27:20, and the second's
-        # come there by a rotation. The exponent's upper bits are the same for all.
-        if cutlass.const_expr(step == 1):
-            scale_word = cute.arch.shf(scale_word, scale_word, 8, "r")
-        pair = (scale_word & scale_bits) | Uint32(0x70007000)
-        return (
-            ptx.scale_pair(code_0, pair, 0),
-            ptx.scale_pair(code_1, pair, 1),
-            ptx.scale_pair(code_2, pair, 0),
-            ptx.scale_pair(code_3, pair, 1),
-        )
-
-    @cute.jit
     def _store(
         self,
         n: cutlass.Constexpr,
@@ -878,9 +754,7 @@ class Dsv4GroupedGemmSm90:
                     for j in cutlass.range_constexpr(staged // 8):
                         i = (first // 8 + j) * 4
                         if cutlass.const_expr(self.fc1):
-                            a = self._activate(
-                                acc[mb], i, first + j * 8, scalars, factors + 2, lane
-                            )
+                            a = ptx.activate(acc[mb], i, first + j * 8, scalars, factors + 2, lane)
                             b = a
                         else:
                             a = ptx.pack_bf16(acc[mb][i] * scale_g, acc[mb][i + 1] * scale_g)
@@ -910,26 +784,3 @@ class Dsv4GroupedGemmSm90:
                                 cute.make_layout(4),
                             )
                             cute.autovec_copy(source, target)
-
-    @cute.jit
-    def _activate(
-        self,
-        acc: cute.Tensor,
-        i: cutlass.Constexpr,
-        first: cutlass.Constexpr,
-        scalars: tuple,
-        row_weights: cute.Pointer,
-        lane: Int32,
-    ):
-        """SwiGLU of a thread's gate (rows r) and up (rows r + 8), two tokens, as one bf16 pair."""
-        scale_g, scale_u, limit = scalars
-        values = [Float32(0.0)] * 2
-        for c in cutlass.range_constexpr(2):
-            gate = cute.arch.fmin(acc[i + c] * scale_g, limit)
-            up = acc[i + 2 + c] * scale_u
-            up = cute.arch.fmax(cute.arch.fmin(up, limit), -limit)
-            weight = (row_weights + first + (lane % 4) * 2 + c).load()
-            # silu(g) = g / (1 + 2^(-g log2 e)); both approximations are within 2 ulp of fp32.
-            power = cute.math.exp2(gate * -math.log2(math.e), fastmath=True)
-            values[c] = gate * cute.arch.rcp_approx(1.0 + power) * up * weight
-        return ptx.pack_bf16(values[0], values[1])

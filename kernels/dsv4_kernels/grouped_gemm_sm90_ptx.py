@@ -1,5 +1,8 @@
-"""PTX that the sm90 grouped GEMM needs and CuTe DSL has no function for."""
+"""What a thread of the sm90 grouped GEMM does: PTX that CuTe DSL lacks, widening, SwiGLU."""
 
+import math
+
+import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 from cutlass.cutlass_dsl import dsl_user_op
 
@@ -107,3 +110,52 @@ def store_transposed(ptr, a, b, *, loc=None, ip=None) -> None:
         loc=loc,
         ip=ip,
     )
+
+
+@cute.jit
+def widen(word: Uint32, scale_word: Uint32, scale_bits: Uint32, step: cutlass.Constexpr):
+    """One word of codes -> four bf16 pairs of one m64k16 fragment, scaled."""
+    low_bits = Uint32(0x01C001C0)
+    both = low_bits | Uint32(0x80008000)
+    code_0 = word & both
+    code_1 = (word << 3) & both
+    code_2 = (word << 6) & both
+    code_3 = (
+        ((word << 1) & Uint32(0x80008000))
+        | ((word >> 4) & Uint32(0x00C000C0))
+        | ((word >> 5) & Uint32(0x01000100))
+    )
+    # The scales of row and row + 8: of the first step at bits 11:4 and 27:20, and the second's
+    # come there by a rotation. The exponent's upper bits are the same for all.
+    if cutlass.const_expr(step == 1):
+        scale_word = cute.arch.shf(scale_word, scale_word, 8, "r")
+    pair = (scale_word & scale_bits) | Uint32(0x70007000)
+    return (
+        scale_pair(code_0, pair, 0),
+        scale_pair(code_1, pair, 1),
+        scale_pair(code_2, pair, 0),
+        scale_pair(code_3, pair, 1),
+    )
+
+
+@cute.jit
+def activate(
+    acc: cute.Tensor,
+    i: cutlass.Constexpr,
+    first: cutlass.Constexpr,
+    scalars: tuple,
+    row_weights: cute.Pointer,
+    lane: Int32,
+):
+    """SwiGLU of a thread's gate (rows r) and up (rows r + 8), two tokens, as one bf16 pair."""
+    scale_g, scale_u, limit = scalars
+    values = [Float32(0.0)] * 2
+    for c in cutlass.range_constexpr(2):
+        gate = cute.arch.fmin(acc[i + c] * scale_g, limit)
+        up = acc[i + 2 + c] * scale_u
+        up = cute.arch.fmax(cute.arch.fmin(up, limit), -limit)
+        weight = (row_weights + first + (lane % 4) * 2 + c).load()
+        # silu(g) = g / (1 + 2^(-g log2 e)); both approximations are within 2 ulp of fp32.
+        power = cute.math.exp2(gate * -math.log2(math.e), fastmath=True)
+        values[c] = gate * cute.arch.rcp_approx(1.0 + power) * up * weight
+    return pack_bf16(values[0], values[1])

@@ -1,0 +1,36 @@
+"""What a kernel of the sm90 grouped GEMM is specialised on."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Sm90Config:
+    """What a compiled kernel is specialised on, besides the layer's shape.
+
+    m_blocks: 64-row blocks of weights a warpgroup owns; warpgroups: consumer warpgroups;
+    tile_n: ascending multiples of 8, the row counts a tile may have; tile_k: 64, 128 or 256;
+    blocks_per_sm: thread blocks that share one multiprocessor.
+    """
+
+    m_blocks: int
+    warpgroups: int
+    tile_n: tuple[int, ...]
+    tile_k: int
+    blocks_per_sm: int = 1
+
+    @property
+    def tile_m(self) -> int:
+        return 64 * self.m_blocks * self.warpgroups
+
+
+class Gemm(NamedTuple):
+    """All that a kernel is specialised on: a layer's GEMM and how it is run."""
+
+    op: str  # "fc1", fused with SwiGLU and the routing weight, or "fc2"
+    num_experts: int  # of this rank
+    m: int  # weight rows: 2 * intermediate for fc1, hidden for fc2
+    k: int  # columns
+    top_k: int
+    gather: bool  # rows of x are fetched by row_to_slot; otherwise they lie as the layout says
+    config: Sm90Config
