@@ -183,8 +183,12 @@ class Machine:
     def _wake(self, gang: Gang) -> None:
         """One more turn for strands that wait for an mbarrier: some only peeked at it."""
         for strand in list(gang.strands):
-            if strand.parked is not None and strand.blocked is None and strand in gang.strands:
+            place = (strand.pc, strand.parked)
+            waits = strand.parked is not None and strand.blocked is None
+            if waits and place != strand.woken and strand in gang.strands:
                 self._run_strand(gang, strand, self.quantum)
+                if (strand.pc, strand.parked) == place:
+                    strand.woken = place
 
     def _pick(self, gang: Gang, polled: list[Strand]) -> Strand | None:
         """The strand to run: lowest instruction first among those that share a warp.

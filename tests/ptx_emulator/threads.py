@@ -158,7 +158,7 @@ class Cta:
 class Strand:
     """Lanes of one gang at one instruction."""
 
-    __slots__ = ("pc", "mask", "size", "warps", "blocked", "parked", "polled")
+    __slots__ = ("pc", "mask", "size", "warps", "blocked", "parked", "woken", "polled")
 
     def __init__(self, pc: int, mask: np.ndarray):
         self.pc = pc
@@ -168,6 +168,7 @@ class Strand:
         self.blocked: str | None = None  # what the strand waits for
         # Its last try_wait failed on this barrier, which had completed so many phases.
         self.parked: tuple[MBarrier, int] | None = None
+        self.woken: tuple | None = None  # where another try did not help
         # Where it stopped after a load that may poll memory, and how much had happened by then.
         self.polled: tuple[int, int] | None = None
 
@@ -202,7 +203,7 @@ class Gang:
         # Per warp: wgmma operations not in a group yet, and the groups.
         self.wgmma: list[list] = [[] for _ in range(num_warps)]
         self.wgmma_groups: list[list[list]] = [[] for _ in range(num_warps)]
-        self.fenced_values: dict[int, object] | None = None  # by id, at the last wgmma.fence
+        self.fenced_registers: list | None = None  # as of the last wgmma.fence
         self.wgmma_queue = self.machine.engine.new_queue()
         # Per warp: tcgen05.ld and tcgen05.st not waited for.
         self.tensor_loads: list[list] = [[] for _ in range(num_warps)]

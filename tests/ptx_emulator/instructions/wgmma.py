@@ -37,8 +37,8 @@ def compile_wgmma(binder: Binder) -> Step:
 def _fence(gang: Gang, mask: np.ndarray) -> None:
     gang.machine.counts["wgmma.fence"] += len(gang.warps_of(mask))
     # Registers are replaced, never changed in place: a value that is one of these objects was
-    # there at the fence. The compiler may rename it since.
-    gang.fenced_values = {id(_held(r)): _held(r) for r in gang.registers}
+    # there at the fence. The compiler may have renamed it since.
+    gang.fenced_registers = list(gang.registers)
 
 
 def _commit(gang: Gang, mask: np.ndarray) -> None:
@@ -178,7 +178,7 @@ def _compile_mma(binder: Binder) -> Step:
 
 def _check_fence(gang: Gang, form: _Form, accumulate: bool, mask: np.ndarray) -> None:
     """Registers that ordinary instructions wrote need a wgmma.fence before they enter wgmma."""
-    if gang.fenced_values is None:
+    if gang.fenced_registers is None:
         raise Finding("async-wait", f"{form.name} without a wgmma.fence before it")
     if mask is not gang.full:
         return
@@ -191,7 +191,9 @@ def _check_fence(gang: Gang, form: _Form, accumulate: bool, mask: np.ndarray) ->
             continue
         value = _held(value)
         is_constant = value is None or not value.flags.writeable
-        if not is_constant and id(value) not in gang.fenced_values:
+        if is_constant or _held(gang.fenced_registers[index]) is value:
+            continue
+        if all(_held(other) is not value for other in gang.fenced_registers):
             raise Finding(
                 "async-wait", f"{form.name} takes a register written after the last wgmma.fence"
             )
