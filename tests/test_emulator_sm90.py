@@ -1,11 +1,13 @@
 """The sm90 grouped GEMMs in the PTX emulator: against the oracle, and against recorded hardware."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 from dsv4_kernels import grouped_gemm_sm90
 
-from tests.sm90_emulation import Emulation
+from tests.sm90_emulation import Emulation, emulated
 from tests.sm90_problems import (
     DATA,
     PROBLEMS,
@@ -56,6 +58,21 @@ def test_the_result_does_not_depend_on_order_or_number_of_blocks(emulation):
     for emulation.mode, emulation.seed in MODES:
         results.append(run(problem, make_inputs(problem), "fc2").nan_to_num())
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_four_experts_and_a_k_of_1024_take_less_than_ten_seconds(emulation):
+    problem = Problem("speed", 64, 4, 2, 1024, 512)
+    inputs = make_inputs(problem)
+    gemm, _ = grouped_gemm_sm90.gemms(problem.shape, problem.num_tokens)
+    emulated(gemm)
+    start = time.process_time()
+    out = run(problem, inputs, "fc1")
+    seconds = time.process_time() - start
+    instructions = emulation.statistics[0].warp_instructions
+    print(f"{seconds:.1f} s of processor time, {instructions} warp-instructions")
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, "fc1")[live])
+    assert seconds < 10
 
 
 def bf16_steps(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -117,7 +117,9 @@ def _compile_copies_arrive(binder: Binder) -> Step:
             barrier = gang.cta.mbarrier(int(addresses[lane]))
             if increments:
                 barrier.pending += 1
-            earlier = gang.copies[lane] + [o for g in gang.copy_groups[lane] for o in g]
+            gang.copies[lane] = [o for o in gang.copies[lane] if not o.done]
+            groups = [o for group in gang.copy_groups[lane] for o in group if not o.done]
+            earlier = gang.copies[lane] + groups
             warp = gang.first_warp + int(lane) // 32
             published = gang.cta.visibility.release(warp)
 
