@@ -85,6 +85,7 @@ def places_rows(shape: MoeShape, num_tokens: int) -> bool:
     return num_tokens * shape.top_k / shape.num_experts > GATHERED_ROWS
 
 
+@functools.lru_cache(maxsize=4096)
 def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
     """(fc1, fc2) of a layer at a number of tokens."""
     sizes = {"fc1": (2 * shape.intermediate, shape.hidden)}
@@ -104,6 +105,7 @@ def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
     )
 
 
+@functools.cache
 def all_gemms(shape: MoeShape) -> list[Gemm]:
     """Every specialisation that calls of up to shape.max_num_tokens need."""
     found = {}
