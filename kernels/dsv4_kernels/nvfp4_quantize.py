@@ -33,7 +33,6 @@ _PER_EXPERT, _PER_ROW, _OWN = tl.constexpr(PER_EXPERT), tl.constexpr(PER_ROW), t
 class Config(NamedTuple):
     blocks: int  # of 16 values, at once
     num_warps: int
-    stages: int = 1
 
 
 def choose_config(scale_columns: int) -> Config:
@@ -150,7 +149,6 @@ def _quantize_kernel(
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
     BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
     POLICY: tl.constexpr,
     HAS_LAYOUT: tl.constexpr,
     HAS_LIVE: tl.constexpr,
@@ -194,10 +192,13 @@ def _quantize_kernel(
 
         # Phase 3: quantise, once unless the slots' experts have scales of their own, and write.
         num_saturated = tl.zeros([BLOCKS], tl.int32)
-        pieces = (scale_columns + BLOCKS - 1) // BLOCKS
-        for piece in tl.range(0, pieces, num_stages=STAGES):
-            # Tokens start at different columns, so that programs write to different places.
-            block = (piece + tl.program_id(0)) % pieces * BLOCKS + tl.arange(0, BLOCKS)
+        for first in range(0, scale_columns, BLOCKS):
+            start = first
+            if SWIZZLED:
+                # Tokens start at different columns, so that programs write to different places.
+                pieces = (scale_columns + BLOCKS - 1) // BLOCKS
+                start = (first // BLOCKS + tl.program_id(0)) % pieces * BLOCKS
+            block = start + tl.arange(0, BLOCKS)
             even, odd, amax = _load_blocks(row_ptr, block, num_blocks)
             if POLICY != _PER_EXPERT:
                 codes, scales, saturated = _quantize_blocks(even, odd, amax, gs)
@@ -285,7 +286,6 @@ def nvfp4_quantize(
         TOP_K=top_k,
         TILE=tile,
         BLOCKS=config.blocks,
-        STAGES=config.stages,
         POLICY=policy,
         HAS_LAYOUT=layout is not None,
         HAS_LIVE=live is not None,
