@@ -16,7 +16,7 @@ from tests.ptx_emulator.instructions.table import COMPILERS
 from tests.ptx_emulator.memory import SHARED_BASE, GlobalMemory
 from tests.ptx_emulator.operands import Binder
 from tests.ptx_emulator.parser import Kernel, parse
-from tests.ptx_emulator.program import BRANCH, COLLECTIVE, CONTROL, EXIT, PLAIN, Signal, Step
+from tests.ptx_emulator.program import BRANCH, COLLECTIVE, EXIT, PLAIN, Signal, Step
 from tests.ptx_emulator.threads import CONVERGENCE, WARP, Cta, Gang, Strand
 
 GANG_WARPS = 4
@@ -228,74 +228,75 @@ class Machine:
         """Run one strand until it waits, splits, meets another or uses up the budget."""
         others = [s.pc for s in gang.strands if s is not strand and s.pc > strand.pc]
         meeting = min(others, default=len(self.program) + 1)
-        strand.parked = None
-        strand.polled = None
+        strand.parked = strand.polled = None
         gang.strand = strand
-        count = 0
-        pc = strand.pc
+        count, goes_on = 0, True
         try:
-            while count < budget:
-                step = self.program[pc]
+            while goes_on and count < budget and strand.pc < meeting:
                 count += 1
-                mask = strand.mask
-                if step.guard is not None:
-                    gang.active = mask
-                    chosen = step.guard(gang)
-                    active = chosen & mask
-                    lanes = np.count_nonzero(active)
-                    if lanes == strand.size:
-                        active = mask
-                    elif step.kind == BRANCH or step.kind == EXIT:
-                        if lanes:
-                            strand.pc = pc
-                            self._diverge(gang, strand, active, step)
-                            return count
-                        active = None
-                    elif lanes == 0:
-                        active = None
-                    elif step.kind != PLAIN and not self._partial_warps(active, mask):
-                        strand.pc = pc
-                        _, rest = gang.split(strand, active)
-                        rest.pc += 1
-                        return count
-                    if active is None:
-                        pc += 1
-                        if pc >= meeting:
-                            break
-                        continue
-                else:
-                    active = mask
-                if step.kind == BRANCH:
-                    pc = step.target
-                elif step.kind == EXIT:
-                    strand.pc = pc
-                    self._exit(gang, strand)
-                    return count
-                else:
-                    gang.active = active
-                    if step.kind == COLLECTIVE and not self._converged(gang, strand, active, pc):
-                        return count
-                    signal = step.action(gang, active)
-                    pc += 1
-                    if step.kind == CONTROL or step.kind == COLLECTIVE:
-                        if signal is not None:
-                            if signal.retry:
-                                return count
-                            strand.pc = pc
-                            self._stop(strand, signal)
-                            return count
-                if pc >= meeting:
-                    break
-            strand.pc = pc
+                goes_on = self._step(gang, strand)
             return count
         except EmulatorError as error:
             if not error.where:
-                error.where = self._where(gang, strand, pc)
+                error.where = self._where(gang, strand)
             raise
         finally:
             self.instructions += count * len(strand.warps)
             if self.instructions > self.max_instructions:
                 raise Finding("livelock", f"more than {self.max_instructions} warp-instructions")
+
+    def _step(self, gang: Gang, strand: Strand) -> bool:
+        """Execute one instruction; False where the strand stops, ends or is split."""
+        step = self.program[strand.pc]
+        active = strand.mask
+        gang.active = active
+        if step.guard is not None:
+            chosen = step.guard(gang) & active
+            lanes = np.count_nonzero(chosen)
+            if lanes == 0:
+                strand.pc += 1
+                return True
+            if lanes != strand.size:
+                if self._splits(gang, strand, chosen, step):
+                    return False
+                active = gang.active = chosen
+        if step.kind == PLAIN:
+            step.action(gang, active)
+            strand.pc += 1
+            return True
+        if step.kind == BRANCH:
+            strand.pc = step.target
+            return True
+        if step.kind == EXIT:
+            self._exit(gang, strand)
+            return False
+        if step.kind == COLLECTIVE and not self._converged(gang, strand, active):
+            return False
+        signal = step.action(gang, active)
+        if signal is not None and signal.retry:
+            return False
+        strand.pc += 1
+        if signal is not None:
+            self._stop(strand, signal)
+        return signal is None
+
+    def _splits(self, gang: Gang, strand: Strand, chosen: np.ndarray, step: Step) -> bool:
+        """Part a strand where its lanes go different ways, or where whole warps may wait."""
+        if step.kind == PLAIN:
+            return False
+        if step.kind in (BRANCH, EXIT):
+            taken, rest = gang.split(strand, chosen)
+            rest.pc += 1
+            if step.kind == BRANCH:
+                taken.pc = step.target
+            else:
+                self._exit(gang, taken)
+            return True
+        if self._partial_warps(chosen, strand.mask):
+            return False
+        _, rest = gang.split(strand, chosen)
+        rest.pc += 1
+        return True
 
     @staticmethod
     def _partial_warps(active: np.ndarray, mask: np.ndarray) -> bool:
@@ -311,20 +312,12 @@ class Machine:
         else:
             strand.blocked = signal.blocked
 
-    def _diverge(self, gang: Gang, strand: Strand, active: np.ndarray, step: Step) -> None:
-        taken, rest = gang.split(strand, active)
-        rest.pc += 1
-        if step.kind == BRANCH:
-            taken.pc = step.target
-        else:
-            self._exit(gang, taken)
-
     def _exit(self, gang: Gang, strand: Strand) -> None:
         check_stores_at_exit(gang, strand.mask)
         gang.strands.remove(strand)
         self.events += 1
 
-    def _converged(self, gang: Gang, strand: Strand, active: np.ndarray, pc: int) -> bool:
+    def _converged(self, gang: Gang, strand: Strand, active: np.ndarray) -> bool:
         """Whether every warp of `active` is there in full; otherwise the strand is split.
 
         Whole warps go on at the next turn, the others wait for the rest of their lanes.
@@ -336,11 +329,12 @@ class Machine:
         partial = (by_warp > 0) & (by_warp < expected)
         if not partial.any():
             return True
-        strand.pc = pc
         lanes = np.repeat(partial, WARP)
         in_strand = strand.mask.reshape(-1, WARP).sum(axis=1)
         if (in_strand[partial] == expected[partial]).all():
-            raise Finding("divergent", f"`{self.kernel.instructions[pc]}` by a part of a warp")
+            raise Finding(
+                "divergent", f"`{self.kernel.instructions[strand.pc]}` by a part of a warp"
+            )
         waiting = strand
         if (strand.mask & ~lanes).any():
             waiting, _ = gang.split(strand, lanes)
@@ -349,10 +343,10 @@ class Machine:
 
     # Messages.
 
-    def _where(self, gang: Gang, strand: Strand, pc: int) -> str:
-        if pc >= len(self.kernel.instructions):
+    def _where(self, gang: Gang, strand: Strand) -> str:
+        if strand.pc >= len(self.kernel.instructions):
             return ""
-        instruction = self.kernel.instructions[pc]
+        instruction = self.kernel.instructions[strand.pc]
         warps = ", ".join(str(gang.first_warp + w) for w in strand.warps)
         return (
             f"\n  at line {instruction.line}: {str(instruction)[:160]}"

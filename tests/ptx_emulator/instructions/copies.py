@@ -36,43 +36,20 @@ def _compile_cp_async(binder: Binder) -> Step:
     if binder.has("commit_group"):
         return Step(PLAIN, _commit_copies, None)
     if binder.has("wait_group", "wait_all"):
-        keep = literal(binder.operands[0]) if binder.operands else 0
-        everything = binder.has("wait_all")
-
-        def wait(gang, mask):
-            if everything:
-                _commit_copies(gang, mask)
-            for lane in np.nonzero(mask)[0]:
-                groups = gang.copy_groups[lane]
-                while len(groups) > keep:
-                    for operation in groups.pop(0):
-                        operation.complete()
-
-        return Step(PLAIN, wait, None)
+        return _compile_copy_wait(binder)
     if binder.has("mbarrier"):
         return _compile_copies_arrive(binder)
     size = literal(binder.operands[2])
     if size not in (4, 8, 16) or (binder.has("cg") and size != 16):
         raise binder.unsupported()
     target, source = binder.address(binder.operands[0]), binder.address(binder.operands[1])
-    extra = [o for o in binder.operands[3:]]
-    if binder.has("L2::cache_hint"):
-        extra = extra[:-1]
-    given = binder.read(extra[0], "u32") if extra else None
-    if given is not None and extra[0] in binder.kernel.registers:
-        if binder.kernel.registers[extra[0]][1] == "pred":
-            raise binder.unsupported("(ignore-src)")
+    given = _source_size(binder)
 
     def action(gang, mask):
         lanes = np.nonzero(mask)[0]
         targets, sources = target(gang)[lanes], source(gang)[lanes]
         sizes = np.full(len(lanes), size) if given is None else given(gang)[lanes].astype(np.int64)
-        if (targets % size).any() or (sources[sizes > 0] % size).any():
-            raise Finding("misaligned", f"cp.async of {size} bytes")
-        if (sizes > size).any():
-            raise Finding("misaligned", f"cp.async of {size} bytes from {int(sizes.max())}")
-        if (targets >= SHARED_LIMIT).any():
-            raise Finding("out-of-bounds", "cp.async to something other than shared memory")
+        _check_copy(gang, targets, sources, sizes, size)
         machine, cta = gang.machine, gang.cta
         machine.counts["cp.async"] += len(lanes)
         machine.events += 1
@@ -86,12 +63,52 @@ def _compile_cp_async(binder: Binder) -> Step:
             # cp.async writes through the generic proxy.
             cta.shared.scatter(targets & OFFSET_MASK, data, stamps)
 
-        # The bounds are checked at issue: a lane's mistake must not depend on the mode.
-        for count in np.unique(sizes[sizes > 0]):
-            machine.memory.gather(sources[sizes == count], int(count))
         operation = machine.engine.submit(copy)
         for lane in lanes:
             gang.copies[lane].append(operation)
+
+    return Step(PLAIN, action, None)
+
+
+def _source_size(binder: Binder) -> Reader | None:
+    """The bytes to read; the rest of the destination becomes zeros."""
+    extra = list(binder.operands[3:])
+    if binder.has("L2::cache_hint"):
+        extra.pop()
+    if not extra:
+        return None
+    register = binder.register(extra[0])
+    if register is not None and register[1] == "pred":
+        raise binder.unsupported("(ignore-src)")
+    return binder.read(extra[0], "u32")
+
+
+def _check_copy(
+    gang: Gang, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray, size: int
+) -> None:
+    """At issue, so that what is reported does not depend on when the copy happens."""
+    if (targets % size).any() or (sources[sizes > 0] % size).any():
+        raise Finding("misaligned", f"cp.async of {size} bytes")
+    if (sizes > size).any():
+        raise Finding("misaligned", f"cp.async of {size} bytes from {int(sizes.max())}")
+    if (targets >= SHARED_LIMIT).any():
+        raise Finding("out-of-bounds", "cp.async to something other than shared memory")
+    for count in np.unique(sizes[sizes > 0]):
+        gang.machine.memory.gather(sources[sizes == count], int(count))
+
+
+def _compile_copy_wait(binder: Binder) -> Step:
+    keep = literal(binder.operands[0]) if binder.operands else 0
+    everything = binder.has("wait_all")
+
+    def action(gang, mask):
+        if everything:
+            _commit_copies(gang, mask)
+        for lane in np.nonzero(mask)[0]:
+            groups = gang.copy_groups[lane]
+            while len(groups) > keep:
+                for operation in groups.pop(0):
+                    operation.complete()
 
     return Step(PLAIN, action, None)
 
