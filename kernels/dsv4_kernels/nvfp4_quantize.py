@@ -6,9 +6,9 @@
 gs comes per layer or per expert, or is the row's own, max|row| / 2688 (`token`), for which the
 program reads its row twice, from L1 the second time. A program quantises one token once, a block of
 columns at a time, and writes it to the row of each of its local slots: only tokens that have rows
-are read. Codes and scales
-equal `reference.nvfp4_quantize` bit for bit: every quotient is IEEE's, and the conversions are
-integer arithmetic on float bits, the same under Triton's interpreter as on any GPU.
+are read. Codes and scales equal `reference.nvfp4_quantize` bit for bit: every quotient is IEEE's,
+and the conversions are integer arithmetic on float bits, the same under Triton's interpreter as on
+any GPU.
 
 Block scales are written row-major, or as the 128x4 blocks that tcgen05 reads: the scale of row r
 and block c is at byte ((r // 128) * ceil(K / 64) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4
