@@ -1,4 +1,4 @@
-"""router_topk against the oracle: ids bit-equal, weights to 4 ulp."""
+"""router_topk against the oracle: ids bit-equal, weights to a few ulp."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from dsv4_kernels.router_topk import Config, choose_config, router_topk
 from dsv4_kernels.types import ImageBias, Routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WEIGHT_RTOL = 4 * 2.0**-23
+# A score is within 4 ulp, so is their sum: a share of the two is within 8.
+WEIGHT_RTOL = 8 * 2.0**-23
 
 
 def random(*size: int, seed: int = 0) -> torch.Tensor:
