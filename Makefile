@@ -13,6 +13,13 @@ test: setup lint  ## everything that needs no GPU
 test-gpu: setup  ## what needs a GPU; results are kept in test-gpu.json
 	@$(PYTEST) -m gpu --gpu-results test-gpu.json
 
+bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps JSON and plot
+	@cd kernels && for name in layer router rows; do \
+	  ../.venv/bin/python -m bench.$$name $$([ $$name = layer ] && echo run) \
+	    --out bench/results/$$name.json || exit 1; done
+	@cd kernels && ../.venv/bin/python -m bench.layer report bench/results/layer.json \
+	  --plot bench/results/layer.svg
+
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	@.venv/bin/mypy vllm_dsv4_moe kernels/dsv4_kernels

@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from bench import layer
 
 from vllm_dsv4_moe.settings import settings_table
 
@@ -14,6 +16,13 @@ README = (ROOT / "README.md").read_text()
 def test_settings_are_the_codes():
     written = README.split("<!-- settings: begin -->\n")[1].split("<!-- settings: end -->")[0]
     assert written == settings_table()
+
+
+def test_layer_table_is_of_the_kept_numbers(capsys):
+    written = README.split("<!-- layer: begin -->\n")[1].split("<!-- layer: end -->")[0]
+    kept = ROOT / "kernels/bench/results/layer.json"
+    layer.report(SimpleNamespace(results=kept, plot=None))
+    assert written == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))

@@ -1,8 +1,7 @@
 """The whole layer on one Hopper GPU: ours, and vLLM's Marlin and Humming, over what it must cost.
 
-    export PYTHONPATH=kernels
-    python kernels/bench/layer.py run --out layer.json          (--backends sm90: needs no vLLM)
-    python kernels/bench/layer.py report layer.json --plot layer.svg
+    python -m bench.layer run --out layer.json          (--backends sm90: needs no vLLM)
+    python -m bench.layer report layer.json --plot layer.svg
 
 `run` takes the routed experts from the router's ids to the summed output, as every backend does
 them, on random NVFP4 weights and routing. Each backend's output is first compared with the oracle;
@@ -20,10 +19,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from bench.timing import checkout_commit, cold_sets, time_us, write_results
 from dsv4_kernels import moe as layers
 from dsv4_kernels import reference
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
-from timing import checkout_commit, cold_sets, time_us, write_results
 
 SHAPES = {
     "Pro, EP8 rank": MoeShape(384, 48, 6, 7168, 3072, 8192, False),
