@@ -8,13 +8,13 @@ from pathlib import Path
 import dsv4_kernels
 import pytest
 
+from vllm_dsv4_moe.demo import GPU_SIZES
 from vllm_dsv4_moe.serving import SMALL_ARGUMENTS, serve
-from vllm_dsv4_moe.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.tiny import write_tiny_checkpoint
 
 pytestmark = pytest.mark.gpu
 
-# What vLLM's attention for V4 takes on a GPU: 64 heads at least.
-MODEL = TinyConfig(layers=4, hidden=1024, intermediate=512, experts=256, heads=64)
+MODEL = GPU_SIZES  # of the demo
 PROMPTS = ("Hello world", "The quick brown fox jumps over the lazy dog", "0123456789" * 12, "a")
 NOT_OURS = {"VLLM_PLUGINS": ""}
 # The expert backend is the difference; the rest is what every GPU host has.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # V4's attention kernels for GPUs take 64 or 128 heads.
 CPU_SIZES = TinyConfig()
-GPU_SIZES = TinyConfig(hidden=1024, intermediate=512, experts=64, heads=64, linear="fp8")
+GPU_SIZES = TinyConfig(hidden=1024, intermediate=512, experts=256, heads=64)
 PROMPT = "The experts of a mixture are"
 PIPE_SECONDS = 10.0  # between lines of progress where there is no terminal to draw in
 RUNS = re.compile(r"dsv4-moe: this plugin runs NVFP4 experts, on (\w+): layers ([\d, -]+)")
