@@ -1,6 +1,13 @@
 """Load a checkpoint as vLLM does, in this process: config resolution, model, weights."""
 
 import os
+from importlib.util import find_spec
+
+import pytest
+
+# Before anything is set: on a GPU the other tests' kernels must not run in the interpreter.
+if find_spec("vllm_cpu_host") is None:
+    pytest.skip("made for vLLM's CPU build with tests/cpu_host", allow_module_level=True)
 
 # Before Triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -8,17 +15,12 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 
 from vllm_dsv4_moe.serving import free_port
-
-if find_spec("vllm_cpu_host") is None:
-    pytest.skip("made for vLLM's CPU build with tests/cpu_host", allow_module_level=True)
 
 
 def engine_config(checkpoint: Path, settings: dict | None = None, **arguments):
