@@ -69,7 +69,7 @@ def test_powers_of_two_reach_every_variant(variants, top_k, num_local):
     assert variants == reached
 
 
-def test_fewer_sizes_would_not():
+def test_token_counts_are_powers_of_two_and_the_most():
     assert token_counts(1) == [1]
     assert token_counts(96) == [1, 2, 4, 8, 16, 32, 64, 96]
 
