@@ -11,6 +11,7 @@ import pytest
 import torch
 from bench import activation_error
 from dsv4_kernels import activation_scale, moe, reference
+from dsv4_kernels.backends import REFERENCE
 from dsv4_kernels.types import ActivationAmax, Routing
 
 from vllm_dsv4_moe.calibrate import LayerAmax, layer_scales, merge, read_prompts
@@ -125,12 +126,12 @@ def test_scales_hold_the_magnitudes_with_headroom(headroom):
 
 def test_only_the_reference_backend_records(weights):
     shape = moe.MoeShape(8, 8, TOP_K, weights.hidden, weights.intermediate, 16, False)
-    layer = moe.prepare_layer(moe.REFERENCE, shape, weights, limit=LIMIT, activation_scales=None)
+    layer = moe.prepare_layer(REFERENCE, shape, weights, limit=LIMIT, activation_scales=None)
     recording = moe.recording_layer(layer)
     x, routing = make_tokens(weights, 4)
     moe.moe(x, routing, recording, torch.empty(0, dtype=torch.uint8), out=torch.empty_like(x))
     assert recording.amax.fc1 == x.abs().max() and layer.amax is None
-    other = replace(layer, backend=replace(moe.REFERENCE, name="sm90"))
+    other = replace(layer, backend=replace(REFERENCE, name="sm90"))
     with pytest.raises(ValueError, match="sm90 backend does not record"):
         moe.recording_layer(other)
 

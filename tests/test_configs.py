@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
-from dsv4_kernels.moe import SM90, SM100, MoeShape, workspace_bytes
+from dsv4_kernels.backends import SM90, SM100
+from dsv4_kernels.moe import workspace_bytes
+from dsv4_kernels.types import MoeShape
 from test_checkpoint_layout import FLASH, NVFP4, PRO, tensors_of
 
 from vllm_dsv4_moe.inspect_checkpoint import weight_bytes_per_gpu

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from dsv4_kernels import reference
+from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.grouped_gemm_sm90 import (
     MOST_PARTIALS,
     all_gemms,
@@ -13,7 +14,7 @@ from dsv4_kernels.grouped_gemm_sm90 import (
     gemms,
     unsupported,
 )
-from dsv4_kernels.moe import BACKENDS, moe, prepare_layer, workspace_bytes
+from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
 
 FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)

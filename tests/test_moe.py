@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dsv4_kernels import moe, reference
+from dsv4_kernels.backends import BACKENDS, Backend, MoeLayer, choose_backend
 from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeShape, Routing
 
 SHAPE = MoeShape(
@@ -55,7 +56,7 @@ def unit_scales(num_local_experts: int) -> ActivationScales:
 def make_layer(shape: MoeShape, weights: ExpertWeights, limit: float | None = 10.0):
     scales = unit_scales(shape.num_local_experts) if shape.quantize_activations else None
     return moe.prepare_layer(
-        moe.choose_backend("reference", shape, None),
+        choose_backend("reference", shape, None),
         shape,
         weights,
         limit=limit,
@@ -63,7 +64,7 @@ def make_layer(shape: MoeShape, weights: ExpertWeights, limit: float | None = 10
     )
 
 
-def run(layer: moe.MoeLayer, x: torch.Tensor, routing: Routing, **kwargs) -> torch.Tensor:
+def run(layer: MoeLayer, x: torch.Tensor, routing: Routing, **kwargs) -> torch.Tensor:
     out = torch.full_like(x, torch.nan)
     workspace = torch.empty(moe.workspace_bytes(layer.backend, layer.shape), dtype=torch.uint8)
     return moe.moe(x, routing, layer, workspace, out=out, **kwargs)
@@ -131,7 +132,7 @@ def test_the_sum_over_ranks_is_the_single_rank_output(name, ranks, policy):
             scale_per_row="token" in policy,
         )
         layer = moe.prepare_layer(
-            moe.choose_backend("reference", shape, None),
+            choose_backend("reference", shape, None),
             shape,
             ExpertWeights(*(tensor[experts] for tensor in weights)),
             limit=10.0,
@@ -229,12 +230,11 @@ def oracle_fc2(h, layout, layer, *, out) -> None:
         out[used] = reference.fc2(rows, layer.weights, expert).bfloat16()
 
 
-CHAIN = moe.Backend(
+CHAIN = Backend(
     name="chain",
     supports=lambda shape, capability: None,
     prepare=lambda weights: weights,
     tile=lambda shape, num_tokens: 8 if num_tokens < 16 else 32,
-    run=moe.run_kernels,
     fc1=oracle_fc1,
     fc2=oracle_fc2,
 )
@@ -257,7 +257,7 @@ def test_the_chain_of_kernels_is_the_oracle_bit_for_bit(rank, num_tokens, policy
     x[0] *= 1000
     routing = random_routing(num_tokens, EP_SHAPE)
     outputs = []
-    for backend in (CHAIN, moe.BACKENDS["reference"]):
+    for backend in (CHAIN, BACKENDS["reference"]):
         scales = POLICIES[policy](local)
         layer = moe.prepare_layer(backend, shape, weights, limit=10.0, activation_scales=scales)
         workspace = torch.full((moe.workspace_bytes(backend, shape),), 0x7F, dtype=torch.uint8)
@@ -292,7 +292,7 @@ def test_the_chain_takes_any_ids(ids):
     x = torch.randn(len(ids), 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     routing = Routing(torch.full((len(ids), 4), 0.25), torch.tensor(ids, dtype=torch.int32))
     outputs = []
-    for backend in (CHAIN, moe.BACKENDS["reference"]):
+    for backend in (CHAIN, BACKENDS["reference"]):
         scales = POLICIES["static"]([2, 3])
         layer = moe.prepare_layer(backend, shape, weights, limit=10.0, activation_scales=scales)
         outputs.append(run(layer, x, routing, expert_map=expert_map))
@@ -334,10 +334,10 @@ def test_more_tokens_than_sized_for_names_both_numbers():
 )
 def test_a_backend_that_cannot_run_says_why(name, capability, message):
     with pytest.raises(ValueError, match=message):
-        moe.choose_backend(name, SHAPE, capability)
+        choose_backend(name, SHAPE, capability)
 
 
 def test_a_size_that_nvfp4_cannot_split_is_refused_with_the_remedy():
     shape = SHAPE._replace(intermediate=2304 // 32)
     with pytest.raises(ValueError, match="intermediate size 72 .* NVFP4 block, 16: use a tensor-p"):
-        moe.choose_backend("auto", shape, None)
+        choose_backend("auto", shape, None)

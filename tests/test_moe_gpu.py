@@ -6,6 +6,7 @@ The backend is `auto`'s, at the sizes of V4-Flash and V4-Pro on one rank of eigh
 import pytest
 import torch
 from dsv4_kernels import activation_scale, moe
+from dsv4_kernels.backends import BACKENDS, Backend, MoeLayer, choose_backend
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
 
 pytestmark = pytest.mark.gpu
@@ -62,7 +63,7 @@ def random_weights(shape: MoeShape) -> ExpertWeights:
     )
 
 
-def make_layer(backend: moe.Backend, shape: MoeShape) -> moe.MoeLayer:
+def make_layer(backend: Backend, shape: MoeShape) -> MoeLayer:
     weights, scales = random_weights(shape), None
     if shape.quantize_activations:
         scales = activation_scale.warmup(weights, limit=LIMIT, scaling=SCALING)
@@ -70,15 +71,15 @@ def make_layer(backend: moe.Backend, shape: MoeShape) -> moe.MoeLayer:
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
-def layers(request) -> tuple[moe.MoeLayer, moe.MoeLayer, torch.Tensor]:
+def layers(request) -> tuple[MoeLayer, MoeLayer, torch.Tensor]:
     """The backend's layer, the oracle's, and the expert map of rank 3 of 8."""
     capability = torch.cuda.get_device_capability()
     shape = request.param._replace(quantize_activations=capability[0] == 10)
-    backend = moe.choose_backend("auto", shape, capability)
+    backend = choose_backend("auto", shape, capability)
     local, first = shape.num_local_experts, 3 * shape.num_local_experts
     expert_map = torch.full((shape.num_experts,), -1, dtype=torch.int32, device="cuda")
     expert_map[first : first + local] = torch.arange(local, dtype=torch.int32, device="cuda")
-    return make_layer(backend, shape), make_layer(moe.BACKENDS["reference"], shape), expert_map
+    return make_layer(backend, shape), make_layer(BACKENDS["reference"], shape), expert_map
 
 
 def random_call(num_tokens: int, shape: MoeShape, seed: int, skew: str = "even"):
@@ -97,13 +98,13 @@ def random_call(num_tokens: int, shape: MoeShape, seed: int, skew: str = "even")
     return x, Routing(weights / weights.sum(1, keepdim=True) * SCALING, ids)
 
 
-def workspace_of(layer: moe.MoeLayer) -> torch.Tensor:
+def workspace_of(layer: MoeLayer) -> torch.Tensor:
     """Poisoned: NaN as bf16, as E4M3 and as fp32."""
     size = moe.workspace_bytes(layer.backend, layer.shape)
     return torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
 
 
-def run(layer: moe.MoeLayer, x, routing: Routing, expert_map, workspace=None) -> torch.Tensor:
+def run(layer: MoeLayer, x, routing: Routing, expert_map, workspace=None) -> torch.Tensor:
     workspace = workspace_of(layer) if workspace is None else workspace
     out = torch.full_like(x, torch.nan)
     return moe.moe(x, routing, layer, workspace, expert_map=expert_map, out=out)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dsv4_kernels import grouped_gemm_sm100, moe
+from dsv4_kernels.backends import BACKENDS, SM100, choose_backend
 from dsv4_kernels.router_topk import router_topk
 from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeShape
 
@@ -54,7 +55,7 @@ def test_layer_against_the_oracle(monkeypatch, num_tokens, policy, tile, skewed)
 
     outputs, counts = [], []
     for name in ("sm100", "reference"):
-        backend = moe.choose_backend(name, shape, None)
+        backend = choose_backend(name, shape, None)
         layer = moe.prepare_layer(
             backend,
             shape,
@@ -69,7 +70,7 @@ def test_layer_against_the_oracle(monkeypatch, num_tokens, policy, tile, skewed)
         moe.moe(x, routing, layer, workspace, expert_map=expert_map, out=out)
         outputs.append(out.float())
         counts.append(int(layer.saturated))
-    assert moe.BACKENDS["sm100"].tile(shape, num_tokens) == tile
+    assert BACKENDS["sm100"].tile(shape, num_tokens) == tile
     assert len(emulation.statistics) == 2
     ours, oracle = outputs
     assert oracle.abs().max() > 0.1
@@ -81,10 +82,10 @@ def test_layer_against_the_oracle(monkeypatch, num_tokens, policy, tile, skewed)
 
 
 def test_auto_means_sm100_on_compute_capability_10():
-    assert moe.choose_backend("auto", SHAPE, (10, 0)) is moe.SM100
-    assert moe.choose_backend("auto", SHAPE, (10, 3)) is moe.SM100
+    assert choose_backend("auto", SHAPE, (10, 0)) is SM100
+    assert choose_backend("auto", SHAPE, (10, 3)) is SM100
 
 
 def test_another_gpu_is_refused():
     with pytest.raises(ValueError, match="it is for compute capability 10 and this GPU has 9.0"):
-        moe.choose_backend("sm100", SHAPE, (9, 0))
+        choose_backend("sm100", SHAPE, (9, 0))

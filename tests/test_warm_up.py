@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 from dsv4_kernels import combine, expert_layout, nvfp4_quantize, place_rows, router_topk
-from dsv4_kernels.moe import SM90, SM100, MoeLayer, MoeShape
-from dsv4_kernels.types import ActivationScales, ExpertLayout, ExpertWeights
+from dsv4_kernels.backends import SM90, SM100, MoeLayer
+from dsv4_kernels.types import ActivationScales, ExpertLayout, ExpertWeights, MoeShape
 
 from vllm_dsv4_moe.warm_up import WarmUp, token_counts
 

@@ -185,7 +185,8 @@ def check_backends(
     capability: tuple[int, int] | None, environ: Mapping[str, str]
 ) -> Iterator[Check]:
     """Which backend would run V4-Flash's layer, all experts on one GPU, and why not the others."""
-    from dsv4_kernels.moe import AUTO, BACKENDS, MoeShape, choose_backend
+    from dsv4_kernels.backends import AUTO, BACKENDS, choose_backend
+    from dsv4_kernels.types import MoeShape
 
     from vllm_dsv4_moe.moe_method import check_device, quantizes_activations
     from vllm_dsv4_moe.settings import read_settings

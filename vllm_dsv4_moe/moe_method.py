@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from dsv4_kernels.backends import AUTO, MoeLayer, choose_backend
 from dsv4_kernels.compiled import arch_of, load_objects
-from dsv4_kernels.moe import AUTO, MoeLayer, MoeShape, choose_backend, prepare_layer
+from dsv4_kernels.moe import prepare_layer
+from dsv4_kernels.types import MoeShape
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger

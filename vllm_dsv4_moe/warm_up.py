@@ -6,7 +6,8 @@ every variant. The tokens go to no expert, so the GEMMs (compiled by prepare_lay
 """
 
 import torch
-from dsv4_kernels.moe import MoeLayer, moe, workspace_bytes
+from dsv4_kernels.backends import MoeLayer
+from dsv4_kernels.moe import moe, workspace_bytes
 from dsv4_kernels.types import Routing
 
 from vllm_dsv4_moe.router import Dsv4Router

@@ -22,6 +22,7 @@ import torch
 from bench.timing import checkout_commit, cold_sets, time_us, write_results
 from dsv4_kernels import moe as layers
 from dsv4_kernels import reference
+from dsv4_kernels.backends import choose_backend
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
 
 SHAPES = {
@@ -108,7 +109,7 @@ def floor_us(shape: MoeShape, inputs: list[Inputs]) -> float:
 
 
 def ours(shape: MoeShape) -> Callable[[Inputs], Call]:
-    backend = layers.choose_backend("sm90", shape, torch.cuda.get_device_capability())
+    backend = choose_backend("sm90", shape, torch.cuda.get_device_capability())
     layer = layers.prepare_layer(
         backend, shape, random_weights(shape), limit=LIMIT, activation_scales=None
     )
