@@ -82,11 +82,7 @@ def kernel_violations(name: str, top: str, ours: str) -> list[str]:
         return [f"{name} imports {ours}"]
     if name in SHARED:
         return [] if ours in SHARED else [f"{name}, which ops share, imports {ours}"]
-    if (
-        name in ("moe", "backends", "weights", "workspace")
-        or ours in SHARED
-        or op_of(ours) == op_of(name)
-    ):
+    if name in ABOVE_OPS or ours in SHARED or op_of(ours) == op_of(name):
         return []
     return [f"op {name} imports {ours}: ops stand on {sorted(SHARED)} only"]
 
