@@ -10,8 +10,8 @@ demo:  ## write a tiny checkpoint, serve it with the plugin, ask it, stop
 test: setup lint  ## everything that needs no GPU
 	@$(PYTEST) -m "not gpu"
 
-test-gpu: setup  ## what needs a GPU; results are kept in test-gpu.json
-	@$(PYTEST) -m gpu --gpu-results test-gpu.json
+test-gpu: setup  ## what needs a GPU (mostly compilation, hence processes); kept in test-gpu.json
+	@$(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
 
 bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps JSON and plot
 	@cd kernels && for name in layer router rows; do \

@@ -19,7 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--gpu-results"):
+    # Of several processes, the one that collects their reports keeps them.
+    if config.getoption("--gpu-results") and not hasattr(config, "workerinput"):
         commit = config.getoption("--commit") or _commit()
         config.pluginmanager.register(GpuResults(Path(config.getoption("--gpu-results")), commit))
 

@@ -12,7 +12,8 @@ from vllm_dsv4_moe.demo import GPU_SIZES
 from vllm_dsv4_moe.serving import SMALL_ARGUMENTS, serve
 from vllm_dsv4_moe.tiny import write_tiny_checkpoint
 
-pytestmark = pytest.mark.gpu
+# One process starts each server once.
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("servers")]
 
 MODEL = GPU_SIZES  # of the demo
 PROMPTS = ("Hello world", "The quick brown fox jumps over the lazy dog", "0123456789" * 12, "a")
