@@ -17,9 +17,17 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 class PlainMoe:
     """One layer. fc1_scale and fc2_scales (one an expert) quantise the activations to NVFP4;
-    "token" gives each row its own scale; None leaves the activations in bf16."""
+    "token" gives each row its own scale; None leaves the activations in bf16. gate_dtype is what
+    the logits are summed and kept in."""
 
-    def __init__(self, checkpoint: Path, layer: int, fc1_scale=None, fc2_scales=None) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        layer: int,
+        fc1_scale=None,
+        fc2_scales=None,
+        gate_dtype=torch.bfloat16,
+    ) -> None:
         self.config = json.loads((checkpoint / "config.json").read_text())
         index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
         prefix = f"layers.{layer}.ffn."
@@ -31,6 +39,7 @@ class PlainMoe:
                     if index[name] == file:
                         self.tensors[name.removeprefix(prefix)] = opened.get_tensor(name)
         self.fc1_scale, self.fc2_scales = fc1_scale, fc2_scales
+        self.gate_dtype = gate_dtype
         self.matrices: dict[str, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
@@ -50,7 +59,8 @@ class PlainMoe:
         return total.bfloat16()
 
     def route(self, x: torch.Tensor, token_ids) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = F.linear(x, self.tensors["gate.weight"]).double().exp().log1p().sqrt()
+        gate = self.tensors["gate.weight"].to(self.gate_dtype)
+        scores = F.linear(x.to(self.gate_dtype), gate).double().exp().log1p().sqrt()
         if "gate.tid2eid" in self.tensors:
             ids = self.tensors["gate.tid2eid"].long()[token_ids.long()]
         else:

@@ -1,7 +1,8 @@
 """What the serving tests put into vLLM's processes, by way of cpu_host's CPU_HOST_PROBE.
 
 `record` keeps what each MoE layer was given and gave, as SERVE_PROBE_DIR/<process>-<call>.pt,
-while SERVE_PROBE_DIR/on exists. `substitute` has PlainMoe compute every MoE layer instead, from
+while SERVE_PROBE_DIR/on exists; `record_gated` does with the gate inside the router, as on GPUs,
+its kernel in Triton's interpreter. `substitute` has PlainMoe compute every MoE layer instead, from
 the checkpoint and the scales that SERVE_PROBE_PLAIN names.
 """
 
@@ -58,6 +59,28 @@ def record() -> None:
         return out
 
     MoERunner.forward = recorded
+
+
+def record_gated() -> None:
+    from vllm_dsv4_moe import moe_method, runner
+
+    moe_method.ModelOptNvFp4Dsv4Method.gate_op = interpreted_gate_op
+    runner.fused_gate = fused_and_kept
+    record()
+
+
+def interpreted_gate_op(method):
+    from dsv4_kernels.gate_route import gate_route
+
+    return gate_route
+
+
+def fused_and_kept(gate, *others):
+    """fused_gate, of a gate that keeps its weight: vLLM packs those of linears on a CPU."""
+    from vllm_dsv4_moe.gate import fused_gate
+
+    gate._cpu_skip_gemm_dispatch = True
+    return fused_gate(gate, *others)
 
 
 def substitute() -> None:

@@ -253,17 +253,20 @@ def warmed_up(checkpoint: Path, layer: int) -> PlainMoe:
 def test_two_expert_parallel_processes_give_the_single_process_output(
     checkpoint, tmp_path, parallel
 ):
-    """TP 2 with warm-up's scales, which do not depend on the ranks; DP 2 with each token's own."""
+    """TP 2 with warm-up's scales, which do not depend on the ranks. DP 2 with each token's own, and
+    with the gate inside the router."""
     if parallel == "-tp=2":
-        policy, layers = "warmup", [warmed_up(checkpoint, n) for n in range(CONFIG.layers)]
+        probe, policy = "record", "warmup"
+        layers = [warmed_up(checkpoint, n) for n in range(CONFIG.layers)]
     else:
-        policy = "token"
-        layers = [PlainMoe(checkpoint, n, "token", "token") for n in range(CONFIG.layers)]
+        probe, policy = "record_gated", "token"
+        scales = ("token", "token", torch.float64)
+        layers = [PlainMoe(checkpoint, n, *scales) for n in range(CONFIG.layers)]
     arguments = (parallel, "--enable-expert-parallel")
     settings = {"activation_scale": policy}
     # A core each. vLLM compiles a helper of tensor parallelism, for which gcc alone will not do.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
-    with probed(checkpoint, tmp_path, "record", settings, *arguments, **environment) as server:
+    with probed(checkpoint, tmp_path, probe, settings, *arguments, **environment) as server:
         with Recording(tmp_path) as recording, ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda tokens: logprobs(server, tokens), (LONG, SHORT)))
     processes = {call["process"] for call in recording.calls}
@@ -272,3 +275,5 @@ def test_two_expert_parallel_processes_give_the_single_process_output(
     # A data-parallel process without a request of its own runs padding along.
     assert any(call["padding"].any() for call in recording.calls) == (parallel == "-dp=2")
     assert max(layer_errors(recording.calls, layers)) <= PARALLEL_TOLERANCE
+    gated = "one launch gates and routes up to 64 tokens" in server.log.read_text()
+    assert gated == (parallel == "-dp=2")

@@ -23,8 +23,9 @@ MOE_CONFIG = f"{FUSED_MOE}.config.FusedMoEConfig"
 # in vLLM's order. A version may have more than these where it calls, by keyword.
 SIGNATURES = {
     f"{FUSED_MOE}.runner.moe_runner.MoERunner.__init__": (
-        "self layer_name moe_config router routed_experts"
+        "self layer_name moe_config router routed_experts gate"
     ),
+    f"{FUSED_MOE}.router.gate_linear.GateLinear.forward": "self x",
     f"{FUSED_MOE}.router.base_router.BaseRouter.__init__": (
         "self top_k global_num_experts eplb_state"
     ),
@@ -89,9 +90,11 @@ ATTRIBUTES = {
     MOE_CONFIG: (
         "num_experts num_local_experts num_logical_experts experts_per_token hidden_dim"
         " intermediate_size_per_partition max_num_tokens moe_parallel_config sp_size dp_size"
-        " pcp_size is_sequence_parallel moe_backend swiglu_limit"
+        " pcp_size is_sequence_parallel moe_backend swiglu_limit is_lora_enabled"
     ),
     f"{FUSED_MOE}.config.FusedMoEParallelConfig": "tp_size",
+    f"{FUSED_MOE}.router.gate_linear.GateLinear": "bias is_unquantized out_dtype",
+    "vllm.config.parallel.ParallelConfig": "num_ubatches",
     f"{FUSED_MOE}.router.fused_topk_bias_router.FusedTopKBiasRouter": (
         "top_k global_num_experts eplb_state routing_method_type scoring_func renormalize"
         " routed_scaling_factor e_score_correction_bias _hash_indices_table bias_vl"
@@ -119,9 +122,10 @@ ATTRIBUTES = {
     "vllm.models.deepseek_v41.quant_config.DeepseekV4FP8Config": (
         "expert_dtype moe_quant_algo ignored_layers packed_modules_mapping"
     ),
-    "vllm.envs": "VLLM_MOE_SKIP_PADDING",
+    "vllm.envs": "VLLM_MOE_SKIP_PADDING VLLM_BATCH_INVARIANT",
     "vllm.forward_context.ForwardContext": "is_padding",
-    "vllm.config.vllm.VllmConfig": "additional_config load_config model_config compilation_config",
+    "vllm.config.vllm.VllmConfig": "additional_config load_config model_config compilation_config"
+    " parallel_config",
     "vllm.config.load.LoadConfig": "load_format",
     "vllm.config.model.ModelConfig": "enable_sleep_mode enforce_eager",
     "vllm.config.compilation.CompilationConfig": "cudagraph_mode",
@@ -277,6 +281,23 @@ def test_what_the_plugin_overrides_is_called_with_what_it_takes(version, dotted)
     arguments = found[1].args
     names = [a.arg for a in (*arguments.args, *arguments.kwonlyargs)]
     assert names == SIGNATURES[dotted].split()
+
+
+@pytest.mark.parametrize("version", ["0.32", "0.33"])
+@pytest.mark.parametrize("model", ["nvidia", "cpu"])
+def test_the_model_gives_its_runner_the_gate_and_hidden_states_for_logits(version, model):
+    """What a runner without a gate hands to its router, then: see gate.py."""
+    module = parsed(sources(version), f"vllm.models.deepseek_v4.{model}.model")
+    calls = [node for node in ast.walk(module) if isinstance(node, ast.Call)]
+    given = [{k.arg: ast.unparse(k.value) for k in call.keywords} for call in calls]
+    runners = [keywords for keywords in given if keywords.get("router_logits") == "hidden_states"]
+    assert [keywords["hidden_states"] for keywords in runners] == ["hidden_states"]
+    factories = [
+        k
+        for call, k in zip(calls, given, strict=True)
+        if "FusedMoEFactory" in ast.unparse(call.func)
+    ]
+    assert [keywords["gate"] for keywords in factories] == ["self.gate"]
 
 
 def test_a_symbol_that_moved_is_named(tmp_path):

@@ -1,14 +1,15 @@
 """Loading reaches every compiled variant of the Triton kernels, so that no request compiles one."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
-from dsv4_kernels import combine, expert_layout, nvfp4_quantize, place_rows, router_topk
+from dsv4_kernels import combine, expert_layout, gate_route, nvfp4_quantize, place_rows, router_topk
 from dsv4_kernels.backends import SM90, SM100, MoeLayer
 from dsv4_kernels.types import ActivationScales, ExpertLayout, ExpertWeights, MoeShape
 
-from vllm_dsv4_moe.warm_up import WarmUp, token_counts
+from vllm_dsv4_moe.warm_up import WarmUp, launch_router, token_counts
 
 MOST = 2100
 OPS = {
@@ -17,6 +18,7 @@ OPS = {
     "place_rows": (place_rows, ("_place_kernel",)),
     "nvfp4_quantize": (nvfp4_quantize, ("_quantize_kernel",)),
     "router_topk": (router_topk, ("_router_kernel",)),
+    "gate_route": (gate_route, ("_gate_route_kernel",)),
 }
 
 
@@ -54,7 +56,12 @@ def call_ops(num_tokens: int, top_k: int, num_local: int, tile: int) -> None:
     logits = torch.empty((num_tokens, experts), device="meta")
     router_topk.router_topk(logits, top_k, bias=logits[0])
     table = torch.empty((512, top_k), dtype=torch.int32, device="meta")
-    router_topk.router_topk(logits, top_k, table=table, token_ids=ids[:, 0].contiguous())
+    token_ids = ids[:, 0].contiguous()
+    router_topk.router_topk(logits, top_k, table=table, token_ids=token_ids)
+    if num_tokens <= gate_route.MAX_TOKENS:
+        weight = torch.empty((experts, hidden), dtype=torch.bfloat16, device="meta")
+        gate_route.gate_route(x, weight, top_k, bias=logits[0])
+        gate_route.gate_route(x, weight, top_k, table=table, token_ids=token_ids)
 
 
 @pytest.mark.parametrize("top_k", [1, 6, 8])
@@ -63,10 +70,28 @@ def test_powers_of_two_reach_every_variant(variants, top_k, num_local):
     for num_tokens in token_counts(MOST):
         call_ops(num_tokens, top_k, num_local, tile=8)
     reached = set(variants)
-    assert len({name for name, *_ in reached}) == 5
+    assert len({name for name, *_ in reached}) == 6
     for num_tokens in range(1, MOST + 1, 13):
         call_ops(num_tokens, top_k, num_local, tile=8)
     assert variants == reached
+
+
+class Gate:
+    weight = torch.empty((32, 64), dtype=torch.bfloat16)
+
+    def fits(self, num_tokens: int) -> bool:
+        return num_tokens <= 16
+
+
+@pytest.mark.parametrize("num_tokens, op", [(16, "gate_and_select"), (17, "select")])
+def test_the_router_is_launched_as_a_batch_of_that_size_is(num_tokens, op):
+    router = mock.Mock(gate=Gate(), uses_token_ids=False, num_experts=32)
+    launch_router(router, num_tokens, torch.int32, torch.device("cpu"))
+    calls = [call for call in router.mock_calls if call[0] in ("gate_and_select", "select")]
+    assert [(name, len(args[0]), args[-2] is None) for name, args, _ in calls] == [
+        (op, num_tokens, True),
+        (op, num_tokens, False),
+    ]
 
 
 def test_token_counts_are_powers_of_two_and_the_most():

@@ -194,6 +194,14 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
             from dsv4_kernels.router_topk import router_topk
         return router_topk
 
+    def gate_op(self) -> Callable | None:
+        """The op that gates and routes small batches; None where vLLM's gate serves them all."""
+        if self.backend.name == "reference" or self.settings.gate == "vllm":
+            return None
+        from dsv4_kernels.gate_route import gate_route
+
+        return gate_route
+
 
 def check_device(backend: str, capability: tuple[int, int] | None, is_eager: bool) -> None:
     """ValueError for a backend that this machine could load and not run."""

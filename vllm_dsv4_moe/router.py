@@ -1,18 +1,22 @@
-"""The router: logits and token ids in, expert ids and weights out, by this project's op.
+"""The router: logits or hidden states and token ids in, expert ids and weights out.
 
-vLLM's GateLinear makes the logits, and vLLM's BaseRouter maps logical experts to the physical
-copies that EPLB keeps.
+vLLM's GateLinear makes the logits, or one launch of this project's gates and routes; vLLM's
+BaseRouter maps logical experts to the physical copies that EPLB keeps.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import vllm.envs as envs
+from dsv4_kernels.gate_route import GateScratch
 from dsv4_kernels.types import ImageBias, Routing
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
+
+from vllm_dsv4_moe.gate import FusedGate
 
 
 class Dsv4Router(BaseRouter):
@@ -20,8 +24,11 @@ class Dsv4Router(BaseRouter):
 
     bias (num_experts,) float32 or table (vocab, top_k) int32, one of them; num_experts counts the
     experts that the checkpoint has, not their EPLB copies. bias_vl (num_experts,) float32 is what
-    image tokens select by, ids image_sentinel_lo onwards; V4.1's model may set it later.
+    image tokens select by, ids image_sentinel_lo onwards; V4.1's model may set it later. gate is
+    what makes the logits; None where the runner does, and router_logits are logits.
     """
+
+    gate: FusedGate | None = None
 
     def __init__(
         self,
@@ -65,7 +72,14 @@ class Dsv4Router(BaseRouter):
                     "needs one a token, so prompts of embeddings cannot be served"
                 )
             token_ids = input_ids
-        return self.select(router_logits, token_ids, padding_mask(num_tokens), indices_type)
+        rest = (token_ids, padding_mask(num_tokens), indices_type)
+        if self.gate is None:
+            return self.select(router_logits, *rest)
+        scratch = self.gate.scratch()
+        if self.gate.fits(num_tokens):
+            return self.gate_and_select(hidden_states, scratch, *rest)
+        logits, _ = self.gate.linear(hidden_states)
+        return self.select(logits, *rest)
 
     def select(
         self,
@@ -75,18 +89,37 @@ class Dsv4Router(BaseRouter):
         ids_dtype: torch.dtype | None,
     ) -> Routing:
         """The op on this layer's bias and table. token_ids where uses_token_ids says so."""
-        return self.route(
-            logits,
-            self.top_k,
-            bias=self.bias,
-            table=self.table,
-            token_ids=token_ids,
-            image_bias=self._image_bias(),
-            padding=padding,
-            scaling=self.scaling,
-            hash_weights=self.hash_weights,
-            ids_dtype=ids_dtype or torch.int32,
-        )
+        return self.route(logits, self.top_k, **self._options(token_ids, padding, ids_dtype))
+
+    def gate_and_select(
+        self,
+        hidden_states: torch.Tensor,
+        scratch: GateScratch,
+        token_ids: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        ids_dtype: torch.dtype | None,
+    ) -> Routing:
+        """`select` of the gate's logits, in one launch. num_tokens are as many as the gate fits."""
+        assert self.gate is not None
+        options = self._options(token_ids, padding, ids_dtype)
+        return self.gate.op(hidden_states, self.gate.weight, self.top_k, scratch=scratch, **options)
+
+    def _options(
+        self,
+        token_ids: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        ids_dtype: torch.dtype | None,
+    ) -> dict[str, Any]:
+        return {
+            "bias": self.bias,
+            "table": self.table,
+            "token_ids": token_ids,
+            "image_bias": self._image_bias(),
+            "padding": padding,
+            "scaling": self.scaling,
+            "hash_weights": self.hash_weights,
+            "ids_dtype": ids_dtype or torch.int32,
+        }
 
     @property
     def uses_token_ids(self) -> bool:

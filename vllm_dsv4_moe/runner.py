@@ -1,4 +1,7 @@
-"""Where the router is put in: vLLM builds its MoE layers through a class that can be replaced."""
+"""Where the router is put in: vLLM builds its MoE layers through a class that can be replaced.
+
+The gate goes with the router where one launch can do both, see gate.py.
+"""
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -8,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
+from vllm_dsv4_moe.gate import fused_gate
 from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
 from vllm_dsv4_moe.router import Dsv4Router, why_not_ours
 
@@ -24,11 +28,15 @@ class Dsv4MoERunner(MoERunner):
         router: FusedMoERouter,
         routed_experts: RoutedExperts,
         *args,
+        gate: torch.nn.Module | None = None,
         **kwargs,
     ) -> None:
         if isinstance(routed_experts.quant_method, ModelOptNvFp4Dsv4Method):
             router = _our_router(layer_name, router, routed_experts)
-        super().__init__(layer_name, moe_config, router, routed_experts, *args, **kwargs)
+        if isinstance(router, Dsv4Router):
+            router.gate = fused_gate(gate, moe_config, routed_experts.quant_method.gate_op())
+            gate = None if router.gate is not None else gate
+        super().__init__(layer_name, moe_config, router, routed_experts, *args, gate=gate, **kwargs)
 
 
 def _our_router(

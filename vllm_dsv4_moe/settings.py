@@ -68,6 +68,12 @@ class Settings:
         "weights of hash-routed experts: their renormalised scores, or equal shares",
         allowed=("scored", "uniform"),
     )
+    gate: str = _option(
+        "auto",
+        "who makes the router's logits: `auto` gates and routes batches of at most 64 tokens in "
+        "one launch, `vllm` leaves every batch to vLLM's GateLinear",
+        allowed=("auto", "vllm"),
+    )
     kernel_objects: str = _option(
         "", "what `dsv4-moe compile` wrote for this GPU and model; empty compiles at load"
     )

@@ -7,6 +7,7 @@ every variant. The tokens go to no expert, so the GEMMs (compiled by prepare_lay
 
 import torch
 from dsv4_kernels.backends import MoeLayer
+from dsv4_kernels.gate_route import make_scratch
 from dsv4_kernels.moe import moe, workspace_bytes
 from dsv4_kernels.types import Routing
 
@@ -60,12 +61,19 @@ def launch_router(
     router: Dsv4Router, num_tokens: int, ids_dtype: torch.dtype, device: torch.device
 ) -> None:
     """With and without a mask of padding, which vLLM makes for the batches of its CUDA graphs."""
-    logits = torch.zeros((num_tokens, router.num_experts), device=device)
     token_ids = None
     if router.uses_token_ids:
         token_ids = torch.zeros(num_tokens, dtype=torch.int32, device=device)
     for padding in (None, torch.zeros(num_tokens, dtype=torch.bool, device=device)):
-        router.select(logits, token_ids, padding, ids_dtype)
+        rest = (token_ids, padding, ids_dtype)
+        if router.gate is not None and router.gate.fits(num_tokens):
+            num_experts, hidden = router.gate.weight.shape
+            x = torch.zeros((num_tokens, hidden), dtype=torch.bfloat16, device=device)
+            scratch = make_scratch(hidden, num_experts, device)
+            router.gate_and_select(x, scratch, *rest)
+        else:
+            logits = torch.zeros((num_tokens, router.num_experts), device=device)
+            router.select(logits, *rest)
 
 
 WARM_UP = WarmUp()

@@ -1,0 +1,96 @@
+"""The gate inside the router: small batches go from hidden states to experts in one launch.
+
+DeepSeek-V4's model hands vLLM's runner its hidden states as the logits, and the runner applies the
+gate to them. A runner without a gate hands them on as they are: then the router applies the gate.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import vllm.envs as envs
+from dsv4_kernels.gate_route import MAX_TOKENS, GateScratch, make_scratch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, GateLinear
+from vllm.v1.worker.ubatching import dbo_current_ubatch_id
+
+logger = init_logger("vllm.dsv4_moe")
+
+
+class FusedGate:
+    """A layer's gate, for its router to apply.
+
+    linear is vLLM's module, for batches that one launch does not take; its weight is
+    (num_experts, hidden) bf16. op is gate_route or the like of it.
+    """
+
+    def __init__(self, linear: GateLinear, op: Callable) -> None:
+        self.linear = linear
+        self.op = op
+        # 0 without micro-batches.
+        self.num_lanes = max(1, get_current_vllm_config().parallel_config.num_ubatches)
+
+    def fits(self, num_tokens: int) -> bool:
+        return num_tokens <= MAX_TOKENS
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.linear.weight
+
+    def scratch(self) -> GateScratch:
+        """Of the micro-batch that runs now; all layers of a shape share it.
+
+        Ask in every call, large batches included: vLLM's profiling run makes it then, and no
+        capture does.
+        """
+        num_experts, hidden = self.weight.shape
+        lanes = _lane_scratch(hidden, num_experts, self.weight.device, self.num_lanes)
+        return lanes[dbo_current_ubatch_id()]
+
+
+@functools.cache
+def _lane_scratch(
+    hidden: int, num_experts: int, device: torch.device, num_lanes: int
+) -> list[GateScratch]:
+    # Captured, its zeroing would wait for a replay, and the counters must be zero before.
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return [make_scratch(hidden, num_experts, device) for _ in range(num_lanes)]
+
+
+def fused_gate(
+    gate: torch.nn.Module | None, moe_config: FusedMoEConfig, op: Callable | None
+) -> FusedGate | None:
+    """The gate for the router to apply, or None where vLLM's runner goes on applying it.
+
+    op is None where the layer's settings or its backend leave the gate to vLLM.
+    """
+    if op is None or gate is None:
+        return None
+    reason = why_not_fused(gate, moe_config)
+    if reason is not None:
+        logger.info_once("dsv4-moe: vLLM applies the gate: %s", reason)
+        return None
+    logger.info_once("dsv4-moe: one launch gates and routes up to %d tokens", MAX_TOKENS)
+    assert isinstance(gate, GateLinear)
+    return FusedGate(gate, op)
+
+
+def why_not_fused(gate: torch.nn.Module, moe_config: FusedMoEConfig) -> str | None:
+    """What keeps this gate from being applied by gate_route, or None."""
+    if not isinstance(gate, GateLinear):
+        return f"it is a {type(gate).__name__}"
+    wanted = (moe_config.num_logical_experts, moe_config.hidden_dim)
+    if not gate.is_unquantized or gate.bias is not None:
+        return "it is quantised, or has a bias inside"
+    if gate.weight.dtype != torch.bfloat16 or tuple(gate.weight.shape) != wanted:
+        return f"its weight is {gate.weight.dtype} {tuple(gate.weight.shape)}"
+    if gate.out_dtype != torch.float32:
+        return f"its logits are {gate.out_dtype}"
+    if moe_config.is_lora_enabled:
+        return "LoRA may change it"
+    if moe_config.pcp_size > 1:
+        return "prefill context parallelism gathers logits"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT wants sums that do not depend on the batch"
+    return None
