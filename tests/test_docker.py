@@ -74,14 +74,16 @@ def test_run_lines_install_the_plugin(dockerfile, image, tmp_path):
             image / "bin/python",
             "-I",
             "-c",
-            "import dsv4_kernels, vllm_dsv4_moe as p; print(p.__file__)",
+            "import vllm_dsv4_moe as p; from dsv4_kernels import grouped_gemm_sm90_table as table; "
+            "print(p.__file__, table.read_entries(table.SHIPPED) is not None, table.SHIPPED)",
         ],
         capture_output=True,
         text=True,
         check=True,
         cwd=tmp_path,
     )
-    assert str(image) in found.stdout
+    package, has_table, table = found.stdout.split()
+    assert str(image) in package and has_table == "True" and str(image) in table
     assert (image / "bin/dsv4-moe").exists()
     manifest = json.loads((tmp_path / "root/kernels/flash-b200/manifest.json").read_text())
     assert manifest["arch"] == "sm_100a" and len(manifest["objects"]) > 0

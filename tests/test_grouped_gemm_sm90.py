@@ -9,11 +9,11 @@ from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.grouped_gemm_sm90 import (
     MOST_PARTIALS,
     all_gemms,
-    choose_config,
     compile_gemm,
     gemms,
     unsupported,
 )
+from dsv4_kernels.grouped_gemm_sm90_choice import by_arithmetic
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
 
@@ -41,7 +41,7 @@ def test_a_layer_has_few_specialisations(shape):
 
 @pytest.mark.parametrize("num_tokens", [1, 128, 2048, 8192])
 def test_a_likely_count_of_rows_takes_one_tile_that_fits(num_tokens):
-    config = choose_config(PRO_EP8, num_tokens, PRO_EP8.hidden)
+    config = by_arithmetic(PRO_EP8, num_tokens).fc1
     rows = math.ceil(num_tokens * 6 / 384)
     fitting = next(n for n in config.tile_n if n >= rows)
     assert fitting - rows <= 16, (rows, config.tile_n)

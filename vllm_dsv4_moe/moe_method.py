@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from dsv4_kernels.backends import AUTO, MoeLayer, choose_backend
+from dsv4_kernels.backends import AUTO, Backend, MoeLayer, choose_backend
 from dsv4_kernels.compiled import arch_of, load_objects
 from dsv4_kernels.moe import prepare_layer
 from dsv4_kernels.types import MoeShape
@@ -134,6 +134,7 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         moe_layer = prepare_layer(
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )
+        log_untuned(self.backend, self.shape, moe_layer.weights.w13.device)
         if self.shape.quantize_activations:
             interval = self.settings.saturation_log_interval
             SATURATION.add(layer.layer_name, moe_layer.saturated, interval)
@@ -201,6 +202,13 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         from dsv4_kernels.gate_route import gate_route
 
         return gate_route
+
+
+def log_untuned(backend: Backend, shape: MoeShape, device: torch.device) -> None:
+    """Say once if nobody has measured which kernels such a layer should run."""
+    words = None if backend.untuned is None else backend.untuned(shape, device)
+    if words is not None:
+        logger.info_once("dsv4-moe: %s", words)
 
 
 def check_device(backend: str, capability: tuple[int, int] | None, is_eager: bool) -> None:

@@ -49,7 +49,8 @@ def compiled(key: str, arch: str, compile: Callable[[], Any]) -> Any:
     if (arch, key) not in _loaded:
         raise ValueError(
             f"{_folders[arch]} has no object for {key}: it was made for another model, parallel "
-            f"size or scale policy; {_REMEDY}, or unset the option to compile at load"
+            f"size, scale policy or table of configs; {_REMEDY}, or unset the option to compile at "
+            "load"
         )
     return _loaded[arch, key]
 

@@ -21,13 +21,14 @@ from cutlass import BFloat16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 from dsv4_kernels.compiled import compiled
+from dsv4_kernels.grouped_gemm_sm90_choice import choose_config
 from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90
-from dsv4_kernels.grouped_gemm_sm90_spec import Gemm, Sm90Config
+from dsv4_kernels.grouped_gemm_sm90_spec import MOST_PARTIALS, Gemm
+from dsv4_kernels.grouped_gemm_sm90_table import SHIPPED, Table, layer_of, read_entries, table_of
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 
-GATHERED_ROWS = 14  # an expert, at most, where fc1 gathers
-# Of 256 weight rows by the largest tile_n that choose_config names, per thread block.
-MOST_PARTIALS = 256 * 144
+H200_SMS = 132  # multiprocessors of an H200 or H100 (SXM): what is meant where there is no GPU
+_in_use: list[Table] = []
 _FLAGS = 16  # per thread block: one a consumer warp
 _DTYPES = {
     torch.uint8: Uint8,
@@ -55,62 +56,55 @@ def unsupported(shape: MoeShape) -> str | None:
     return None
 
 
-def choose_config(shape: MoeShape, num_tokens: int, k: int) -> Sm90Config:
-    """By the rows that an expert gets if routing is even, for weights with k columns.
-
-    Few rows: the weights' bytes bind, and then the instructions that widen them; 16 warps share
-    that work and long stages spread what a stage costs. Many rows: the tensor cores bind, and two
-    warpgroups of 128 rows each read an expert's rows of x half as often. tile_n is four sizes about
-    what a tile will hold: with more, ptxas runs out of registers and makes WGMMA wait.
-    """
-    rows = num_tokens * shape.top_k / shape.num_experts
-    if rows <= GATHERED_ROWS:
-        return Sm90Config(1, 4, (8, 16, 24, 32), _tile_k(k, 256))
-    if rows <= 36:
-        return Sm90Config(1, 4, (24, 32, 40, 48), _tile_k(k, 128))
-    parts = math.ceil((rows + 1.25 * math.sqrt(rows)) / 144)
-    # One and a half standard deviations more than the even share still fit.
-    most = rows / parts + 1.5 * math.sqrt(rows) / parts
-    most = min(144, math.ceil(most / 16) * 16)
-    return Sm90Config(2, 2, (most - 24, most - 16, most - 8, most), _tile_k(k, 128))
+def table_in_use() -> Table:
+    """The shipped table, read once, or what `use_table` gave. A copy of the kernels without their
+    table chooses by arithmetic, and `untuned` says so."""
+    if not _in_use:
+        _in_use.append(table_of(read_entries(SHIPPED)) if SHIPPED.is_file() else {})
+    return _in_use[0]
 
 
-def _tile_k(k: int, most: int) -> int:
-    return next(tile for tile in (256, 128, 64) if tile <= most and k % tile == 0)
+def use_table(table: Table) -> None:
+    """Choose by this table from now on, in this process."""
+    _in_use[:] = [table]
+    gemms.cache_clear()
+    all_gemms.cache_clear()
 
 
-def places_rows(shape: MoeShape, num_tokens: int) -> bool:
-    """Whether fc1 wants rows as the layout says. Two warps gather rows by token fast enough for
-    the small tiles, whose time goes to weights; large ones want TMA, and a copy pays."""
-    return num_tokens * shape.top_k / shape.num_experts > GATHERED_ROWS
+def untuned(shape: MoeShape, device: torch.device) -> str | None:
+    """What a log should say of a layer whose configs were not measured, or None."""
+    layer = layer_of(shape, num_sms(device))
+    if layer in table_in_use():
+        return None
+    sizes = ", ".join(f"{name} {value}" for name, value in layer._asdict().items())
+    return (
+        f"the tiles of the expert GEMMs are chosen by arithmetic: {SHIPPED.name} has no measured "
+        f"ones for {sizes} (dsv4-moe tune writes them)"
+    )
+
+
+def places_rows(shape: MoeShape, num_tokens: int, device: torch.device) -> bool:
+    """Whether fc1 wants rows as the layout says."""
+    return not gemms(shape, num_tokens, num_sms(device))[0].gather
 
 
 @functools.lru_cache(maxsize=4096)
-def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
+def gemms(shape: MoeShape, num_tokens: int, multiprocessors: int = H200_SMS) -> tuple[Gemm, Gemm]:
     """(fc1, fc2) of a layer at a number of tokens."""
-    sizes = {"fc1": (2 * shape.intermediate, shape.hidden)}
-    sizes["fc2"] = (shape.hidden, shape.intermediate)
-    gather = {"fc1": not places_rows(shape, num_tokens), "fc2": False}
-    return tuple(
-        Gemm(
-            op,
-            shape.num_local_experts,
-            m,
-            k,
-            shape.top_k,
-            gather[op],
-            choose_config(shape, num_tokens, k),
-        )
-        for op, (m, k) in sizes.items()
+    gather, fc1, fc2 = choose_config(shape, num_tokens, multiprocessors, table_in_use())
+    experts, hidden, inter = shape.num_local_experts, shape.hidden, shape.intermediate
+    return (
+        Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1),
+        Gemm("fc2", experts, hidden, inter, shape.top_k, False, fc2),
     )
 
 
 @functools.cache
-def all_gemms(shape: MoeShape) -> list[Gemm]:
+def all_gemms(shape: MoeShape, multiprocessors: int = H200_SMS) -> list[Gemm]:
     """Every specialisation that calls of up to shape.max_num_tokens need."""
     found = {}
     for num_tokens in range(1, shape.max_num_tokens + 1):
-        found |= dict.fromkeys(gemms(shape, num_tokens))
+        found |= dict.fromkeys(gemms(shape, num_tokens, multiprocessors))
     return list(found)
 
 
@@ -145,19 +139,22 @@ def compile_gemm(gemm: Gemm, arch: str = "sm_90a"):
 def compile_layer(shape: MoeShape, device: torch.device) -> None:
     """Compile and allocate all that calls of up to shape.max_num_tokens will use on the device."""
     _fix_up(device)
-    for gemm in all_gemms(shape):
+    for gemm in all_gemms(shape, num_sms(device)):
         compile_gemm(gemm)
 
 
 @functools.cache
-def _num_sms(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of an H200 where tensors lie on the CPU, as in the emulator."""
+    if device.type == "cpu":
+        return H200_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
 def _fix_up(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(partial sums, flags) of the device's thread blocks; every launch leaves the flags zero."""
-    blocks = _num_sms(device)
+    blocks = num_sms(device)
     partials = torch.empty(blocks * MOST_PARTIALS, dtype=torch.float32, device=device)
     return partials, torch.zeros(blocks * _FLAGS, dtype=torch.int32, device=device)
 
@@ -170,7 +167,7 @@ def launch(gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -
     stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
     limit = math.inf if limit is None else limit
     num_rows = Int32(len(tensors[3]))
-    compile_gemm(gemm)(*pointers, Float32(limit), num_rows, Int32(_num_sms(device)), stream)
+    compile_gemm(gemm)(*pointers, Float32(limit), num_rows, Int32(num_sms(device)), stream)
 
 
 def fc1(
@@ -190,7 +187,7 @@ def fc1(
     """
     assert x.dtype == out.dtype == torch.bfloat16, (x.dtype, out.dtype)
     assert x.is_contiguous() and out.is_contiguous() and routing_weights.is_contiguous()
-    gemm, _ = gemms(shape, len(routing_weights))
+    gemm, _ = gemms(shape, len(routing_weights), num_sms(x.device))
     assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape
     launch(
         gemm,
@@ -220,7 +217,7 @@ def fc2(
     """Rows for `combine`: h (capacity, intermediate) bf16 -> out (capacity, hidden) bf16."""
     assert h.dtype == out.dtype == torch.bfloat16, (h.dtype, out.dtype)
     assert h.is_contiguous() and out.is_contiguous()
-    _, gemm = gemms(shape, len(layout.slot_to_row))
+    _, gemm = gemms(shape, len(layout.slot_to_row), num_sms(h.device))
     launch(
         gemm,
         (

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# Of 256 weight rows by 144 rows of an expert, per thread block: the most sums that a tile may have.
+MOST_PARTIALS = 256 * 144
+
 
 @dataclass(frozen=True)
 class Sm90Config:
@@ -34,3 +37,27 @@ class Gemm(NamedTuple):
     top_k: int
     gather: bool  # rows of x are fetched by row_to_slot; otherwise they lie as the layout says
     config: Sm90Config
+
+
+class LayerConfig(NamedTuple):
+    """How both GEMMs of a call run."""
+
+    gather: bool  # fc1 fetches rows of x by token; otherwise they lie as the layout says
+    fc1: Sm90Config
+    fc2: Sm90Config
+
+
+def why_unfit(config: Sm90Config, k: int) -> str | None:
+    """Why no kernel of this config can be, for weights with k columns; None if it may compile."""
+    sizes = config.tile_n
+    if config.tile_k not in (64, 128, 256) or k % config.tile_k:
+        return f"tile_k {config.tile_k} is not 64, 128 or 256, or does not divide K = {k}"
+    if (
+        not sizes
+        or list(sizes) != sorted(set(sizes))
+        or any(n % 8 or not 8 <= n <= 256 for n in sizes)
+    ):
+        return f"tile_n {sizes} are not ascending multiples of 8 up to 256"
+    if config.tile_m * sizes[-1] > MOST_PARTIALS:
+        return f"a tile of {config.tile_m} x {sizes[-1]} has more sums than {MOST_PARTIALS}"
+    return None

@@ -1,0 +1,59 @@
+"""Which kernels run a call of the sm90 grouped GEMMs: by a table of measured choices, and by
+arithmetic where it says nothing.
+"""
+
+import math
+
+from dsv4_kernels.grouped_gemm_sm90_spec import LayerConfig, Sm90Config
+from dsv4_kernels.grouped_gemm_sm90_table import Table, layer_of
+from dsv4_kernels.types import MoeShape
+
+GATHERED_ROWS = 14  # an expert, at most, where fc1 gathers
+
+
+def choose_config(
+    shape: MoeShape, num_tokens: int, multiprocessors: int, table: Table
+) -> LayerConfig:
+    """How both GEMMs run at a number of tokens: the table's range, or arithmetic's choice."""
+    rows = rows_per_expert(shape, num_tokens)
+    for above, up_to, config in table.get(layer_of(shape, multiprocessors), ()):
+        if above < rows <= up_to:
+            return config
+    return by_arithmetic(shape, num_tokens)
+
+
+def rows_per_expert(shape: MoeShape, num_tokens: int) -> float:
+    """If routing is even."""
+    return num_tokens * shape.top_k / shape.num_experts
+
+
+def by_arithmetic(shape: MoeShape, num_tokens: int) -> LayerConfig:
+    """The choice for any layer, by the rows of an expert. Two warps gather rows by token fast
+    enough for the small tiles, whose time goes to weights; large ones want TMA, and a copy pays.
+    """
+    rows = rows_per_expert(shape, num_tokens)
+    fc1, fc2 = (_config(rows, k) for k in (shape.hidden, shape.intermediate))
+    return LayerConfig(rows <= GATHERED_ROWS, fc1, fc2)
+
+
+def _config(rows: float, k: int) -> Sm90Config:
+    """Of the GEMM whose weights have k columns.
+
+    Few rows: the weights' bytes bind, and then the instructions that widen them; 16 warps share
+    that work and long stages spread what a stage costs. Many rows: the tensor cores bind, and two
+    warpgroups of 128 rows each read an expert's rows of x half as often. tile_n is four sizes about
+    what a tile will hold: with more, ptxas runs out of registers and makes WGMMA wait.
+    """
+    if rows <= GATHERED_ROWS:
+        return Sm90Config(1, 4, (8, 16, 24, 32), _tile_k(k, 256))
+    if rows <= 36:
+        return Sm90Config(1, 4, (24, 32, 40, 48), _tile_k(k, 128))
+    parts = math.ceil((rows + 1.25 * math.sqrt(rows)) / 144)
+    # One and a half standard deviations more than the even share still fit.
+    most = rows / parts + 1.5 * math.sqrt(rows) / parts
+    most = min(144, math.ceil(most / 16) * 16)
+    return Sm90Config(2, 2, (most - 24, most - 16, most - 8, most), _tile_k(k, 128))
+
+
+def _tile_k(k: int, most: int) -> int:
+    return next(tile for tile in (256, 128, 64) if tile <= most and k % tile == 0)
