@@ -127,6 +127,8 @@ FLOAT = [
     ),
     ("min.f32 d, a, b;", F32, [1.0, 2.0], dict(a=_f(NAN, 2), b=_f(1, NAN))),
     ("max.NaN.f32 d, a, b;", F32, [NAN], dict(a=_f(NAN), b=_f(1))),
+    ("min.xorsign.abs.f32 d, a, b;", F32, [-2, 2, 1], dict(a=_f(-3, -3, NAN), b=_f(2, -2, 1))),
+    ("min.NaN.xorsign.abs.f32 d, a, b;", F32, [-1, NAN], dict(a=_f(-1, NAN), b=_f(2, 2))),
     ("mul.ftz.f32 d, a, b;", F32, [0.0, -0.0], dict(a=_f(2.0**-100, -(2.0**-100)), b=_f(2.0**-40))),
     ("add.sat.f32 d, a, b;", F32, [1.0, 0.0], dict(a=_f(0.75, -3), b=_f(0.75))),
     ("neg.f32 d, a;", F32, [-0.0], dict(a=_f(0.0))),

@@ -103,13 +103,25 @@ def _float_function(binder: Binder, name: str) -> Callable:
         function = _F32_NAN[name]
     else:
         function = _F32[name]
-    if name in ("min", "max"):
+    if binder.has("xorsign"):
+        function = _xorsign(function)
+    elif name in ("min", "max"):
         function = _of_three(function, np.abs if binder.has("abs") else np.asarray)
     if binder.has("ftz"):
         function = _flushed(function)
     if binder.has("sat"):
         function = _saturated(function)
     return function
+
+
+def _xorsign(function: Callable) -> Callable:
+    """min or max of two magnitudes, negative where one of the operands alone is."""
+
+    def apply(a, b):
+        magnitude = function(np.abs(a), np.abs(b))
+        return np.where(np.signbit(a) ^ np.signbit(b), -magnitude, magnitude)
+
+    return apply
 
 
 def _of_three(function: Callable, prepare: Callable) -> Callable:
@@ -171,7 +183,8 @@ def compile_arithmetic(binder: Binder) -> Step:
     arity = len(binder.operands) - 1
     rounding = ("rn", "ftz", "sat", "NaN", "relu", "lo", "wrapping")
     if kind == "f32":
-        _check_modifiers(binder, *rounding, *(("abs",) if arity == 3 else ()))
+        magnitudes = ("abs",) if arity == 3 or binder.has("xorsign") else ()
+        _check_modifiers(binder, *rounding, "xorsign", *magnitudes)
         return _map(binder, _float_function(binder, name), *["f32"] * arity)
     if kind == "f32x2":
         _check_modifiers(binder, "rn", "ftz")
