@@ -69,13 +69,13 @@ SHARED_FAULTS = [
 # What follows an instruction, to tell it from others like it.
 THEN_EPILOGUE_BARRIER = r"(?=.{0,200}\+96\])"
 THEN_LOOP_END = r"(?=\s+setp\.ne\.b32[^;]*;\s+@%p\d+ bra)"
-THEN_K_LOOP = r"(?=\s+mov\.pred\s+%p\d+, -1;\s+\$L\w+:\s+\.pragma[^;]*;\s+mov\.pred[^;]*;\s+shl)"
-THEN_MMA = r"(?=\s+// begin inline asm\s+\{\s+\.reg \.pred p;)"
+THEN_LOOP = r"(?=\s+\$L\w+:\s+\.pragma)"
+THEN_MMA = r"(?=[^;]*tcgen05\.mma)"
 GATHER = r"cp\.async\.mbarrier\.arrive\.noinc"
 BULK_COPY = r"(cp\.async\.bulk\.shared::cluster\.global\S+ \[%\w+"
-COORDINATES = r"\{(%\w+), (%\w+), (%\w+)\}(?=\], \[%\w+\], %rd)"
+COORDINATES = r"\{(%\w+), (%\w+), (%\w+)\}(?=\], \[%\w+\];)"
 COMMIT = r"tcgen05\.commit\.[^\[]*\[%\w+\+{}\]"
-SCALED = r"(tcgen05\.mma\.\S+ \[[^\]]*\], %\w+, %\w+, %\w+), (\[%\w+\]), (\[%\w+\]), p;"
+SCALED = r"(tcgen05\.mma\.\S+ \[[^\]]*\], %\w+, %\w+, %\w+), (\[%\w+\]), (\[%\w+\]), (%p\d+);"
 SM100_FAULTS = [
     *SHARED_FAULTS,
     dropped("bar.sync after alloc and mbarrier.init", r"bar\.sync\s+0", nth(0)),
@@ -108,23 +108,21 @@ SM100_FAULTS = [
         "one staging buffer for two", r"xor\.b32(\s+%\w+, %\w+), 1;" + THEN_LOOP_END, r"mov.b32\1;"
     ),
     Fault("coordinates of a weight tile swapped", COORDINATES, r"{\2, \1, \3}", nth(0)),
-    Fault("a tile copied one KiB off", r"\[(%\w+)\+1024\], \[%rd", r"[\1+2048], [%rd", nth(0)),
+    Fault("a tile copied one KiB off", r"(bytes \[%\w+)(?=\], \[%rd)", r"\1+1024", nth(0)),
     dropped("one copy of scales to tensor memory", r"tcgen05\.cp\.[^;]*", nth(3)),
-    Fault("scales of A and B swapped", SCALED, r"\1, \3, \2, p;", nth(1)),
+    Fault("scales of A and B swapped", SCALED, r"\1, \3, \2, \4;", nth(1)),
     Fault(
         "the first MMA of a tile accumulates",
-        r"mov\.b32(\s+%\w+), 0;" + THEN_K_LOOP,
-        r"mov.b32\1, 1;",
+        r"mov\.pred(\s+%\w+), 0;" + THEN_LOOP,
+        r"mov.pred\1, -1;",
     ),
     Fault(
         "a later MMA does not accumulate",
-        r"mov\.b32(\s+%\w+), 1;" + THEN_MMA,
-        r"mov.b32\1, 0;",
+        r"mov\.pred(\s+%\w+), -1;" + THEN_MMA,
+        r"mov.pred\1, 0;",
         nth(0),
     ),
-    Fault(
-        "a descriptor not advanced along K", r"4611756662049538050", "4611756662049538048", nth(0)
-    ),
+    Fault("a descriptor not advanced along K", r"(add\.s64\s+%\w+, %\w+), 2;", r"\1, 0;", nth(0)),
     Fault(
         "half the tensor memory allocated",
         r"mov\.b32(\s+%\w+), 512;(?=\s+tcgen05\.alloc)",
@@ -132,12 +130,7 @@ SM100_FAULTS = [
     ),
     dropped("dealloc", r"tcgen05\.dealloc[^;]*"),
     Fault("both loads from the lower lanes", r"(add\.s32\s+%\w+, %\w+), 1048576;", r"\1, 0;"),
-    Fault(
-        "every lane issues the copies",
-        ELECTED.format(r"(?=cvta\.param[^@]*?cp\.async\.bulk)"),
-        "",
-        nth(0),
-    ),
+    Fault("every lane issues the loads of a stage", ELECTED.format(""), "", nth(1)),
     Fault("every lane issues the MMA", ELECTED.format(r"(?=shl[^@]*?tcgen05\.cp)"), ""),
     Fault("stmatrix not transposed", r"x4\.trans\.shared", "x4.shared"),
     Fault("staging rows overlap", r"(stmatrix[^\[]*\[%\w+)\+512\]", r"\1+256]"),

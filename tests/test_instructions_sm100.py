@@ -1,7 +1,14 @@
-"""Work around the MMAs: warp-instructions that the emulator counts on a ragged problem."""
+"""Work around the MMAs: warp-instructions that the emulator counts on a ragged problem.
+
+The count is of every warp of the launch, from its first instruction to its last: prologue, waits,
+idle CTAs and epilogue (FC1's with SwiGLU and NVFP4) included. It is divided by the same number for
+every variant, whatever its tile: the MMAs of 128x128x64 that these groups need when each is padded
+to 128 tokens, as NVIDIA's example does. So a smaller tile is not credited for its smaller MMAs.
+"""
 
 import pytest
 import torch
+from bench.sass_sm100 import name
 from dsv4_kernels.grouped_gemm_sm100_spec import CONFIGS, Gemm
 from dsv4_kernels.reference import expert_layout
 
@@ -22,26 +29,28 @@ def instructions(gemm: Gemm) -> int:
     rows = len(layout.row_to_slot)
     scale_rows = -(-rows // 128) * 128
     fc1 = gemm.op == "fc1"
-    zeros = {
-        "weights": torch.zeros(experts, WEIGHT_ROWS, K // 2, dtype=torch.uint8),
-        "weight scales": torch.zeros(experts, WEIGHT_ROWS, K // 16, dtype=torch.uint8),
-        "weight global scales": torch.ones(experts, 2) if fc1 else torch.ones(experts),
-        "tokens": torch.zeros(rows, K // 2, dtype=torch.uint8),
-        "token scales": torch.zeros(scale_rows, K // 16, dtype=torch.uint8),
-        "token global scales": torch.ones(1) if fc1 else torch.ones(experts),
-    }
-    out = torch.zeros(rows, gemm.out_features // (2 if fc1 else 1), dtype=torch.uint8)
-    if fc1:
+    token_scales = torch.ones(rows if gemm.scale_per_row else 1 if fc1 else experts)
+    inputs = (
+        torch.zeros(experts, WEIGHT_ROWS, K // 2, dtype=torch.uint8),
+        torch.zeros(experts, WEIGHT_ROWS, K // 16, dtype=torch.uint8),
+        torch.ones(experts, 2) if fc1 else torch.ones(experts),
+        torch.zeros(rows, K // 2, dtype=torch.uint8),
+        torch.zeros(scale_rows, K // 16, dtype=torch.uint8),
+        token_scales,
+    )
+    outputs: tuple[torch.Tensor, ...] = (torch.zeros(rows, gemm.out_features).bfloat16(),)
+    if gemm.quantize:
+        codes = torch.zeros(rows, gemm.out_features // 2, dtype=torch.uint8)
         scales = torch.zeros(scale_rows, gemm.out_features // 16, dtype=torch.uint8)
-        more = (scales, torch.ones(experts), layout.row_to_slot, torch.ones(len(ids)))
-        more = (*more, torch.zeros(1, dtype=torch.int64))
-    else:
-        out, more = torch.zeros(rows, gemm.out_features, dtype=torch.bfloat16), ()
-    arguments = (layout.counts, layout.offsets, layout.tile_to_expert, out, *more)
+        outputs = (codes, scales, torch.ones(experts))
+    if fc1:
+        outputs += (layout.row_to_slot, torch.ones(len(ids)))
+    if gemm.quantize:
+        outputs += (torch.zeros(1, dtype=torch.int64),)
     statistics = emulated(gemm).run(
-        *map(aligned, zeros.values()),
+        *map(aligned, inputs),
         rows,
-        *map(aligned, arguments),
+        *map(aligned, (layout.counts, layout.offsets, layout.tile_to_expert, *outputs)),
         10.0,
         SMS // gemm.config.num_ctas,
         None,
@@ -49,11 +58,24 @@ def instructions(gemm: Gemm) -> int:
     return statistics.warp_instructions
 
 
-@pytest.mark.parametrize("op", ["fc1", "fc2"])
-@pytest.mark.parametrize("tile", [128, 256])
-def test_fewer_than_nvidias_example(op, tile, record_property):
-    features = WEIGHT_ROWS // 2 if op == "fc1" else WEIGHT_ROWS
-    gemm = Gemm(op, len(GROUPS), features, K, CONFIGS[tile], quantize=op == "fc1")
+# Every config that choose_config returns, with every input and output that a policy gives it.
+VARIANTS = [
+    Gemm(op, len(GROUPS), WEIGHT_ROWS // halves, K, config, quantize, scale_per_row)
+    for config in CONFIGS.values()
+    for op, halves, quantize, scale_per_row in (
+        ("fc1", 2, True, False),
+        ("fc1", 2, False, False),
+        ("fc1", 2, False, True),
+        ("fc2", 1, False, False),
+        ("fc2", 1, False, True),
+    )
+]
+
+
+@pytest.mark.parametrize("gemm", VARIANTS, ids=name)
+def test_fewer_than_nvidias_example(gemm, record_property):
     count = instructions(gemm)
-    record_property("warp instructions per 128x128x64", round(count / MMAS, 1))
-    assert count < NVIDIAS_EXAMPLE, count / MMAS
+    per_mma = round(count / MMAS, 1)
+    record_property("warp instructions per 128x128x64", per_mma)
+    print(f"{name(gemm)}: {per_mma} warp-instructions per 128x128x64, {count} in all")
+    assert count < NVIDIAS_EXAMPLE, per_mma

@@ -92,22 +92,22 @@ class Dsv4GroupedGemmSm100:
         k_bytes = gemm.k // 2
         k_blocks = gemm.k // MMA_K
 
-        weight_tma, mW = cpasync.make_tiled_tma_atom(
+        weight_tma, _ = cpasync.make_tiled_tma_atom(
             load, self._weight_tensor(weights), self._operand_layout(TILE_M), self._weight_tiler()
         )
         mX = cute.make_tensor(tokens, cute.make_layout((rows, k_bytes), stride=(k_bytes, 1)))
-        token_tma, mX = cpasync.make_tiled_tma_atom(
+        token_tma, _ = cpasync.make_tiled_tma_atom(
             load, mX, self._operand_layout(config.token_box), (config.token_box, TILE_K // 2)
         )
         # Block scales as lines of 128 words, one for 128 rows and K = 64.
         scale_box = (TILE_K // MMA_K, SCALE_BLOCK // 4)
         scale_layout = cute.make_layout(scale_box, stride=(SCALE_BLOCK // 4, 1))
         lines = gemm.num_experts * (gemm.weight_rows // TILE_M) * k_blocks
-        sfa_tma, mSFA = cpasync.make_tiled_tma_atom(
+        sfa_tma, _ = cpasync.make_tiled_tma_atom(
             load, self._lines(weight_scales, lines), scale_layout, scale_box
         )
         lines = (rows + 127) // 128 * k_blocks
-        sfb_tma, mSFB = cpasync.make_tiled_tma_atom(
+        sfb_tma, _ = cpasync.make_tiled_tma_atom(
             load, self._lines(token_scales, lines), scale_layout, scale_box
         )
         out_tma, mOut = None, out
@@ -120,7 +120,7 @@ class Dsv4GroupedGemmSm100:
                 (CHUNK, 32),
             )
         self.kernel(
-            (weight_tma, mW, sfa_tma, mSFA, token_tma, mX, sfb_tma, mSFB),
+            (weight_tma, sfa_tma, token_tma, sfb_tma),
             (counts, offsets, tile_to_expert),
             (weight_global_scales, token_global_scales),
             (out_tma, mOut, out_scales, out_global_scales),
@@ -180,8 +180,8 @@ class Dsv4GroupedGemmSm100:
         config = self.gemm.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-        first = cute.arch.block_idx()[0] // config.num_ctas
-        step = cute.arch.grid_dim()[0] // config.num_ctas
+        first = Uint32(cute.arch.block_idx()[0]) // config.num_ctas
+        step = Uint32(cute.arch.grid_dim()[0]) // config.num_ctas
 
         # Phase 1: barriers, tensor memory, tensor maps; nothing that an earlier kernel wrote.
         smem = cutlass.utils.SmemAllocator()  # where vLLM's CuTe DSL 4.7.1 has it
@@ -196,7 +196,7 @@ class Dsv4GroupedGemmSm100:
         staging = smem.allocate_array(Uint8, self.gemm.staging_bytes, byte_alignment=1024)
         if warp == TMA_WARP:
             self._init_barriers(barriers)
-            for atom in loads[0::2]:
+            for atom in loads:
                 cpasync.prefetch_descriptor(atom)
         if warp == MMA_WARP:
             cute.arch.alloc_tmem(
@@ -209,7 +209,7 @@ class Dsv4GroupedGemmSm100:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         mOffsets = cute.make_tensor(layout[1], cute.make_layout(self.gemm.num_experts + 1))
-        num_work = mOffsets[self.gemm.num_experts] // config.tile * self.gemm.m_tiles
+        num_work = Uint32(mOffsets[self.gemm.num_experts]) // config.tile * self.gemm.m_tiles
         work = (first, step, num_work)
         if warp == TMA_WARP:
             self._load(work, rank, loads, layout, barriers, staged)
@@ -234,42 +234,13 @@ class Dsv4GroupedGemmSm100:
 
     @cute.jit
     def _allocate_stages(self, smem):
-        """Weights (128, 128 B, stage), tokens (box, 128 B, boxes, stage), and their scales."""
-        gemm, config = self.gemm, self.gemm.config
-        swizzle = cute.make_swizzle(3, 4, 3)
-        line = TILE_K // 2
-        sW = smem.allocate_tensor(
-            Uint8,
-            cute.make_layout((TILE_M, line, config.stages), stride=(line, 1, TILE_M * line)),
-            1024,
-            swizzle=swizzle,
+        """Addresses, by stage, of weights and tokens (rows, 128 B) and of their block scales."""
+        gemm, stages = self.gemm, self.gemm.config.stages
+        sizes = (gemm.weight_bytes, gemm.token_bytes, gemm.scale_bytes, gemm.token_scale_bytes)
+        return tuple(
+            ptx.smem_address(smem.allocate_array(Uint8, size * stages, byte_alignment=1024))
+            for size in sizes
         )
-        box = config.token_box
-        sX = smem.allocate_tensor(
-            Uint8,
-            cute.make_layout(
-                (box, line, gemm.token_rows // box, config.stages),
-                stride=(line, 1, box * line, gemm.token_rows * line),
-            ),
-            1024,
-            swizzle=swizzle,
-        )
-        words = SCALE_BLOCK // 4
-        k_steps = TILE_K // MMA_K
-        sSFA = smem.allocate_tensor(
-            Uint32,
-            cute.make_layout((k_steps, words, config.stages), stride=(words, 1, k_steps * words)),
-            1024,
-        )
-        sSFB = smem.allocate_tensor(
-            Uint32,
-            cute.make_layout(
-                (k_steps, words, gemm.scale_blocks, config.stages),
-                stride=(words, 1, k_steps * words, gemm.scale_blocks * k_steps * words),
-            ),
-            1024,
-        )
-        return sW, sX, sSFA, sSFB
 
     @cute.jit
     def _init_barriers(self, barriers):
@@ -298,8 +269,8 @@ class Dsv4GroupedGemmSm100:
         counts, offsets, tile_to_expert = layout
         config, big = self.gemm.config, cute.make_layout(1 << 30)
         token_tile = work // self.gemm.m_tiles
-        m_tile = work - token_tile * self.gemm.m_tiles
-        row = token_tile * config.tile
+        m_tile = Int32(work - token_tile * self.gemm.m_tiles)
+        row = Int32(token_tile * config.tile)
         expert = cute.make_tensor(tile_to_expert, big)[token_tile]
         below = cute.make_tensor(counts, big)[expert] + cute.make_tensor(offsets, big)[expert]
         return m_tile, expert, row, cutlass.min(below - row, config.tile)
@@ -308,71 +279,70 @@ class Dsv4GroupedGemmSm100:
     def _covering(self, live):
         """N of the MMA: the rows that exist, up to a multiple of what N may be."""
         granule = self.n_granule
-        return (live + (granule - 1)) // granule * granule
+        return (live + (granule - 1)) & -granule
 
     # ---- warp 5: operands from global to shared memory
 
     @cute.jit
     def _load(self, work, rank, loads, layout, barriers, staged):
         gemm, config = self.gemm, self.gemm.config
-        weight_tma, mW, sfa_tma, mSFA, token_tma, mX, sfb_tma, mSFB = loads
         full, empty, _, _ = barriers
-        sW, sX, sSFA, sSFB = staged
         k_blocks = gemm.k // MMA_K
-        scale_box = (TILE_K // MMA_K, SCALE_BLOCK // 4)
-        box_bytes = config.token_box * (TILE_K // 2)
-        fixed_bytes = config.num_ctas * (gemm.stage_bytes - gemm.token_rows * (TILE_K // 2))
-
-        gW = cute.local_tile(mW, self._weight_tiler(), (None, None, None))
-        tWsW, tWgW = self._partition(weight_tma, sW, gW)
+        maps = [ptx.tensor_map_address(atom) for atom in loads]
         index, step, num_work = work
         stage, phase = Int32(0), Int32(1)
         while index < num_work:
             m_tile, expert, row, live = self._tile(index, layout)
             m_tile = m_tile * config.num_ctas + rank
             # The pair's CTAs hold one half of N each.
-            rows_here = self._covering(live) // config.num_ctas
-            boxes = (rows_here + (config.token_box - 1)) // config.token_box
-            stage_bytes = fixed_bytes + boxes * (box_bytes * config.num_ctas)
-            gX = cute.local_tile(
-                cute.domain_offset((row + rank * rows_here, 0), mX),
-                (config.token_box, TILE_K // 2),
-                (None, None),
-            )
-            tXsX, tXgX = self._partition(token_tma, sX, gX)
-            sfa_line = (expert * (gemm.weight_rows // TILE_M) + m_tile) * k_blocks
-            gSFA = cute.local_tile(cute.domain_offset((sfa_line, 0), mSFA), scale_box, (None, None))
-            tAsA, tAgA = self._partition(sfa_tma, sSFA, gSFA)
+            rows_here = self._covering(live) >> (config.num_ctas - 1)
+            boxes = Int32(Uint32(rows_here + (config.token_box - 1)) // config.token_box)
+            weight_line = (expert * (gemm.weight_rows // TILE_M) + m_tile) * k_blocks
+            token_line = (row >> 7) * k_blocks
+            tile = (m_tile, expert, row + rank * rows_here, boxes, weight_line, token_line)
             for k in cutlass.range(self.k_tiles, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
-                if rank == 0:
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, stage_bytes)
-                cute.copy(
-                    weight_tma,
-                    tWgW[None, m_tile, k, expert],
-                    tWsW[None, stage],
-                    tma_bar_ptr=full + stage,
-                )
-                cute.copy(sfa_tma, tAgA[None, k, 0], tAsA[None, stage], tma_bar_ptr=full + stage)
-                for b in cutlass.range_constexpr(gemm.scale_blocks):
-                    sfb_line = (row // 128 + b) * k_blocks
-                    gSFB = cute.local_tile(
-                        cute.domain_offset((sfb_line, 0), mSFB), scale_box, (None, None)
-                    )
-                    tBsB, tBgB = self._partition(sfb_tma, sSFB, gSFB)
-                    cute.copy(
-                        sfb_tma, tBgB[None, k, 0], tBsB[None, b, stage], tma_bar_ptr=full + stage
-                    )
-                for b in cutlass.range(boxes, unroll=1):
-                    cute.copy(
-                        token_tma,
-                        tXgX[None, b, k],
-                        tXsX[None, b, stage],
-                        tma_bar_ptr=full + stage,
-                    )
+                with cute.arch.elect_one():
+                    if rank == 0:
+                        cute.arch.mbarrier_arrive_and_expect_tx(
+                            full + stage, self._bytes_of_stage(boxes)
+                        )
+                    self._load_stage(k, stage, tile, maps, full, staged)
                 stage, phase = self._advance(stage, phase)
             index += step
+
+    def _bytes_of_stage(self, boxes):
+        """What the CTA, or the pair together, loads into a stage."""
+        gemm, config = self.gemm, self.gemm.config
+        box_bytes = config.token_box * (TILE_K // 2)
+        return config.num_ctas * (gemm.stage_bytes - gemm.token_bytes) + boxes * (
+            config.num_ctas * box_bytes
+        )
+
+    @cute.jit
+    def _load_stage(self, k, stage, tile, maps, full, staged):
+        gemm, config = self.gemm, self.gemm.config
+        m_tile, expert, row, boxes, weight_line, token_line = tile
+        weights, weight_scales, tokens, token_scales = maps
+        sW, sX, sSFA, sSFB = staged
+        barrier = ptx.smem_address(full + stage)
+        if cutlass.const_expr(config.num_ctas == 2):
+            barrier = barrier & ptx.EVEN_CTA
+        ctas, k_byte, line = config.num_ctas, k * (TILE_K // 2), k * (TILE_K // MMA_K)
+        place = (m_tile * TILE_M, expert)
+        if cutlass.const_expr(gemm.op == "fc1"):
+            place = (0, 0, m_tile * (TILE_M // 32), expert)
+        ptx.load_box(weights, (k_byte, *place), sW + stage * gemm.weight_bytes, barrier, ctas)
+        to = sSFA + stage * gemm.scale_bytes
+        ptx.load_box(weight_scales, (0, weight_line + line), to, barrier, ctas)
+        to = sSFB + stage * gemm.token_scale_bytes
+        for b in cutlass.range_constexpr(gemm.scale_blocks):
+            place = (0, token_line + b * (gemm.k // MMA_K) + line)
+            ptx.load_box(token_scales, place, to + b * gemm.scale_bytes, barrier, ctas)
+        to = sX + stage * gemm.token_bytes
+        for b in cutlass.range(boxes, unroll=1):
+            place = (k_byte, row + b * config.token_box)
+            ptx.load_box(tokens, place, to + b * (config.token_box * TILE_K // 2), barrier, ctas)
 
     @cute.jit
     def _partition(self, atom, s, g):
@@ -394,7 +364,13 @@ class Dsv4GroupedGemmSm100:
     def _multiply(self, work, layout, barriers, staged, tmem):
         gemm, config = self.gemm, self.gemm.config
         full, empty, acc_full, acc_empty = barriers
-        sW, sX, sSFA, sSFB = (ptx.smem_address(s.iterator) for s in staged)
+        sW, sX, sSFA, sSFB = staged
+        descs = (
+            (ptx.smem_desc(sW, ptx.OPERAND_DESC), gemm.weight_bytes),
+            (ptx.smem_desc(sX, ptx.OPERAND_DESC), gemm.token_bytes),
+            (ptx.smem_desc(sSFA, ptx.SCALES_DESC), gemm.scale_bytes),
+            (ptx.smem_desc(sSFB, ptx.SCALES_DESC), gemm.token_scale_bytes),
+        )
         index, step, num_work = work
         stage, phase = Int32(0), Int32(0)
         buffer = Int32(0)
@@ -408,19 +384,15 @@ class Dsv4GroupedGemmSm100:
             )
             d = tmem + buffer * gemm.acc_stride
             # Of a tile smaller than a 128-row block, the scales start at a later column.
-            sfb = tmem + self.sfb_column + row % 128 // 32
+            sfb = tmem + self.sfb_column + ((row & 127) >> 5)
             cute.arch.mbarrier_wait(acc_empty + waited, acc_phase)
             ptx.fence_after_sync()
             for k in cutlass.range(self.k_tiles, unroll=1):
                 cute.arch.mbarrier_wait(full + stage, phase)
                 ptx.fence_after_sync()
                 with cute.arch.elect_one():
-                    operands = (
-                        sW + stage * (TILE_M * TILE_K // 2),
-                        sX + stage * (gemm.token_rows * TILE_K // 2),
-                        sSFA + stage * (SCALE_BLOCK * TILE_K // MMA_K),
-                        sSFB + stage * (gemm.scale_blocks * SCALE_BLOCK * TILE_K // MMA_K),
-                    )
+                    # A descriptor's address is its lowest field, in units of 16 bytes.
+                    operands = [desc + Int64(stage * (size >> 4)) for desc, size in descs]
                     self._multiply_stage(k, operands, tmem, sfb, d, idesc)
                     self._commit(empty + stage)
                 stage, phase = self._advance(stage, phase)
@@ -434,11 +406,7 @@ class Dsv4GroupedGemmSm100:
     @cute.jit
     def _multiply_stage(self, k, operands, tmem, sfb, d, idesc):
         gemm, ctas = self.gemm, self.gemm.config.num_ctas
-        a, b, scales_a, scales_b = operands
-        a_desc = ptx.smem_desc(a, ptx.OPERAND_DESC)
-        b_desc = ptx.smem_desc(b, ptx.OPERAND_DESC)
-        a_scales = ptx.smem_desc(scales_a, ptx.SCALES_DESC)
-        b_scales = ptx.smem_desc(scales_b, ptx.SCALES_DESC)
+        a_desc, b_desc, a_scales, b_scales = operands
         k_steps = TILE_K // MMA_K
         line = SCALE_BLOCK >> 4
         for i in cutlass.range_constexpr(k_steps):
@@ -486,7 +454,7 @@ class Dsv4GroupedGemmSm100:
             m_tile, expert, row, live = self._tile(index, layout)
             m_tile = m_tile * config.num_ctas + rank
             scales = (*self._tile_scales(expert, global_scales, outputs), routing[3])
-            chunks = (live + (CHUNK - 1)) // CHUNK
+            chunks = (live + (CHUNK - 1)) >> 5
             chunk, stride, last = self._chunk_order(chunks, buffer)
             source = tmem + buffer * gemm.acc_stride + (warp << 21)
             weight = self._routing_weight(row, live, chunk, routing)
@@ -641,8 +609,8 @@ class Dsv4GroupedGemmSm100:
         saturated = Int32(0)
         if cutlass.const_expr(self.gemm.quantize):
             codes, scale, saturated = self._quantize(pairs, values, scales[2])
-            line = row // 128 * (width // 64) + m_tile
-            scale_at = Int64(line) * SCALE_BLOCK + (lane * 16 + row % 128 // 32 * 4 + warp)
+            line = (row >> 7) * (width // 64) + m_tile
+            scale_at = Int64(line) * SCALE_BLOCK + (lane * 16 + ((row & 96) >> 3) + warp)
             if lane < live:
                 ptx.store_global(out + (Int64(row + lane) * (width // 2) + column // 2), codes)
                 ptx.store_global_byte(Int64(outputs[2].toint()) + scale_at, scale)
@@ -663,8 +631,7 @@ class Dsv4GroupedGemmSm100:
         for r in cutlass.range_constexpr(16):
             row_scale = row_scales[r // 4 * 2 + r % 2]
             g = cute.arch.fmin(gate[r] * (scales[0] * row_scale), limit, nan=True)
-            u = cute.arch.fmin(up[r] * (scales[1] * row_scale), limit, nan=True)
-            u = cute.arch.fmax(u, -limit, nan=True)
+            u = ptx.clamp(up[r] * (scales[1] * row_scale), limit)
             exponential = cute.math.exp2(g * -1.4426950408889634, fastmath=True)
             values.append(g * cute.arch.rcp_approx(1.0 + exponential) * u)
         return values

@@ -5,11 +5,11 @@ Operand formats are those of the PTX ISA 9.x, chapters "tcgen05" and "cvt".
 """
 
 import cutlass
-from cutlass import Float32, Int32, Int64, Uint32, cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
+from cutlass._mlir.dialects import cute_nvgpu, llvm
 
-_REGISTER = {Float32: "f", Int32: "r", Uint32: "r", Int64: "l"}
+_REGISTER = {Float32: "f", Int32: "r", Uint32: "r", Int64: "l", Boolean: "b"}
 
 
 def _asm(template: str, results: tuple = (), args: tuple = (), effects: bool = True):
@@ -70,6 +70,38 @@ def smem_desc(address: Int32, high_bits: int) -> Int64:
     return Int64(high_bits) | Int64((address & 0x3FFFF) >> 4)
 
 
+# Bit 24 of a shared::cluster address is the lowest of the CTA's rank; without it, the same place
+# in the even CTA of a pair.
+EVEN_CTA = ~(1 << 24)
+
+
+def tensor_map_address(atom: cute.CopyAtom) -> Int64:
+    """Where the tensor map of a TMA atom is; `load_box` wants it."""
+    executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value)
+    pointer = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<64>>")
+    return cute_nvgpu.get_tma_desc_addr(pointer, executable).toint()
+
+
+def load_box(
+    tensor_map: Int64,
+    coordinates: tuple,
+    to: Int32,
+    barrier: Int32,
+    num_ctas: cutlass.Constexpr[int],
+) -> None:
+    """TMA load of the box at these coordinates, innermost dimension first; one thread issues it.
+
+    A pair's CTA writes its own shared memory at `to`, and `barrier` may be the other's.
+    """
+    operands = ", ".join(f"${3 + i}" for i in range(len(coordinates)))
+    space, group = ("cluster", ".cta_group::2") if num_ctas == 2 else ("cta", "")
+    _asm(
+        f"cp.async.bulk.tensor.{len(coordinates)}d.shared::{space}.global.tile"
+        f".mbarrier::complete_tx::bytes{group} [$0], [$1, {{{operands}}}], [$2];",
+        args=(to, tensor_map, barrier, *map(Int32, coordinates)),
+    )
+
+
 def mma_mxf4nvf4(
     d_tmem: Int32,
     a_desc: Int64,
@@ -77,18 +109,14 @@ def mma_mxf4nvf4(
     idesc: Int32,
     a_scales_tmem: Int32,
     b_scales_tmem: Int32,
-    accumulate: cutlass.Boolean,
+    accumulate: Boolean,
     num_ctas: cutlass.Constexpr[int],
 ) -> None:
     """D (M, N) (+)= (A * its scales) (B * its scales)^T over K = 64; one thread issues it."""
     _asm(
-        _block(
-            ".reg .pred p;",
-            "setp.ne.b32 p, $6, 0;",
-            f"tcgen05.mma.cta_group::{num_ctas}.kind::mxf4nvf4.block_scale.block16 "
-            "[$0], $1, $2, $3, [$4], [$5], p;",
-        ),
-        args=(d_tmem, a_desc, b_desc, idesc, a_scales_tmem, b_scales_tmem, Int32(accumulate)),
+        f"tcgen05.mma.cta_group::{num_ctas}.kind::mxf4nvf4.block_scale.block16 "
+        "[$0], $1, $2, $3, [$4], [$5], $6;",
+        args=(d_tmem, a_desc, b_desc, idesc, a_scales_tmem, b_scales_tmem, accumulate),
     )
 
 
@@ -132,6 +160,11 @@ def max_abs3(a: Float32, b: Float32, c: Float32, nan: cutlass.Constexpr[bool]) -
     """max(|a|, |b|, |c|); with `nan`, NaN if one of them is, otherwise the largest number."""
     modifier = ".NaN" if nan else ""
     return _asm(f"max{modifier}.abs.f32 $0, $1, $2, $3;", (Float32,), (a, b, c), effects=False)
+
+
+def clamp(value: Float32, limit: Float32) -> Float32:
+    """value, or limit with its sign where it is larger; limit is not negative. NaN stays."""
+    return _asm("min.NaN.xorsign.abs.f32 $0, $1, $2;", (Float32,), (value, limit), effects=False)
 
 
 # Two fp32 values as one operand: the fp32 pipe takes the pair in one instruction.

@@ -112,9 +112,27 @@ class Gemm:
         return -(-self.config.tile // 128)
 
     @property
+    def weight_bytes(self) -> int:
+        """Of a stage, like the next three."""
+        return TILE_M * TILE_K // 2
+
+    @property
+    def token_bytes(self) -> int:
+        return self.token_rows * TILE_K // 2
+
+    @property
+    def scale_bytes(self) -> int:
+        """Block scales of the weights, or of one of the blocks of 128 tokens."""
+        return SCALE_BLOCK * TILE_K // MMA_K
+
+    @property
+    def token_scale_bytes(self) -> int:
+        return self.scale_blocks * self.scale_bytes
+
+    @property
     def stage_bytes(self) -> int:
-        operands = (TILE_M + self.token_rows) * TILE_K // 2
-        return operands + (1 + self.scale_blocks) * SCALE_BLOCK * TILE_K // MMA_K
+        operands = self.weight_bytes + self.token_bytes
+        return operands + self.scale_bytes + self.token_scale_bytes
 
     @property
     def staging_bytes(self) -> int:
