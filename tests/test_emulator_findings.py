@@ -47,6 +47,8 @@ _FREE = """
     tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r40, 64;
     FREED:
 """
+_PAIR_TMEM = (_TMEM + _FREE).replace("cta_group::1", "cta_group::2")
+_MEET = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
 _STORE_WORD = "mad.lo.u32 %r6, %r5, 4, %r1; st.shared.b32 [%r6+1024], 7;"
 _ACCUMULATORS = "{%r100, %r101, %r102, %r103}"
 _WGMMA_SETUP = """
@@ -356,6 +358,13 @@ CASES = {
         "tmem",
         "after relinquish_alloc_permit",
         "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" + _TMEM + _FREE,
+    ),
+    "an alloc for a pair of which one CTA may not have started": Case(
+        "tmem",
+        "a pair whose CTAs have not met",
+        _PAIR_TMEM + _MEET,
+        _MEET + _PAIR_TMEM + _MEET,
+        ctas=2,
     ),
     "columns freed that were not allocated": Case(
         "tmem",

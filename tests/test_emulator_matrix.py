@@ -388,6 +388,7 @@ def test_tcgen05_pair_of_ctas(mode, seed):
         "mov.u32 %r60, %cluster_ctarank;"
         f"mad.wide.u32 %rd30, %r60, {slot}, images; .reg .b64 image; mov.b64 image, %rd30;"
         + _FILL.format(bytes=slot)
+        + "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
         + _TMEM_PROLOGUE.format(ctas=2, slot=slot, barrier=slot + 8)
         + f"""
         barrier.cluster.arrive.release.aligned;

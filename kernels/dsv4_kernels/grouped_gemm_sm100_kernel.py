@@ -198,6 +198,9 @@ class Dsv4GroupedGemmSm100:
             self._init_barriers(barriers)
             for atom in loads:
                 cpasync.prefetch_descriptor(atom)
+        if cutlass.const_expr(config.num_ctas == 2):
+            # A pair allocates together, and the other CTA may not run yet.
+            self._sync_cluster()
         if warp == MMA_WARP:
             cute.arch.alloc_tmem(
                 TMEM_COLUMNS, tmem_slot, is_two_cta=cutlass.const_expr(config.num_ctas == 2)
@@ -222,8 +225,10 @@ class Dsv4GroupedGemmSm100:
             )
 
         # Phase 3: no CTA of the pair leaves while the other may still signal it.
+        ptx.fence_before_sync()
         self._sync_cluster()
         if warp == MMA_WARP:
+            ptx.fence_after_sync()
             cute.arch.relinquish_tmem_alloc_permit(
                 is_two_cta=cutlass.const_expr(config.num_ctas == 2)
             )
@@ -310,6 +315,11 @@ class Dsv4GroupedGemmSm100:
                     self._load_stage(k, stage, tile, maps, full, staged)
                 stage, phase = self._advance(stage, phase)
             index += step
+        if cutlass.const_expr(config.num_ctas == 2):
+            # The even CTA signals what it has read to this one as well: until then, stay.
+            for _ in cutlass.range(config.stages, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                stage, phase = self._advance(stage, phase)
 
     def _bytes_of_stage(self, boxes):
         """What the CTA, or the pair together, loads into a stage."""

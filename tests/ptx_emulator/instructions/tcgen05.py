@@ -49,10 +49,19 @@ def _per_warp(values: np.ndarray, gang: Gang, warp: int, what: str) -> int:
 
 def _compile_alloc(binder: Binder) -> Step:
     """alloc: writes the address of the columns to shared memory. With cta_group::2 one warp of
-    each CTA executes it; each allocates in its own CTA."""
+    each CTA executes it; each allocates in its own CTA.
+
+    That one CTA of a pair may only then allocate when the other is known to run is not in the ISA;
+    CUTLASS's and DeepGEMM's kernels synchronise the cluster first, and so must ours.
+    """
     address, columns = binder.address(binder.operands[0]), binder.read(binder.operands[1], "u32")
+    paired = binder.has("cta_group::2")
 
     def action(gang, mask):
+        if paired and gang.cta.cluster_barrier.phase == 0:
+            raise Finding(
+                "tmem", "tcgen05.alloc of a pair whose CTAs have not met: one may not run"
+            )
         for warp in gang.warps_of(mask):
             at = _per_warp(address(gang), gang, warp, "tcgen05.alloc")
             first = gang.cta.tensor.allocate(_per_warp(columns(gang), gang, warp, "tcgen05.alloc"))
