@@ -30,6 +30,7 @@ _E5M2_POSITIVE[0x7D:] = np.nan
 E2M1 = _with_sign(_E2M1_POSITIVE)  # (16,) float32
 E4M3 = _with_sign(_E4M3_POSITIVE)  # (256,) float32
 E5M2 = _with_sign(_E5M2_POSITIVE)  # (256,) float32
+CANONICAL_NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 UE8M0 = np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32)  # (256,)
 
 
@@ -98,13 +99,27 @@ def from_f16(bits: np.ndarray) -> np.ndarray:
     return bits.view(np.float16).astype(np.float32)
 
 
+def toward_zero(values: np.ndarray) -> np.ndarray:
+    """float64 -> float32, cut; an infinity from 2^128 on."""
+    nearest = values.astype(np.float32)
+    beyond = (np.abs(nearest) > np.abs(values)) & (np.abs(values) < 2.0**128)
+    return (nearest.view(np.uint32) - beyond.astype(np.uint32)).view(np.float32)
+
+
 def to_bf16_from_f64(values: np.ndarray) -> np.ndarray:
     """float64 -> bf16 bits with one rounding (to nearest even), for fma in bf16."""
     with np.errstate(all="ignore"):
-        single = values.astype(np.float32)
         # Round to odd at float32 keeps the second rounding exact: float32 has 16 bits to spare.
-        inexact = (single.astype(np.float64) != values) & np.isfinite(values)
-        toward = np.where(np.abs(single.astype(np.float64)) > np.abs(values), 1, 0)
-        bits = single.view(np.uint32) - (inexact & (toward == 1)).astype(np.uint32)
-        bits = np.where(inexact, bits | np.uint32(1), bits)
-    return to_bf16(bits.view(np.float32))
+        single = toward_zero(values)
+        inexact = (single != values) & np.isfinite(single)
+    return to_bf16((single.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32))
+
+
+def add_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b in float64, an inexact sum made odd: rounding it again is as rounding the exact one."""
+    total = a + b
+    error = (a - (total - b)) + (b - (total - (total - b)))
+    bits = total.view(np.int64)
+    grows = (error > 0) == (total > 0)
+    adjust = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
+    return np.where(adjust, np.where(grows, bits + 1, bits - 1), bits).view(np.float64)

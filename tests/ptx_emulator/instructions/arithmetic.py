@@ -5,7 +5,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.ptx_emulator.numerics import from_bf16, from_f16, to_bf16, to_bf16_from_f64, to_f16
+from tests.ptx_emulator.numerics import (
+    CANONICAL_NAN,
+    add_to_odd,
+    from_bf16,
+    from_f16,
+    to_bf16,
+    to_bf16_from_f64,
+    to_f16,
+)
 from tests.ptx_emulator.operands import Binder, dtype_of, is_literal, literal
 from tests.ptx_emulator.program import PLAIN, Step
 
@@ -81,19 +89,8 @@ def _saturated(function: Callable) -> Callable:
 
 
 def _fma32(a, b, c):
-    """One rounding: the product of two float32 is exact in float64.
-
-    The sum in float64 is rounded a second time to float32, which differs from one rounding only
-    where the float64 sum is exactly half-way; rounding the sum to odd removes that case.
-    """
-    product = a.astype(np.float64) * b
-    total = product + c
-    error = (product - (total - c)) + (c - (total - (total - c)))
-    bits = total.view(np.int64)
-    grows = (error > 0) == (total > 0)
-    adjust = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
-    bits = np.where(adjust, np.where(grows, bits + 1, bits - 1), bits)
-    return bits.view(np.float64).astype(np.float32)
+    """One rounding: the product of two float32 is exact in float64."""
+    return add_to_odd(a.astype(np.float64) * b, c.astype(np.float64)).astype(np.float32)
 
 
 def _float_function(binder: Binder, name: str) -> Callable:
@@ -111,7 +108,18 @@ def _float_function(binder: Binder, name: str) -> Callable:
         function = _flushed(function)
     if binder.has("sat"):
         function = _saturated(function)
-    return function
+    return function if name in ("abs", "neg") else _with_one_nan(function)
+
+
+def _with_one_nan(function: Callable) -> Callable:
+    """A NaN result has the bits 7fffffff, whatever its operands' are."""
+
+    def apply(*operands):
+        result = function(*operands)
+        nan = np.isnan(result)
+        return np.where(nan, CANONICAL_NAN, result) if nan.any() else result
+
+    return apply
 
 
 def _xorsign(function: Callable) -> Callable:
@@ -146,8 +154,8 @@ def _pairs(function: Callable) -> Callable:
 
 def _fma_half(pack_wide: Callable, unpack: Callable) -> Callable:
     def apply(a, b, c):
-        exact = unpack(a).astype(np.float64) * unpack(b) + unpack(c)
-        return pack_wide(exact)
+        product = unpack(a).astype(np.float64) * unpack(b)
+        return pack_wide(add_to_odd(product, unpack(c).astype(np.float64)))
 
     return apply
 
