@@ -12,6 +12,7 @@ test: setup lint  ## everything that needs no GPU
 
 test-gpu: setup  ## what needs a GPU (mostly compilation, hence processes); kept in test-gpu.json
 	@$(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
+	@$(PYTEST) --silicon $(addprefix tests/test_emulator_,arithmetic.py memory.py matrix.py)
 
 bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps JSON and plot
 	@cd kernels && for name in layer router rows; do \

@@ -1,4 +1,7 @@
-"""`--gpu-results FILE` keeps what a run on a GPU showed: each test, the GPU and the commit."""
+"""`--gpu-results FILE` keeps what a run on a GPU showed: each test, the GPU and the commit.
+
+`--silicon tests/test_emulator_*` runs the emulator's snippets on the GPU as well.
+"""
 
 import json
 import os
@@ -15,6 +18,9 @@ if shutil.which("nvidia-smi") is None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-results", metavar="FILE", help="write outcomes, GPU and commit as JSON")
+    parser.addoption(
+        "--silicon", action="store_true", help="run the emulator's PTX snippets on this GPU as well"
+    )
     parser.addoption("--commit", help="the commit of these files, where they are no git checkout")
 
 
@@ -23,6 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--gpu-results") and not hasattr(config, "workerinput"):
         commit = config.getoption("--commit") or _commit()
         config.pluginmanager.register(GpuResults(Path(config.getoption("--gpu-results")), commit))
+    if config.getoption("--silicon"):
+        from tests.ptx_emulator import silicon, snippet
+
+        snippet.OBSERVERS.append(silicon.compare)
 
 
 class GpuResults:

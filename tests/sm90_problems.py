@@ -1,13 +1,9 @@
 """Small seeded problems for the sm90 grouped GEMMs, the same on every machine.
 
-Used to run them in the PTX emulator, and by `python tests/sm90_problems.py OUT` on a Hopper GPU to
-record what the hardware computes (`tests/data/sm90_*.npz`).
+For the PTX emulator, and for `hopper_recordings`, which keeps what a GPU computes.
 """
 
 import hashlib
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +14,6 @@ from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 from dsv4_kernels.weights_sm90 import shuffle_sm90
 
 ROW_TILE = 8  # the row groups of experts are padded to it
-DATA = Path(__file__).parent / "data"
 
 
 class Problem(NamedTuple):
@@ -181,29 +176,3 @@ def digest(inputs: Inputs) -> str:
     for tensor in tensors:
         hashed.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
-
-
-def record(folder: Path) -> None:
-    """Run every problem on the GPU; write sm90_<problem>_<op>.npz.
-
-    Arrays: `bits` (rows, width) uint16, the bf16 output (padding rows as they were: NaN); strings
-    `digest` of the inputs, `gpu`, `commit`; `num_sms`.
-    """
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    properties = torch.cuda.get_device_properties(0)
-    for problem in PROBLEMS:
-        inputs = make_inputs(problem)
-        for op in ("fc1", "fc2"):
-            out = run(problem, inputs.to("cuda"), op).cpu()
-            np.savez_compressed(
-                folder / f"sm90_{problem.name}_{op}.npz",
-                bits=out.view(torch.int16).numpy().view(np.uint16),
-                digest=digest(inputs),
-                gpu=properties.name,
-                commit=commit.strip(),
-                num_sms=properties.multi_processor_count,
-            )
-
-
-if __name__ == "__main__":
-    record(Path(sys.argv[1]))

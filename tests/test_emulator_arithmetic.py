@@ -104,7 +104,7 @@ INTEGER = [
     ("brev.b32 d, a;", U32, [0x80000000], dict(a=_u(1))),
     ("bfind.u32 d, a;", U32, [0xFFFFFFFF, 31, 7], dict(a=_u(0, 0x80000000, 0xFF))),
     ("cnot.b32 d, a;", U32, [1, 0], dict(a=_u(0, 7))),
-    ("dp4a.s32.u32 d, a, b, c;", S32, [10 - 3], dict(a=_s(-3) & U32(0xFF), b=_u(1), c=_u(10))),
+    ("dp4a.s32.u32 d, a, b, c;", S32, [10 - 3], dict(a=_u(0xFD), b=_u(1), c=_u(10))),
 ]
 
 # prmt: selectors pick bytes of {b, a}; bit 3 replicates the byte's sign.

@@ -1,5 +1,7 @@
 """Run a few lines of PTX on one warp or more, for the emulator's own tests."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tests.ptx_emulator.scheduler import Launch, Machine
@@ -9,6 +11,10 @@ _REGISTER = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
 _SCRATCH = (
     ".reg .pred %p<64>; .reg .b16 %rs<64>; .reg .b32 %r<300>; .reg .b64 %rd<64>; .reg .b32 lane;"
 )
+
+# What else runs each snippet: called with the PTX, the launch, and per buffer its bytes before and
+# after the emulation.
+OBSERVERS: list[Callable[[str, Launch, dict[str, np.ndarray], dict[str, np.ndarray]], None]] = []
 
 
 def run_snippet(
@@ -30,7 +36,7 @@ def run_snippet(
     loads = "\n".join(f".reg .b64 {n}; ld.param.u64 {n}, [p_{n}];" for n in buffers)
     ptx = f"""
     .extern .shared .align 1024 .b8 smem[];
-    .visible .entry snippet({params})
+    .visible .entry snippet({params}) .reqnctapercluster {ctas}, 1, 1
     {{
     {_SCRATCH}
     {loads}
@@ -40,15 +46,19 @@ def run_snippet(
     }}
     """
     machine = Machine(ptx, mode, seed, max_instructions=200_000)
-    copies = [_aligned_copy(buffer) for buffer in buffers.values()]
-    for name, copy in zip(buffers, copies, strict=True):
+    copies = {name: _aligned_copy(buffer) for name, buffer in buffers.items()}
+    for name, copy in copies.items():
         machine.memory.add_bytes(copy.ctypes.data, copy.nbytes, name, copy)
-    addresses = [np.uint64(c.ctypes.data).tobytes() for c in copies]
-    machine.run(
-        Launch("snippet", (ctas, 1, 1), (warps * WARP, 1, 1), shared_bytes, addresses, (ctas, 1, 1))
+    addresses = [np.uint64(copy.ctypes.data).tobytes() for copy in copies.values()]
+    launch = Launch(
+        "snippet", (ctas, 1, 1), (warps * WARP, 1, 1), shared_bytes, addresses, (ctas, 1, 1)
     )
-    for buffer, copy in zip(buffers.values(), copies, strict=True):
-        buffer.reshape(-1).view(np.uint8)[:] = copy
+    machine.run(launch)
+    before = {name: _aligned_copy(buffer) for name, buffer in buffers.items()}
+    for name, buffer in buffers.items():
+        buffer.reshape(-1).view(np.uint8)[:] = copies[name]
+    for observe in OBSERVERS:
+        observe(ptx, launch, before, copies)
     return machine
 
 

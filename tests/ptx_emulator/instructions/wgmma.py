@@ -1,8 +1,7 @@
 """wgmma: asynchronous warpgroup matrix multiplication (PTX ISA 9.0, 9.7.15).
 
 Each warp owns 16 of the 64 rows, so a warp's part is computed on its own. An instruction's
-accumulators, and its A fragments, belong to it until the warp has waited for its group. Sums are
-taken in float64 over one instruction's K and rounded once to float32.
+accumulators, and its A fragments, belong to it until the warp has waited for its group.
 """
 
 import re
@@ -14,6 +13,7 @@ from tests.ptx_emulator.matrices import Operand, wgmma_descriptor
 from tests.ptx_emulator.numerics import from_bf16, from_f16
 from tests.ptx_emulator.operands import Binder, literal
 from tests.ptx_emulator.program import COLLECTIVE, Step
+from tests.ptx_emulator.tensor_core import multiply_add
 from tests.ptx_emulator.threads import WARP, AsyncResult, Gang, InFlight
 
 _ROWS = 16  # of a warp
@@ -159,13 +159,9 @@ def _compile_mma(binder: Binder) -> Step:
         _claim(gang, form, inputs, outputs, mask)
 
         def multiply():
-            product = read_a().astype(np.float64) @ form.unpack(b.read().view(np.uint16)).T.astype(
-                np.float64
-            )
-            product *= form.sign
-            if accumulate[0]:
-                product += _matrix_of(gang, inputs, form.n)
-            outputs.matrix = product.astype(np.float32)
+            a, b_matrix = read_a(), form.unpack(b.read().view(np.uint16))
+            c = _matrix_of(gang, inputs, form.n) if accumulate[0] else None
+            outputs.matrix = multiply_add(a if form.sign > 0 else -a, b_matrix, c)
             inputs.clear()
 
         operation = machine.engine.submit_in_order(gang.wgmma_queue, multiply)
