@@ -35,6 +35,7 @@ GROUPS = {
     "ragged": [300, 0, 128, 1, 77, 513, 64, 5],
     "one_expert_has_all": [0, 0, 140, 0],
     "one_row": [0, 1, 0],
+    "one_expert": [70],
 }
 # A pair of CTAs wants 256 and 128 of them; 384 leaves the last stage of K half empty.
 HIDDEN, INTERMEDIATE = 256, 384

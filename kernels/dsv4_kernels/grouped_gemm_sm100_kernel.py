@@ -138,18 +138,13 @@ class Dsv4GroupedGemmSm100:
         """(rows of a tile in its order, K bytes, expert), from the checkpoint's layout."""
         gemm = self.gemm
         k_bytes, n = gemm.k // 2, gemm.out_features
-        expert_bytes = gemm.weight_rows * k_bytes
-        if gemm.op == "fc2":
-            return cute.make_tensor(
-                weights,
-                cute.make_layout((n, k_bytes, gemm.num_experts), stride=(k_bytes, 1, expert_bytes)),
-            )
-        rows = (16, 2, n // 16)
-        strides = (k_bytes, n * k_bytes, 16 * k_bytes)
-        return cute.make_tensor(
-            weights,
-            cute.make_layout((rows, k_bytes, gemm.num_experts), stride=(strides, 1, expert_bytes)),
-        )
+        rows, strides = n, k_bytes
+        if gemm.op == "fc1":
+            rows, strides = (16, 2, n // 16), (k_bytes, n * k_bytes, 16 * k_bytes)
+        # Not a static extent: a tensor map drops those of 1, and with them a coordinate.
+        shape = (rows, k_bytes, Int32(gemm.num_experts))
+        layout = cute.make_layout(shape, stride=(strides, 1, gemm.weight_rows * k_bytes))
+        return cute.make_tensor(weights, layout)
 
     def _weight_tiler(self):
         return ((16, 2, 4) if self.gemm.op == "fc1" else TILE_M, TILE_K // 2)
@@ -170,7 +165,7 @@ class Dsv4GroupedGemmSm100:
         words = SCALE_BLOCK // 4
         return cute.make_tensor(
             cute.recast_ptr(scales, dtype=Uint32),
-            cute.make_layout((lines, words), stride=(words, 1)),
+            cute.make_layout((Int32(lines), words), stride=(words, 1)),
         )
 
     # ---- device
