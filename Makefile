@@ -1,7 +1,7 @@
 # Everything runs in .venv, which tests/setup.sh makes with python3, pip and gcc.
 PYTEST = .venv/bin/python -m pytest
 
-.PHONY: demo test test-gpu bench lint setup
+.PHONY: demo test test-gpu sanitize bench lint setup
 
 demo:  ## write a tiny checkpoint, serve it with the plugin, ask it, stop
 	@sh tests/setup.sh serve
@@ -13,6 +13,9 @@ test: setup lint  ## everything that needs no GPU
 test-gpu: setup  ## what needs a GPU (mostly compilation, hence processes); kept in test-gpu.json
 	@$(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
 	@$(PYTEST) --silicon $(addprefix tests/test_emulator_,arithmetic.py memory.py matrix.py)
+
+sanitize: setup  ## on a Hopper GPU: compute-sanitizer over the kernels; keeps JSON
+	@PYTHONPATH=.:kernels .venv/bin/python tests/sanitize.py all
 
 bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps JSON and plot
 	@cd kernels && for name in layer router rows; do \

@@ -26,6 +26,7 @@ class Problem(NamedTuple):
     limit: float | None = 10.0
     skewed: bool = False  # every token goes to the first experts
     seed: int = 0
+    counts: tuple[int, ...] = ()  # the rows of each expert, if given; with a top_k of 1
 
     @property
     def shape(self) -> MoeShape:
@@ -108,6 +109,10 @@ def make_inputs(problem: Problem) -> Inputs:
     if problem.skewed:
         scores[:, : problem.top_k] += 1
     ids = torch.from_numpy(np.argsort(-scores, axis=1)[:, : problem.top_k].astype(np.int32))
+    if problem.counts:
+        counts = torch.tensor(problem.counts)
+        ids = torch.arange(experts, dtype=torch.int32).repeat_interleave(counts)[:, None]
+        assert ids.shape == (problem.num_tokens, problem.top_k), problem
     layout = reference.expert_layout(ids, experts, None, ROW_TILE)
     prepared = shuffle_sm90(ExpertWeights(*(aligned(t) for t in weights)))
     return Inputs(

@@ -1,0 +1,277 @@
+"""compute-sanitizer over the kernels that sm90 serves with, on a Hopper GPU: `make sanitize`.
+
+    python tests/sanitize.py all [--out FILE] [--objects FOLDER]    everything below, as JSON
+    CUTE_DSL_ARCH=sm_90a python tests/sanitize.py compile FOLDER    the GEMMs; needs no GPU
+    python tests/sanitize.py run {gemms,layer} FOLDER               what the tools watch
+
+(with PYTHONPATH=.:kernels, from the repository's root).
+
+`gemms`: fc1 and fc2 in every config that arithmetic and the shipped table can choose, on experts
+of no row, of one, and of a count in each size of tile_n and past the last; with as many blocks as
+the GPU has, which splits every tile, and with three, which leaves some whole. `layer`: router to
+combine, and the kernels that only W4A4 calls, at a few numbers of tokens. Both compare with the
+oracle. memcheck watches both, racecheck (shared memory) the GEMMs. Kernels are compiled before:
+the tools slow a compiler down a hundredfold. Each tensor is an allocation of its own, so that
+memcheck knows where it ends.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from dsv4_kernels import compiled, reference
+from dsv4_kernels import grouped_gemm_sm90 as sm90
+from dsv4_kernels.backends import SM90
+from dsv4_kernels.expert_layout import expert_layout
+from dsv4_kernels.gate_route import gate_route
+from dsv4_kernels.grouped_gemm_sm90_choice import by_arithmetic
+from dsv4_kernels.grouped_gemm_sm90_spec import LayerConfig
+from dsv4_kernels.grouped_gemm_sm90_table import SHIPPED, Range, layer_of, read_entries
+from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
+from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
+from dsv4_kernels.router_topk import router_topk
+from dsv4_kernels.types import ExpertLayout, MoeShape, Routing
+
+from tests import sm90_problems
+from tests.sm90_problems import Problem
+
+ROOT = Path(__file__).parents[1]
+ARCH = "sm_90a"
+CHECKS = (("memcheck", "gemms"), ("memcheck", "layer"), ("racecheck", "gemms"))
+FEW_BLOCKS = 3
+# memcheck would also list each driver function that this driver lacks.
+OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
+SUMMARY = re.compile(
+    r"========= (?:ERROR SUMMARY: (?P<errors>\d+) error"
+    r"|RACECHECK SUMMARY: (?P<hazards>\d+) hazards? displayed)"
+)
+
+# Rows of an expert for which arithmetic chooses unlike kernels.
+ROWS = (4, 29, 43, 90, 118)
+SIZES = {"fc1": (768, 192), "fc2": (448, 768)}  # hidden, intermediate: a part of a tile is left
+LAYER = MoeShape(16, 5, 4, 512, 384, 200, False)
+LAYER_TOKENS = (1, 40, 200)
+LIMIT = 10.0
+
+
+class Case(NamedTuple):
+    name: str
+    op: str
+    config: LayerConfig
+    problem: Problem
+
+
+def configs() -> dict[str, LayerConfig]:
+    """What can be chosen, by name: arithmetic's, for K = 768, and the shipped table's."""
+    shape = MoeShape(1, 1, 1, 768, 768, 1, False)
+    found = {f"{rows}-rows": by_arithmetic(shape, rows) for rows in ROWS}
+    for entry in read_entries(SHIPPED):
+        for each in entry.ranges:
+            found[f"hidden-{entry.layer.hidden}-to-{each.up_to:g}-rows"] = each.config
+    return found
+
+
+def row_counts(tile_n: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the experts: each size of tile_n full and barely begun, two tiles, three, none, one."""
+    most = tile_n[-1]
+    begun = [1, *(n + 1 for n in tile_n[:-1])]
+    return (0, *begun, *tile_n, most + 1, 2 * most + 3, 0)
+
+
+def cases() -> list[Case]:
+    found = []
+    for name, config in configs().items():
+        for op, (hidden, inter) in SIZES.items():
+            counts = row_counts(getattr(config, op).tile_n)
+            sizes = (sum(counts), len(counts), 1, hidden, inter)
+            problem = Problem(name, *sizes, limit=LIMIT, counts=counts)
+            found.append(Case(name, op, config, problem))
+    return found
+
+
+def choose(case: Case, num_blocks: int) -> None:
+    """Have sm90 run the case's config on that many blocks."""
+    layer = layer_of(case.problem.shape, num_blocks)
+    sm90.use_table({layer: (Range(0.0, float("inf"), case.config),)})
+    sm90.num_sms = lambda device: num_blocks
+
+
+def kernels() -> dict:
+    """Key -> compile function of everything that `run` launches."""
+    gemms = list(sm90.all_gemms(LAYER))
+    for case in cases():
+        choose(case, sm90.H200_SMS)
+        gemms.append(sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"])
+    return {repr(gemm): lambda gemm=gemm: sm90.compile_gemm(gemm, ARCH) for gemm in gemms}
+
+
+def run_gemms(chosen: list[Case], device: str, block_counts: tuple[int, ...]) -> None:
+    for case in chosen:
+        inputs = sm90_problems.make_inputs(case.problem)
+        exact = sm90_problems.expected(case.problem, inputs, case.op)
+        live = sm90_problems.live_rows(inputs)
+        given = inputs.to(device)
+        for num_blocks in block_counts:
+            choose(case, num_blocks)
+            out = sm90_problems.run(case.problem, given, case.op).cpu()
+            error = (out[live].float() - exact[live]).norm() / exact[live].norm()
+            assert error < 2**-8, (case.name, case.op, num_blocks, error)
+            assert out[~live].isnan().all(), (case.name, case.op, "padding rows were written")
+            print(f"{case.name} {case.op} {num_blocks} blocks: {error:.1e}", flush=True)
+
+
+def run_layer(token_counts: tuple[int, ...], device: str) -> None:
+    """Dense and hash routing, layout, rows gathered or placed, fc1, fc2, combine."""
+    problem = Problem("layer", 1, LAYER.num_local_experts, 1, LAYER.hidden, LAYER.intermediate)
+    inputs = sm90_problems.make_inputs(problem)
+    prepared = type(inputs.prepared)(*(tensor.to(device) for tensor in inputs.prepared))
+    as_it_is = replace(SM90, prepare=lambda weights: weights)
+    layer = prepare_layer(as_it_is, LAYER, prepared, limit=LIMIT, activation_scales=None)
+    size = workspace_bytes(layer.backend, LAYER)
+    workspace = sm90_problems.aligned(torch.full((size,), 0xFF, dtype=torch.uint8)).to(device)
+    mapping = torch.full((LAYER.num_experts,), -1, dtype=torch.int32)
+    mapping[4 : 4 + LAYER.num_local_experts] = torch.arange(LAYER.num_local_experts)
+    for num_tokens in token_counts:
+        x, routings = route(num_tokens, device)
+        for routing in routings:
+            out = torch.full_like(x, torch.nan)
+            moe(x, routing, layer, workspace, expert_map=mapping.to(device), out=out)
+            there = Routing(*(tensor.cpu() for tensor in routing))
+            exact = reference.moe(
+                x.cpu(), there, inputs.weights, expert_map=mapping, limit=LIMIT
+            ).float()
+            error = (out.cpu().float() - exact).norm() / exact.norm().clamp(min=1e-30)
+            assert error < 2**-8 and out.isfinite().all(), (num_tokens, error)
+            print(f"layer of {num_tokens} tokens: {error:.1e}", flush=True)
+        quantize(x, expert_layout(routing.ids, LAYER.num_local_experts, mapping.to(device), 128))
+
+
+def route(num_tokens: int, device: str) -> tuple[torch.Tensor, tuple[Routing, Routing]]:
+    """x, and its tokens' experts by a bias and by a hash table; also from x, in one kernel."""
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    def below(end: int, *size: int) -> torch.Tensor:
+        return torch.randint(0, end, size, generator=generator).to(device)
+
+    experts, top_k = LAYER.num_experts, LAYER.top_k
+    x, logits = random(num_tokens, LAYER.hidden).bfloat16(), random(num_tokens, experts)
+    hashed = {"table": below(experts, 50, top_k), "token_ids": below(50, num_tokens).int()}
+    dense = {"bias": random(experts)}
+    gate = random(experts, LAYER.hidden).bfloat16()
+    hashed_first = hashed | {"token_ids": hashed["token_ids"][:64]}
+    for how in (dense, hashed_first):
+        gate_route(x[:64], gate, top_k, **how)
+    return x, (router_topk(logits, top_k, **dense), router_topk(logits, top_k, **hashed))
+
+
+def quantize(x: torch.Tensor, layout: ExpertLayout) -> None:
+    """What only W4A4 calls, to rows that the layout places and in place."""
+    saturated = torch.zeros(1, dtype=torch.int64, device=x.device)
+    live = torch.arange(len(x), dtype=torch.int32, device=x.device) - 1
+    for swizzled in (True, False):
+        options = {"swizzled": swizzled, "saturated": saturated}
+        for scale in (None, torch.ones(1, device=x.device)):
+            nvfp4_quantize(x, scale, layout, **options)
+        nvfp4_quantize(x, None, live=live, **options)
+
+
+def findings(tool: str, output: str) -> int:
+    """Errors or hazards that a tool's summary counts; ValueError if it wrote none."""
+    match = SUMMARY.search(output)
+    if match is None:
+        raise ValueError(f"{tool} wrote no summary:\n{output[-3000:]}")
+    return int(match["errors"] or match["hazards"] or 0)
+
+
+def sanitizer() -> str:
+    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(found).is_file():
+        raise ValueError("there is no compute-sanitizer: install the CUDA toolkit, or set PATH")
+    return found
+
+
+def watched(command: list[str]) -> tuple[str, float]:
+    """What a command wrote, and its seconds; ValueError if it failed."""
+    start = time.monotonic()
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUTE_DSL_ARCH": ARCH}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} ended with {done.returncode}:\n{output[-6000:]}")
+    return output, time.monotonic() - start
+
+
+def check_all(out: Path, objects: Path, commit: str) -> bool:
+    """Run every check, write the JSON; whether all of them are clean."""
+    program = [sys.executable, __file__]
+    if not (objects / compiled.MANIFEST).is_file():
+        watched([*program, "compile", str(objects)])
+    tool_version = watched([sanitizer(), "--version"])[0].strip().splitlines()[-1]
+    runs = []
+    for work in ("gemms", "layer"):  # right without a tool, and Triton's kernels are compiled now
+        watched([*program, "run", work, str(objects)])
+    for tool, work in CHECKS:
+        command = [sanitizer(), "--tool", tool, *OPTIONS[tool], *program, "run", work, str(objects)]
+        output, seconds = watched(command)
+        found = findings(tool, output)
+        lines = [line for line in output.splitlines() if line.startswith("=========")]
+        said = [line for line in output.splitlines() if not line.startswith("=========")]
+        runs.append(
+            {
+                "tool": tool,
+                "work": work,
+                "findings": found,
+                "seconds": round(seconds, 1),
+                "ran": [line for line in said if "blocks: " in line or " tokens: " in line],
+                "report": lines[:400] if found else [],
+            }
+        )
+        print(f"{tool} {work}: {found} findings, {seconds:.0f} s", flush=True)
+        facts = {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__}
+        out.write_text(
+            json.dumps(facts | {"sanitizer": tool_version, "runs": runs}, indent=1) + "\n"
+        )
+    return not any(run["findings"] for run in runs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("all", "compile", "run"))
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--out", type=Path, default=ROOT / "kernels/bench/results/sanitize.json")
+    parser.add_argument("--objects", type=Path, help="compiled kernels, or where they go")
+    parser.add_argument("--commit", help="of these files, where they are no git checkout")
+    args = parser.parse_args()
+    if args.what == "compile":
+        assert os.environ.get("CUTE_DSL_ARCH") == ARCH, "CuTe DSL reads it when it is imported"
+        print(len(compiled.write_objects(Path(args.rest[0]), ARCH, kernels())), "kernels")
+    elif args.what == "run":
+        compiled.load_objects(Path(args.rest[1]), ARCH)
+        if args.rest[0] == "gemms":
+            num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+            run_gemms(cases(), "cuda", (num_sms, FEW_BLOCKS))
+        else:
+            run_layer(LAYER_TOKENS, "cuda")
+    else:
+        from bench.timing import checkout_commit
+
+        objects = args.objects or Path(tempfile.mkdtemp(prefix="sanitize_"))
+        return 0 if check_all(args.out, objects, args.commit or checkout_commit()) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What `make sanitize` runs under compute-sanitizer, rehearsed in the PTX emulator."""
+
+import math
+
+import pytest
+from dsv4_kernels import grouped_gemm_sm90 as sm90
+
+from tests import sanitize
+from tests.sm90_emulation import Emulation
+
+CASES = sanitize.cases()
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    table, num_sms = sm90.table_in_use(), sm90.num_sms
+    yield
+    sm90.use_table(table)
+    sm90.num_sms = num_sms
+
+
+@pytest.fixture
+def emulation(monkeypatch) -> Emulation:
+    emulation = Emulation()
+    monkeypatch.setattr(sm90, "launch", emulation.launch)
+    return emulation
+
+
+def parts(count: int, most: int) -> list[int]:
+    """The rows of an expert's tiles: equal parts, rounded up to 8."""
+    tiles = math.ceil(count / most)
+    each = math.ceil(count / max(tiles, 1) / 8) * 8
+    return [min(each, count - start) for start in range(0, count, max(each, 1))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{case.op}" for case in CASES])
+def test_every_size_of_a_tile_is_run(case):
+    sizes = getattr(case.config, case.op).tile_n
+    rows = [part for count in case.problem.counts for part in parts(count, sizes[-1])]
+    taken = {next(size for size in sizes if size >= part) for part in rows}
+    assert taken == set(sizes), taken
+    assert 0 in case.problem.counts and 1 in case.problem.counts
+    assert any(count > 2 * sizes[-1] for count in case.problem.counts)
+
+
+def test_rows_are_gathered_in_some_and_placed_in_others():
+    chosen = set()
+    for case in CASES:
+        sanitize.choose(case, 3)
+        gemm = sm90.gemms(case.problem.shape, case.problem.num_tokens, 3)[case.op == "fc2"]
+        assert gemm.config == getattr(case.config, case.op)
+        chosen.add((gemm.op, gemm.gather, gemm.config.m_blocks))
+    assert chosen >= {("fc1", True, 1), ("fc1", False, 1), ("fc1", False, 2), ("fc2", False, 2)}
+
+
+def test_all_that_runs_is_compiled(emulation):
+    compiled = set(sanitize.kernels())
+    for case in CASES:
+        sanitize.choose(case, 3)
+        gemm = sm90.gemms(case.problem.shape, case.problem.num_tokens, 3)[case.op == "fc2"]
+        assert repr(gemm) in compiled
+    sm90.use_table({})
+    assert {repr(gemm) for gemm in sm90.all_gemms(sanitize.LAYER)} <= compiled
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=[case.op for case in CASES[:2]])
+def test_the_gemms_run_and_are_right(emulation, case):
+    few = case.problem.counts[:4]
+    problem = case.problem._replace(counts=few, num_experts=len(few), num_tokens=sum(few))
+    sanitize.run_gemms([case._replace(problem=problem)], "cpu", (3,))
+    assert len(emulation.statistics) == 1
+
+
+def test_the_layer_runs_and_is_right(emulation, capsys):
+    sanitize.run_layer((3,), "cpu")
+    assert capsys.readouterr().out.count("layer of 3 tokens") == 2
+
+
+MEMCHECK = "========= COMPUTE-SANITIZER\n3 blocks: 1e-3\n========= ERROR SUMMARY: {} errors\n"
+RACECHECK = "========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)\n"
+
+
+@pytest.mark.parametrize(
+    ("tool", "output", "count"),
+    [
+        ("memcheck", MEMCHECK.format(0), 0),
+        ("memcheck", MEMCHECK.format(12), 12),
+        ("memcheck", "========= ERROR SUMMARY: 1 error\n", 1),
+        ("racecheck", RACECHECK.format(0, 0), 0),
+        ("racecheck", RACECHECK.format(3, 3), 3),
+    ],
+)
+def test_findings_are_counted(tool, output, count):
+    assert sanitize.findings(tool, output) == count
+
+
+def test_a_tool_that_sums_up_nothing_did_not_check():
+    with pytest.raises(ValueError, match="memcheck wrote no summary"):
+        sanitize.findings("memcheck", "========= COMPUTE-SANITIZER\nSegmentation fault\n")
