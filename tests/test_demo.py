@@ -4,14 +4,22 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vllm_dsv4_moe import demo, gpus
 from vllm_dsv4_moe.cli import main
+from vllm_dsv4_moe.gpus import GIB, Gpu
+from vllm_dsv4_moe.serving import ServerError
 
 PYTHON = sys.executable
 ANNOUNCED = "INFO dsv4-moe: this plugin runs NVFP4 experts, on reference: layers 0-3"
+H200 = Gpu("0", "GPU-a", "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB)
+BUSY = replace(H200, index="1", uuid="GPU-b", free=3 * GIB)
+B200 = Gpu("2", "GPU-c", "NVIDIA B200", (10, 0), 179 * GIB, 178 * GIB)
+L4 = Gpu("3", "GPU-d", "NVIDIA L4", (8, 9), 22 * GIB, 22 * GIB)
 # Answers as vLLM does, after writing what vLLM would log.
 SERVER = """
 import json, os, sys, time
@@ -43,6 +51,8 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "visible_gpus", lambda: [])
+
     def make(log=ANNOUNCED, status=200, text="hello", code=SERVER):
         source = tmp_path / "server.py"
         source.write_text(
@@ -95,12 +105,12 @@ def test_a_demo_that_is_ended_ends_its_server(stand_in, tmp_path):
     log = tmp_path / "work/server.log"
     code = f"import sys; sys.executable = {sys.executable!r}\nfrom vllm_dsv4_moe.cli import main\n"
     code += f"main(['demo', '--work', {str(tmp_path / 'work')!r}, '--max-tokens', '99'])"
-    demo = subprocess.Popen([PYTHON, "-c", code])
+    ended = subprocess.Popen([PYTHON, "-c", code])
     deadline = time.monotonic() + 60
     while not (log.exists() and "dsv4-moe" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    demo.terminate()
-    assert demo.wait(30) == 143
+    ended.terminate()
+    assert ended.wait(30) == 143
     assert not Path(f"/proc/{log.read_text().split()[0]}").exists()
 
 
@@ -108,3 +118,59 @@ def test_work_folder_must_be_empty(tmp_path, capsys):
     (tmp_path / "mine").write_text("")
     assert main(["demo", "--work", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+DEVICES = {
+    "H200": ([H200], "13.0", "GPU 0 (NVIDIA H200, compute capability 9.0)"),
+    "B200": ([B200], "13.0", "GPU 2 (NVIDIA B200, compute capability 10.0)"),
+    "the freest": ([BUSY, H200, B200, L4], "13.0", "GPU 2 (NVIDIA B200"),
+    "none": ([], None, "CPU (no CUDA GPU here)"),
+    "none with kernels": ([L4], None, "CPU (GPU 3 (NVIDIA L4, compute capability 8.9): there are"),
+}
+
+
+@pytest.mark.parametrize("present, cuda, words", DEVICES.values(), ids=DEVICES)
+def test_where_the_demo_serves(present, cuda, words):
+    device = demo.choose_device(present, cuda)
+    assert device.words.startswith(words)
+    assert device.sizes == (demo.GPU_SIZES if cuda else demo.CPU_SIZES)
+    if cuda:
+        (share,) = device.arguments
+        memory = next(gpu.memory for gpu in present if str(gpu) == device.words)
+        assert float(share.split("=")[1]) * memory == pytest.approx(16 * GIB, rel=0.01)
+        assert dict(device.environment)["CUDA_VISIBLE_DEVICES"] in words
+
+
+NOT_HERE = {
+    "busy": ([BUSY], "13.0", "has 3 of 140 GiB free.* needs 16: end what uses it"),
+    "too small": ([replace(H200, memory=10 * GIB, free=9 * GIB)], "13.0", "9 of 10 GiB free"),
+    "no kernels": ([L4], "13.0", r"L4, .* 8.9\): there are no kernels.*9.0 .*H200.* or 10 "),
+    "hidden": ([], "13.0", "no CUDA GPU here, and this vLLM was built for CUDA 13.0"),
+    "CPU build": ([H200], None, "H200.* is there, and this vLLM is the CPU build: run `make demo`"),
+}
+
+
+@pytest.mark.parametrize("present, cuda, words", NOT_HERE.values(), ids=NOT_HERE)
+def test_where_it_cannot_serve_it_says_so_before_anything_is_started(
+    present, cuda, words, monkeypatch, capsys
+):
+    with pytest.raises(ServerError, match=words):
+        demo.choose_device(present, cuda)
+    monkeypatch.setattr(demo, "visible_gpus", lambda: present)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    assert main(["demo"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("capability, backend", [((9, 0), "sm90"), ((10, 0), "sm100")])
+def test_both_kinds_of_gpu_run_the_demos_layer(capability, backend):
+    from dsv4_kernels.backends import AUTO, choose_backend
+    from dsv4_kernels.types import MoeShape
+
+    sizes = demo.GPU_SIZES
+    shape = MoeShape(
+        sizes.experts, sizes.experts, sizes.top_k, sizes.hidden, sizes.intermediate, 256,
+        quantize_activations=backend == "sm100",
+    )  # fmt: skip
+    assert choose_backend("auto", shape, capability).name == backend
+    assert set(AUTO) == set(gpus.MAJORS)

@@ -62,8 +62,16 @@ def test_entry_point(found, environ, status, words):
 def test_devices(tmp_path, gpus, flags, status, words):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"flags\t\t: fpu {flags} tsc\n")
-    check = only(doctor.check_devices(gpus, cpuinfo))
+    check = only(doctor.check_devices(gpus, [], cpuinfo))
     assert check.status == status and words in check.text
+
+
+@pytest.mark.parametrize("cuda, words", [("13.0", "CUDA 13.0: is the driver"), (None, "CPU build")])
+def test_a_gpu_that_torch_does_not_see(tmp_path, monkeypatch, cuda, words):
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    check = only(doctor.check_devices([], ["GPU 0 (NVIDIA H200)"], tmp_path))
+    assert check.status == "bad" and "GPU 0 (NVIDIA H200) is there" in check.text
+    assert words in check.text
 
 
 def test_settings_are_shown_and_refused_by_name():

@@ -45,7 +45,7 @@ def test_last_line_is_bare(tmp_path, log):
 
 
 def test_environment_keeps_what_is_set(monkeypatch):
-    monkeypatch.setattr(serving, "has_cuda_gpu", lambda: False)
+    monkeypatch.setattr(serving, "has_gpu", lambda: False)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
     environment = serving.server_environment({"VLLM_PLUGINS": ""})
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
@@ -54,10 +54,12 @@ def test_environment_keeps_what_is_set(monkeypatch):
     assert environment["PATH"] == os.environ["PATH"]
 
 
-def test_environment_with_a_gpu_interprets_nothing(monkeypatch):
-    monkeypatch.setattr(serving, "has_cuda_gpu", lambda: True)
+def test_environment_with_a_gpu_interprets_nothing_and_compiles_no_flashinfer(monkeypatch):
+    monkeypatch.setattr(serving, "has_gpu", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "TRITON_INTERPRET" not in serving.server_environment()
+    environment = serving.server_environment()
+    assert "TRITON_INTERPRET" not in environment
+    assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
 
 
 def test_stop_ends_children_that_ignore_the_first_signal(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dsv4_moe.serving import has_cuda_gpu, server_environment
+from vllm_dsv4_moe.gpus import has_gpu
+from vllm_dsv4_moe.serving import server_environment
 
 if TYPE_CHECKING:
     from dsv4_kernels.activation_scale import LayerScales
@@ -115,7 +116,7 @@ def record(args: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[list[li
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """What LLM is made with: every token is computed once, eagerly, and seen."""
-    options: dict[str, Any] = {"gpu_memory_utilization": 0.8} if has_cuda_gpu() else {}
+    options: dict[str, Any] = {"gpu_memory_utilization": 0.8} if has_gpu() else {}
     return options | dict(
         model=args.model,
         tensor_parallel_size=args.tp,

@@ -1,7 +1,7 @@
 """Serve a tiny random checkpoint with the plugin, ask it, and show what ran where.
 
-Starts `vllm serve` on a free loopback port: vLLM proper where there is a CUDA GPU, otherwise its
-CPU build. Ends with status 1 and the server's log when any step fails.
+Starts `vllm serve` on a free loopback port: vLLM proper where there is a GPU with kernels for it,
+otherwise vLLM's CPU build. Ends with status 1 and the server's log when any step fails.
 """
 
 import argparse
@@ -9,21 +9,15 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from vllm_dsv4_moe.serving import (
-    SMALL_ARGUMENTS,
-    Server,
-    ServerError,
-    has_cuda_gpu,
-    log_tail,
-    serve,
-)
+from vllm_dsv4_moe.gpus import GIB, Gpu, supported_gpus, visible_gpus
+from vllm_dsv4_moe.serving import SMALL_ARGUMENTS, Server, ServerError, log_tail, serve
 from vllm_dsv4_moe.tiny import write_tiny_checkpoint
 from vllm_dsv4_moe.tiny_config import TinyConfig
 
@@ -33,9 +27,48 @@ if TYPE_CHECKING:
 # V4's attention kernels for GPUs take 64 or 128 heads.
 CPU_SIZES = TinyConfig()
 GPU_SIZES = TinyConfig(hidden=1024, intermediate=512, experts=256, heads=64)
+GPU_BYTES = 16 * GIB  # weights 1.3 GiB, graphs and vLLM's own; the rest is KV cache
 PROMPT = "The experts of a mixture are"
 PIPE_SECONDS = 10.0  # between lines of progress where there is no terminal to draw in
 RUNS = re.compile(r"dsv4-moe: this plugin runs NVFP4 experts, on (\w+): layers ([\d, -]+)")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What serves, and how it is started there."""
+
+    words: str
+    sizes: TinyConfig
+    arguments: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def choose_device(gpus: Sequence[Gpu], cuda: str | None) -> Device:
+    """The GPU with the most free memory, or the CPU; ServerError where neither can serve.
+
+    cuda is the version that torch was built for, None for a CPU build.
+    """
+    supported = supported_gpus(gpus)
+    again = "run `make demo`, which installs what fits"
+    if not supported:
+        why = f"{gpus[0]}: there are no kernels for it" if gpus else "no CUDA GPU here"
+        if cuda is not None:
+            raise ServerError(
+                f"{why}, and this vLLM was built for CUDA {cuda}: a GPU of compute capability 9.0 "
+                f"(H100, H200) or 10 (B200) is needed, or vLLM's CPU build: {again}"
+            )
+        return Device(f"CPU ({why})", CPU_SIZES)
+    gpu = supported[0]
+    if cuda is None:
+        raise ServerError(f"{gpu} is there, and this vLLM is the CPU build: {again}")
+    if gpu.free < GPU_BYTES:
+        raise ServerError(
+            f"{gpu} has {gpu.free / GIB:.0f} of {gpu.memory / GIB:.0f} GiB free, the most of all, "
+            f"and the demo needs {GPU_BYTES // GIB}: end what uses it"
+        )
+    share = f"--gpu-memory-utilization={GPU_BYTES / gpu.memory:.3f}"
+    order = (("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), ("CUDA_VISIBLE_DEVICES", gpu.index))
+    return Device(str(gpu), GPU_SIZES, (share,), order)
 
 
 @dataclass(frozen=True)
@@ -89,16 +122,21 @@ def _work_folder(given: Path | None) -> Iterator[Path]:
 
 def show(console: "Console", work: Path, max_tokens: int, timeout: float) -> None:
     """The whole demo. Raises ServerError, with the end of the log, for whatever goes wrong."""
-    gpu = has_cuda_gpu()
-    sizes = GPU_SIZES if gpu else CPU_SIZES
-    console.print(f"device      {'CUDA GPU' if gpu else 'CPU (no CUDA GPU here)'}")
+    import torch
+
+    device = choose_device(visible_gpus(), torch.version.cuda)
+    sizes = device.sizes
+    console.print(f"device      {device.words}", markup=False)
     model = write_tiny_checkpoint(work / "model", sizes)
     console.print(
         f"checkpoint  {sizes.layers} layers ({sizes.hash_layers} hash), {sizes.experts} NVFP4 "
         f"experts, top-{sizes.top_k}, hidden {sizes.hidden}: random, so the text will be nonsense"
     )
     log = work / "server.log"
-    arguments = (*SMALL_ARGUMENTS, *(("--gpu-memory-utilization=0.5",) if gpu else ()))
+    arguments = (*SMALL_ARGUMENTS, *device.arguments)
+    environment = dict(device.environment)
+    if environment:
+        console.print("            the first start on a GPU compiles kernels, for some minutes")
     with console.status("vllm serve") as status:
         said = -PIPE_SECONDS
 
@@ -110,7 +148,7 @@ def show(console: "Console", work: Path, max_tokens: int, timeout: float) -> Non
                 said = seconds
                 console.print(f"            {words}")
 
-        with serve(model, log, arguments, timeout=timeout, progress=progress) as server:
+        with serve(model, log, arguments, environment, timeout, progress) as server:
             console.print(
                 f"server      {server.address}, healthy after {server.load_seconds:.1f} s"
             )

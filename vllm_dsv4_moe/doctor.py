@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 
+from vllm_dsv4_moe import gpus as driver
+
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "dsv4_moe"
 GIB = 2**30
@@ -71,7 +73,8 @@ def diagnose() -> Iterator[Check]:
     gpus = []
     if installed["torch"]:
         gpus = visible_gpus()
-        yield from check_devices(gpus, Path("/proc/cpuinfo"))
+        listed = [str(gpu) for gpu in driver.supported_gpus(driver.visible_gpus())]
+        yield from check_devices(gpus, listed, Path("/proc/cpuinfo"))
     yield from check_entry_point(entry_points(group=PLUGIN_GROUP), os.environ)
     yield from check_settings(os.environ)
     if installed["vllm"] and installed["torch"]:
@@ -112,12 +115,21 @@ def visible_gpus() -> list[Gpu]:
     return found
 
 
-def check_devices(gpus: Sequence[Gpu], cpuinfo: Path) -> Iterator[Check]:
+def check_devices(gpus: Sequence[Gpu], listed: Sequence[str], cpuinfo: Path) -> Iterator[Check]:
+    """gpus are what torch sees, listed those with kernels that the driver has."""
     for index, gpu in enumerate(gpus):
         major, minor = gpu.capability
         words = f"{gpu.name}, compute capability {major}.{minor}, {gpu.memory / GIB:.0f} GiB"
         yield Check(f"GPU {index}", "ok", words)
     if gpus:
+        return
+    if listed:
+        import torch
+
+        cuda = torch.version.cuda
+        built = f"was built for CUDA {cuda}: is the driver too old?" if cuda else "is a CPU build"
+        words = f"{listed[0]} is there, and torch sees none: this torch {built}"
+        yield Check("GPU", "bad", words)
         return
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     if "avx512_bf16" in flags:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_dsv4_moe.gpus import has_gpu
+
 MODEL_NAME = "tiny"
 # Nothing is fetched and nothing is reported: the checkpoint is a folder.
 QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -29,6 +31,9 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_CI_ENV": "1",
 }
+# FlashInfer would compile its sampler and FP8 products with nvcc, which takes minutes, or is not
+# there: small servers do without.
+GPU_ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0"}
 SMALL_ARGUMENTS = (
     "--max-model-len=1024",
     "--max-num-seqs=4",
@@ -41,18 +46,9 @@ class ServerError(RuntimeError):
     """The server did not start, died or answered with an error; the message ends with its log."""
 
 
-def has_cuda_gpu() -> bool:
-    """Whether the driver lists a GPU; asks nvidia-smi, so that CUDA is not initialised here."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return listed.returncode == 0 and "GPU" in listed.stdout
-
-
 def server_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment and what the server needs; what is set already stays as it is."""
-    needed = QUIET_ENVIRONMENT | ({} if has_cuda_gpu() else CPU_ENVIRONMENT)
+    needed = QUIET_ENVIRONMENT | (GPU_ENVIRONMENT if has_gpu() else CPU_ENVIRONMENT)
     return needed | os.environ | dict(extra or {})
 
 
