@@ -1,7 +1,12 @@
-"""A tiny V4 on a GPU through `vllm serve`: this plugin beside vLLM's own NVFP4 backends."""
+"""A tiny V4 on a GPU through `vllm serve`: this plugin beside vLLM's own NVFP4 backends.
 
+The linears are bf16; `ours_fp8` has them in FP8 as published checkpoints do.
+"""
+
+import dataclasses
 import functools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -21,6 +26,7 @@ NOT_OURS = {"VLLM_PLUGINS": ""}
 # The expert backend is the difference; the rest is what every GPU host has.
 SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
     "ours": ([], {}),
+    "ours_fp8": ([], {}),
     "ours_bf16_reference": (
         ["--enforce-eager"],
         {"VLLM_DSV4_MOE_BACKEND": "reference", "VLLM_DSV4_MOE_ACTIVATIONS": "bf16"},
@@ -34,15 +40,19 @@ SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
 def answers(tmp_path_factory):
     """Server's name -> (log-probability of every prompt token, greedy tokens, log), each once."""
     folder = tmp_path_factory.mktemp("serve_gpu")
-    write_tiny_checkpoint(folder / "model", MODEL)
+
+    @functools.cache
+    def checkpoint(linear: str) -> Path:
+        return write_tiny_checkpoint(folder / linear, dataclasses.replace(MODEL, linear=linear))
 
     @functools.cache
     def ask(name: str) -> tuple[list[float], list[list[int]], str]:
         extra, environment = SERVERS[name]
+        model = checkpoint("fp8" if name.endswith("fp8") else "bf16")
         log = folder / f"{name}.log"
         arguments = [*SMALL_ARGUMENTS, "--gpu-memory-utilization=0.3", *extra]
         logprobs, tokens = [], []
-        with serve(folder / "model", log, arguments, environment) as server:
+        with serve(model, log, arguments, environment) as server:
             for prompt in PROMPTS:
                 body = server.complete(
                     prompt,
@@ -67,10 +77,14 @@ def distance(a: list[float], b: list[float]) -> float:
     return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
 
 
-def test_every_expert_layer_is_ours(answers):
-    log = answers("ours")[2]
-    assert "this plugin runs NVFP4 experts" in log
+@pytest.mark.parametrize("server", ["ours", "ours_fp8"])
+def test_every_expert_layer_is_ours(answers, server):
+    logprobs, tokens, log = answers(server)
+    assert re.search(rf"plugin runs NVFP4 experts, on sm\d+: layers 0-{MODEL.layers - 1}\b", log)
     assert "vLLM keeps the experts" not in log
+    assert "one launch gates and routes" in log and "vLLM applies the gate" not in log
+    assert all(math.isfinite(value) and value <= 0 for value in logprobs)
+    assert [len(answer) for answer in tokens] == [16] * len(PROMPTS)
 
 
 def test_agrees_with_vllms_backends_as_they_do(answers, record_property):

@@ -247,7 +247,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "hash_layers": "first layers that route by token id",
         "heads": "attention heads; GPUs need 64 or 128",
         "vocab": "vocabulary",
-        "linear": "format of all other linears: bf16, or fp8 as published (needs a GPU or AMX)",
+        "linear": "all other linears: bf16, or fp8 as published; vLLM serves fp8 on GPUs, and "
+        "on CPUs with AMX",
         "mtp": "multi-token-prediction layers, with MXFP4 experts as published",
         "seed": "seed of the random values",
     }

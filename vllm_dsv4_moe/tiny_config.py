@@ -31,7 +31,7 @@ class TinyConfig:
     hash_layers: int = 2
     heads: int = 8
     vocab: int = 512
-    linear: str = "bf16"  # what is not an expert: bf16, or fp8 as published (not on CPU)
+    linear: str = "bf16"  # what is not an expert: bf16, or fp8 as published
     mtp: int = 0  # multi-token-prediction layers, with MXFP4 experts as published
     seed: int = 0
 
