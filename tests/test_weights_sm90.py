@@ -82,9 +82,9 @@ def widen_like_the_kernel(words: torch.Tensor, scale_words: torch.Tensor) -> tor
     codes = torch.stack(
         (
             words & both,
-            words << 3 & both,
             words << 6 & both,
-            (words << 1 & 0x80008000) | (words >> 4 & 0x00C000C0) | (words >> 5 & 0x01000100),
+            (words >> 4 | words << 28) & both,
+            (words << 2 ^ words >> 6) & both,
         ),
         dim=-1,
     )

@@ -115,16 +115,11 @@ def store_transposed(ptr, a, b, *, loc=None, ip=None) -> None:
 @cute.jit
 def widen(word: Uint32, scale_word: Uint32, scale_bits: Uint32, step: cutlass.Constexpr):
     """One word of codes -> four bf16 pairs of one m64k16 fragment, scaled."""
-    low_bits = Uint32(0x01C001C0)
-    both = low_bits | Uint32(0x80008000)
-    code_0 = word & both
-    code_1 = (word << 3) & both
-    code_2 = (word << 6) & both
-    code_3 = (
-        ((word << 1) & Uint32(0x80008000))
-        | ((word >> 4) & Uint32(0x00C000C0))
-        | ((word >> 5) & Uint32(0x01000100))
-    )
+    code_bits = Uint32(0x81C081C0)
+    code_0 = word & code_bits
+    code_1 = (word << 6) & code_bits
+    code_2 = cute.arch.shf(word, word, 4, "r") & code_bits
+    code_3 = ((word << 2) ^ (word >> 6)) & code_bits
     # The scales of row and row + 8: of the first step at bits 11:4 and 27:20, and the second's
     # come there by a rotation. The exponent's upper bits are the same for all.
     if cutlass.const_expr(step == 1):

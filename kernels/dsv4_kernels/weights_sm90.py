@@ -9,12 +9,15 @@ bytes and its scales 256, and blocks follow one another along K, then along the 
 Thread t = 32 w + l of the warpgroup owns, of each step (16 columns), the eight codes of WGMMA's
 register operand: register i = 0..3 holds row 16 w + l // 4 + 8 (i % 2), columns
 8 (i // 2) + 2 (l % 4) + {0, 1}. In the word, the first column's code is in the low half and the
-second's in the high half, with these bits (s = sign, e1 e0 = exponent, m = mantissa):
+second's in the high half, at these bits of it (s = sign, e1 e0 = exponent, m = mantissa; but
+register 2's signs lie each in the other half):
 
-    register 0: s 15, e1 e0 m  8  7  6        register 2: s  9, e1 e0 m  2  1  0
-    register 1: s 12, e1 e0 m  5  4  3        register 3: s 14, e1 13,  e0 m 11 10
+    register 0: s 15, e1 e0 m 8 7 6      register 2: s 3, e1 e0 m 12 11 10
+    register 1: s  9, e1 e0 m 2 1 0      register 3: s 13, e1 14, e0 5, m 4
 
-so that one shift and one mask make registers 0, 1 and 2, and three of each register 3.
+No four shifts of one mask take a word apart, but four shifts do if one register comes from two of
+them: register 3 is ((word << 2) ^ (word >> 6)) under the mask, and `_mix` changes its bits so that
+this gives its codes. A step costs four shifts and four masks.
 
 Scales: a row pair is rows 16 w + r and 16 w + r + 8, at index 8 w + r. A scale takes 8 bits, E4M3
 without its sign but with a fifth exponent bit, so that 2^-9 .. 448 are all normal numbers: exponent
@@ -36,10 +39,12 @@ _PARTS = 24
 # Of each register's code pair (codes at bits 3:0 and 19:16): which bits move, and how far left.
 _BIT_FIELDS = (
     ((0x00080008, 12), (0x00070007, 6)),
-    ((0x00080008, 9), (0x00070007, 3)),
     ((0x00080008, 6), (0x00070007, 0)),
-    ((0x000C000C, 11), (0x00030003, 10)),
+    ((0x00000008, 16), (0x00080000, -16), (0x00070007, 10)),
+    ((0x00080008, 10), (0x00040004, 12), (0x00030003, 4)),
 )
+# Where a code's bits lie when they are widened: sign, exponent and mantissa of a bf16.
+_CODE_BITS = 0x81C081C0
 # E4M3 byte -> byte with a fifth exponent bit. Below 8 it is subnormal, n * 2^-9.
 _FIVE_BIT_EXPONENT = (0, 104, 112, 116, 120, 122, 124, 126, *range(8 + 120, 0x7F + 120))
 
@@ -121,8 +126,24 @@ def _code_words(codes: torch.Tensor) -> torch.Tensor:
         byte = registers[..., i].int()
         pair = (byte & 15) | (byte >> 4 << 16)
         for mask, shift in parts:
-            words |= (pair & mask) << shift
+            words |= (pair & mask) << shift if shift >= 0 else (pair & mask) >> -shift
+    return _mix(words)
+
+
+def _mix(words: torch.Tensor) -> torch.Tensor:
+    """Register 3's codes are ((word << 2) ^ (word >> 6)) & _CODE_BITS: every bit of theirs takes in
+    what the other shift brings to its place."""
+    words ^= (words & 0x00400040) << 8
+    for mask in (0x10001000, 1 << 29, 1 << 21, 1 << 13):
+        words ^= (words & mask) >> 8
     return words
+
+
+def _widened_codes(words: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A step's four registers before they are scaled, as the kernel makes them."""
+    turned = (words >> 4 & 0x0FFFFFFF) | words << 28
+    mixed = words << 2 ^ (words >> 6 & 0x03FFFFFF)
+    return tuple(part & _CODE_BITS for part in (words, words << 6, turned, mixed))
 
 
 def _scale_words(scales: torch.Tensor) -> torch.Tensor:
@@ -143,10 +164,8 @@ def _unshuffle_expert(
     blocks = len(codes) // 64
     words = codes.flatten().view(torch.int32).view(blocks, -1, 4, 8, 4, 4)
     registers = []
-    for parts in _BIT_FIELDS:
-        pair = torch.zeros_like(words)
-        for mask, shift in parts:
-            pair |= (words >> shift) & mask
+    for pair in _widened_codes(words):
+        pair = (pair >> 12 & 0x00080008) | (pair >> 6 & 0x00070007)
         registers.append((pair & 15) | (pair >> 12 & 0xF0))
     fields = torch.stack(registers, dim=-1).unflatten(-1, (2, 2)).to(torch.uint8)
     new_codes = torch.empty_like(codes)
