@@ -179,14 +179,6 @@ def test_gates_of_another_kind_stay_vllms(gate, config, module, says):
     assert says in say.call_args.args[0] % say.call_args.args[1:]
 
 
-def test_a_batch_invariant_vllm_keeps_its_gate(monkeypatch):
-    from vllm_dsv4_moe.gate import why_not_fused
-
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    stock = {"num_logical_experts": 12, "hidden_dim": 64, "is_lora_enabled": False, "pcp_size": 1}
-    assert "VLLM_BATCH_INVARIANT" in why_not_fused(linear(), SimpleNamespace(**stock))
-
-
 @pytest.mark.parametrize(
     "backend, gate, ours",
     [("sm90", "auto", True), ("sm100", "auto", True), ("sm90", "vllm", False)]

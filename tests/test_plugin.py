@@ -138,6 +138,7 @@ WHOSE = {
     "NVFP4": ({}, "layers.0.ffn.experts", True),
     "NVFP4 for Marlin": ({"backend": "marlin"}, "layers.0.ffn.experts", False),
     "NVFP4 on ROCm": ({"platform": "rocm"}, "layers.0.ffn.experts", False),
+    "with constant ones among them": ({"kind": "Substituted"}, "layers.0.ffn.experts", False),
     "left out by name": ({}, "layers.1.ffn.experts", False),
     "MXFP4 in MTP": ({}, "layers.2.ffn.experts", False),
     "FP8 experts": ({"expert_dtype": "fp8"}, "layers.0.ffn.experts", False),
@@ -153,11 +154,14 @@ def test_layers_that_are_not_ours_get_vllms_own_method(changes, prefix, ours):
 
     backend = changes.get("backend", "auto")
     config = config_on_a_gpu(**changes)
-    layer = mock.Mock(spec=RoutedExperts, moe_config=mock.Mock(moe_backend=backend))
+    kind = type(changes.get("kind"), (RoutedExperts,), {}) if "kind" in changes else RoutedExperts
+    layer = mock.Mock(spec=kind, moe_config=mock.Mock(moe_backend=backend))
     platform = mock.Mock(is_cpu=lambda: False, is_cuda=lambda: "platform" not in changes)
     with (
         mock.patch.object(quant_config, "current_platform", platform),
         mock.patch.object(quant_config, "ModelOptNvFp4Dsv4Method", return_value="ours"),
+        mock.patch.object(quant_config, "get_current_vllm_config"),
+        mock.patch.object(quant_config, "refusal", return_value=None),
         mock.patch.object(quant_config.logger, "info") as say,
     ):
         answers = [config.get_quant_method(layer, prefix) for _ in range(2)]

@@ -92,9 +92,13 @@ ATTRIBUTES = {
         " intermediate_size_per_partition max_num_tokens moe_parallel_config sp_size dp_size"
         " pcp_size is_sequence_parallel moe_backend swiglu_limit is_lora_enabled"
     ),
-    f"{FUSED_MOE}.config.FusedMoEParallelConfig": "tp_size",
+    f"{FUSED_MOE}.config.FusedMoEParallelConfig": "tp_size all2all_backend use_all2all_kernels",
     f"{FUSED_MOE}.router.gate_linear.GateLinear": "bias is_unquantized out_dtype",
-    "vllm.config.parallel.ParallelConfig": "num_ubatches",
+    "vllm.config.parallel.ParallelConfig": "num_ubatches enable_elastic_ep",
+    "vllm.config.offload.UVAOffloadConfig": "cpu_offload_gb cpu_offload_params",
+    "vllm.config.offload.PrefetchOffloadConfig": "offload_group_size offload_params",
+    "vllm.config.offload.OffloadConfig": "uva prefetch",
+    "vllm.config.lora.LoRAConfig": "target_modules",
     f"{FUSED_MOE}.router.fused_topk_bias_router.FusedTopKBiasRouter": (
         "top_k global_num_experts eplb_state routing_method_type scoring_func renormalize"
         " routed_scaling_factor e_score_correction_bias _hash_indices_table bias_vl"
@@ -125,9 +129,9 @@ ATTRIBUTES = {
     "vllm.envs": "VLLM_MOE_SKIP_PADDING VLLM_BATCH_INVARIANT",
     "vllm.forward_context.ForwardContext": "is_padding",
     "vllm.config.vllm.VllmConfig": "additional_config load_config model_config compilation_config"
-    " parallel_config",
+    " parallel_config offload_config lora_config",
     "vllm.config.load.LoadConfig": "load_format",
-    "vllm.config.model.ModelConfig": "enable_sleep_mode enforce_eager",
+    "vllm.config.model.ModelConfig": "enable_sleep_mode enforce_eager enable_prompt_embeds",
     "vllm.config.compilation.CompilationConfig": "cudagraph_mode",
     "vllm.config.compilation.CUDAGraphMode": "NONE",
     "vllm.platforms.interface.Platform": "is_cpu is_cuda get_device_capability",
@@ -298,6 +302,41 @@ def test_the_model_gives_its_runner_the_gate_and_hidden_states_for_logits(versio
         if "FusedMoEFactory" in ast.unparse(call.func)
     ]
     assert [keywords["gate"] for keywords in factories] == ["self.gate"]
+
+
+@pytest.mark.parametrize("version", ["0.32", "0.33"])
+def test_micro_batches_compute_on_one_stream(version):
+    """All sm90 layers of a GPU share one buffer of partial sums, so their kernels must not overlap.
+
+    vLLM's micro-batches have a thread each: one runs at a time, all compute on one stream, and the
+    all-to-all is back on it before the experts begin.
+    """
+    ubatching = "vllm.v1.worker.ubatching"
+
+    def source(dotted: str) -> list[str]:
+        found = find(sources(version), dotted)
+        assert found is not None and isinstance(found[1], ast.FunctionDef), dotted
+        return [ast.unparse(node) for node in found[1].body]
+
+    make = find(sources(version), f"{ubatching}.make_ubatch_contexts")
+    assert make is not None and isinstance(make[1], ast.FunctionDef)
+    assert "compute_stream: torch.cuda.Stream" in ast.unparse(make[1].args)
+    (context,) = (
+        node
+        for node in ast.walk(make[1])
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "UBatchContext"
+    )
+    given = {k.arg: ast.unparse(k.value) for k in context.keywords}
+    assert given["compute_stream"] == "compute_stream"
+    entered = source(f"{ubatching}.UBatchContext.__enter__")
+    assert "self.cpu_wait_event.wait()" in entered
+    assert "self.update_stream(self.compute_stream)" in entered
+    yielded = source(f"{ubatching}.UBatchContext._cpu_yield")
+    assert yielded.index("self.cpu_signal_event.set()") < yielded.index(
+        "self.cpu_wait_event.wait()"
+    )
+    dispatch = f"{FUSED_MOE}.prepare_finalize.deepep_ht.DeepEPHTPrepareAndFinalize._do_dispatch"
+    assert source(dispatch)[-2] == "dbo_switch_to_compute_sync()"
 
 
 def test_a_symbol_that_moved_is_named(tmp_path):

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-import vllm.envs as envs
 from dsv4_kernels.gate_route import MAX_TOKENS, GateScratch, make_scratch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
@@ -91,6 +90,4 @@ def why_not_fused(gate: torch.nn.Module, moe_config: FusedMoEConfig) -> str | No
         return "LoRA may change it"
     if moe_config.pcp_size > 1:
         return "prefill context parallelism gathers logits"
-    if envs.VLLM_BATCH_INVARIANT:
-        return "VLLM_BATCH_INVARIANT wants sums that do not depend on the batch"
     return None

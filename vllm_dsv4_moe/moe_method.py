@@ -101,6 +101,11 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
                 layer.register_parameter(f"{name}_2", alias)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        if self.moe_kernel is not None:
+            raise ValueError(
+                f"{layer.layer_name}: weights are loaded a second time, and this plugin has made a "
+                "layer of the first: start the server again with the new weights"
+            )
         self.announce(self.backend.name)
         # vLLM calls this with the model's dtype as the default; the scales' arithmetic is fp32.
         default = torch.get_default_dtype()
@@ -149,12 +154,8 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
             allow_new_interface=True,
             use_monolithic=False,
         )
-        if prepare_finalize.activation_format != mk.FusedMoEActivationFormat.Standard:
-            raise ValueError(
-                f"{layer.layer_name}: {type(prepare_finalize).__name__} sorts tokens by expert "
-                "before the layer does: choose another --all2all-backend, such as "
-                "allgather_reducescatter or deepep_high_throughput"
-            )
+        layout = prepare_finalize.activation_format
+        assert layout == mk.FusedMoEActivationFormat.Standard, prepare_finalize
         experts = Dsv4Experts(self.moe, self.moe_quant_config, moe_layer)
         self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
         ids_dtype = self.topk_indices_dtype or torch.int32

@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
+from vllm_dsv4_moe.options import refusal
 from vllm_dsv4_moe.safetensors_files import read_header
 from vllm_dsv4_moe.settings import Settings, read_settings
 
@@ -51,6 +52,9 @@ class OurLayers(QuantizationConfig):
         reason = self.why_vllms(layer, prefix)
         if reason is None:
             self._check_files()
+            refused = refusal(get_current_vllm_config(), layer.moe_config, prefix)
+            if refused is not None:
+                raise ValueError(f"{prefix}: {refused}")
             self._ours += (extract_layer_index(prefix),)
             return ModelOptNvFp4Dsv4Method(layer.moe_config, self.settings(), self.announce_ours)
         method = super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
@@ -61,6 +65,8 @@ class OurLayers(QuantizationConfig):
         """Why vLLM's own method runs these experts; None where this package's does."""
         if not self.is_ours(prefix):
             return "they are not NVFP4"
+        if layer.__class__ is not RoutedExperts:
+            return f"{layer.__class__.__name__} does more than route among them"
         if layer.moe_config.moe_backend != "auto":
             return f"--moe-backend {layer.moe_config.moe_backend} asks for it"
         if not current_platform.is_cuda() and not current_platform.is_cpu():

@@ -1,0 +1,159 @@
+"""vLLM's options beside this plugin: which work, and which are refused when a layer is built.
+
+`OPTIONS` is the README's table; `refusal` is what refuses. An option that would change what the
+plugin's layer is given or may assume, and that nothing here handles, must not be served silently.
+"""
+
+from typing import NamedTuple
+
+import vllm.envs as envs
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig
+
+# Tokens arrive as rows of hidden states, each with its own global expert ids.
+ALL2ALL_BACKENDS = (
+    "allgather_reducescatter",
+    "deepep_high_throughput",
+    "flashinfer_nvlink_one_sided",
+    "flashinfer_nvlink_two_sided",
+)
+
+
+class Option(NamedTuple):
+    name: str
+    verdict: str  # works, read (works by what vLLM's source says, not run), or refused
+    why: str
+
+
+OPTIONS = (
+    Option(
+        "`--tensor-parallel-size`, `--data-parallel-size`, `--enable-expert-parallel`",
+        "works",
+        "served with two ranks, each layer compared with one rank's",
+    ),
+    Option(
+        "`--enable-eplb`, redundant experts, `--expert-placement-strategy`",
+        "works",
+        "through vLLM's own exchange; an expert's scales move along",
+    ),
+    Option("`--pipeline-parallel-size`", "read", "hash layers are the first rank's"),
+    Option("load balancing of data-parallel ranks", "read", "nothing of it reaches a layer"),
+    Option("`--all2all-backend allgather_reducescatter`", "works", "the default, on two ranks"),
+    Option(
+        "`--all2all-backend deepep_high_throughput`, `flashinfer_nvlink_*`",
+        "read",
+        "tokens arrive as rows with global expert ids",
+    ),
+    Option(
+        "the other `--all2all-backend`s", "refused", "they sort or repeat tokens before the layer"
+    ),
+    Option(
+        "`--enable-dbo`",
+        "read",
+        "arena and gate have a part for each micro-batch, whose kernels share one stream",
+    ),
+    Option(
+        "CUDA graphs, `--enforce-eager`, compilation modes",
+        "works",
+        "the layer is inside vLLM's custom op; the `reference` backend wants `--enforce-eager`",
+    ),
+    Option(
+        "multi-token prediction, DSpark",
+        "read",
+        "their MXFP4 experts stay vLLM's; NVFP4 ones are taken like any",
+    ),
+    Option(
+        "chunked prefill, mixed batches", "works", "every hash layer sees every token's id once"
+    ),
+    Option(
+        "KV cache types, offloading and transfer, prefix caching",
+        "read",
+        "nothing of it reaches a layer",
+    ),
+    Option("`--enable-prompt-embeds`", "refused", "hash layers route by token id"),
+    Option("`--enable-sleep-mode`", "read", "level 1; level 2 drops what only loading makes"),
+    Option("`reload_weights`", "refused", "when it is called: start the server again"),
+    Option(
+        "`--cpu-offload-gb`, `--offload-group-size`",
+        "refused",
+        "where they move experts: name other parameters",
+    ),
+    Option("`--enable-lora`", "refused", "where experts are among its target modules"),
+    Option("`--enable-elastic-ep`", "refused", "a layer's buffers are sized for the ranks at load"),
+    Option("`VLLM_BATCH_INVARIANT`", "refused", "tiles are chosen by the number of tokens"),
+    Option("`--moe-backend` other than `auto`", "works", "vLLM's own experts run, not these"),
+)
+
+
+def refusal(config: VllmConfig, moe_config: FusedMoEConfig, layer_name: str) -> str | None:
+    """Why this configuration cannot be served with this plugin's layer, or None."""
+    parallel = moe_config.moe_parallel_config
+    if config.parallel_config.enable_elastic_ep:
+        return (
+            "--enable-elastic-ep changes the number of ranks while serving, and this plugin's "
+            "buffers are sized at load: serve without it, or choose vLLM's experts, such as "
+            "--moe-backend marlin"
+        )
+    backend = parallel.all2all_backend
+    if parallel.use_all2all_kernels and backend not in ALL2ALL_BACKENDS:
+        return (
+            f"--all2all-backend {backend} hands over tokens in an order of its own, and this "
+            f"plugin's experts take them as they come: use {' or '.join(ALL2ALL_BACKENDS)}"
+        )
+    if envs.VLLM_BATCH_INVARIANT:
+        return (
+            "VLLM_BATCH_INVARIANT is set, and this plugin's kernels choose tiles by the number of "
+            "tokens: unset it, or choose vLLM's experts with --moe-backend"
+        )
+    if config.model_config.enable_prompt_embeds:
+        return (
+            "--enable-prompt-embeds lets prompts come without token ids, and DeepSeek-V4's hash "
+            "layers route by them: serve without it"
+        )
+    return _lora(config) or _offload(config, layer_name)
+
+
+def _lora(config: VllmConfig) -> str | None:
+    lora = config.lora_config
+    if lora is None:
+        return None
+    targets = lora.target_modules
+    if targets is not None and not any("expert" in target for target in targets):
+        return None
+    return (
+        "--enable-lora would adapt these experts, which this plugin cannot: name what else is to "
+        "be adapted with --lora-target-modules, or choose --moe-backend emulation"
+    )
+
+
+def _offload(config: VllmConfig, layer_name: str) -> str | None:
+    offload = config.offload_config
+    for active, segments, option in (
+        (offload.uva.cpu_offload_gb > 0, offload.uva.cpu_offload_params, "--cpu-offload-params"),
+        (
+            offload.prefetch.offload_group_size > 0,
+            offload.prefetch.offload_params,
+            "--offload-params",
+        ),
+    ):
+        if active and (not segments or any(_is_of_experts(s, layer_name) for s in segments)):
+            return (
+                "weights are to be offloaded to the CPU, and this plugin's kernels read experts "
+                f"from GPU memory: name other parameters with {option}, such as attn"
+            )
+    return None
+
+
+def _is_of_experts(segments: str, layer_name: str) -> bool:
+    """Whether vLLM would offload a parameter of this layer for that: whole segments must match."""
+    weights = ("w13_weight", "w2_weight")
+    names = [f"{layer_name}.routed_experts.{weight}{scale}" for weight in weights
+             for scale in ("", "_scale", "_scale_2")]  # fmt: skip
+    return any(f".{segments}." in f".{name}." for name in names)
+
+
+def options_table() -> str:
+    """The README's table, in markdown."""
+    lines = ["| vLLM's option | | |", "|---|---|---|"]
+    lines += [f"| {option.name} | {option.verdict} | {option.why} |" for option in OPTIONS]
+    return "\n".join(lines) + "\n"
