@@ -4,10 +4,10 @@ The linears are bf16; `ours_fp8` has them in FP8 as published checkpoints do.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dsv4_kernels
@@ -34,41 +34,45 @@ SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
     "marlin": (["--kernel-config", '{"moe_backend": "marlin"}'], NOT_OURS),
     "emulation": (["--kernel-config", '{"moe_backend": "emulation"}'], NOT_OURS),
 }
+LINEAR = {"ours_fp8": "fp8"}
+CACHE = f"--kv-cache-memory-bytes={2 << 30}"
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """Server's name -> (log-probability of every prompt token, greedy tokens, log), each once."""
+    """Server's name -> (log-probability of every prompt token, greedy tokens, log).
+
+    All servers start at once, since starting takes most of their time.
+    """
     folder = tmp_path_factory.mktemp("serve_gpu")
+    for linear in ("bf16", "fp8"):
+        write_tiny_checkpoint(folder / linear, dataclasses.replace(MODEL, linear=linear))
+    with ThreadPoolExecutor(len(SERVERS)) as pool:
+        asked = {name: pool.submit(ask, name, folder) for name in SERVERS}
+        yield lambda name: asked[name].result()
 
-    @functools.cache
-    def checkpoint(linear: str) -> Path:
-        return write_tiny_checkpoint(folder / linear, dataclasses.replace(MODEL, linear=linear))
 
-    @functools.cache
-    def ask(name: str) -> tuple[list[float], list[list[int]], str]:
-        extra, environment = SERVERS[name]
-        model = checkpoint("fp8" if name.endswith("fp8") else "bf16")
-        log = folder / f"{name}.log"
-        arguments = [*SMALL_ARGUMENTS, "--gpu-memory-utilization=0.3", *extra]
-        logprobs, tokens = [], []
-        with serve(model, log, arguments, environment) as server:
-            for prompt in PROMPTS:
-                body = server.complete(
-                    prompt,
-                    max_tokens=16,
-                    temperature=0,
-                    ignore_eos=True,
-                    prompt_logprobs=0,
-                    return_token_ids=True,
-                )
-                (choice,) = body["choices"]
-                for entry in choice["prompt_logprobs"][1:]:
-                    logprobs.append(next(iter(entry.values()))["logprob"])
-                tokens.append(choice["token_ids"])
-        return logprobs, tokens, log.read_text()
-
-    return ask
+def ask(name: str, folder: Path) -> tuple[list[float], list[list[int]], str]:
+    extra, environment = SERVERS[name]
+    log = folder / f"{name}.log"
+    # With a cache of given size no server measures how much memory the others left.
+    arguments = [*SMALL_ARGUMENTS, "--gpu-memory-utilization=0.3", CACHE, *extra]
+    logprobs, tokens = [], []
+    with serve(folder / LINEAR.get(name, "bf16"), log, arguments, environment) as server:
+        for prompt in PROMPTS:
+            body = server.complete(
+                prompt,
+                max_tokens=16,
+                temperature=0,
+                ignore_eos=True,
+                prompt_logprobs=0,
+                return_token_ids=True,
+            )
+            (choice,) = body["choices"]
+            for entry in choice["prompt_logprobs"][1:]:
+                logprobs.append(next(iter(entry.values()))["logprob"])
+            tokens.append(choice["token_ids"])
+    return logprobs, tokens, log.read_text()
 
 
 def distance(a: list[float], b: list[float]) -> float:
