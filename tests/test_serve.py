@@ -17,6 +17,7 @@ import torch
 from dsv4_kernels.activation_scale import LayerScales, warmup, write_file
 from dsv4_kernels.types import ExpertWeights
 from plain_moe import PlainMoe
+from vllm_sources import next_with_installed_operators
 
 from vllm_dsv4_moe.serving import serve
 from vllm_dsv4_moe.tiny import TinyConfig, write_tiny_checkpoint
@@ -158,6 +159,24 @@ def test_log_probabilities_equal_those_of_a_plain_torch_model(
             plain_values, plain_words = logprobs(other, tokens)
             assert words == plain_words
             assert largest_difference(values, plain_values) <= LOGPROB_TOLERANCE
+
+
+def test_the_next_vllms_own_python_serves_the_same(
+    server, checkpoint, scales_file, tmp_path, monkeypatch
+):
+    (tmp_path / "next").mkdir()
+    paths = [str(next_with_installed_operators(tmp_path / "next"))]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    with probed(checkpoint, tmp_path, "record", file_settings(scales_file)) as other:
+        assert json.loads(other.get("/version"))["version"].startswith("0.33.")
+        assert "this plugin runs NVFP4 experts" in other.log.read_text()
+        for tokens in (LONG, SHORT):
+            (values, words), (next_values, next_words) = (
+                logprobs(running, tokens) for running in (server, other)
+            )
+            assert words == next_words
+            assert largest_difference(values, next_values) <= LOGPROB_TOLERANCE
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,16 @@
 """Every name of vLLM that the plugin uses, found in both supported versions' Python sources.
 
-Nothing is imported: the files are parsed. The installed vLLM is one version; the other's files
-are put where `make test` puts them, or where VLLM_NEXT_SOURCES says.
+Nothing is imported: the files are parsed.
 """
 
 import ast
 import functools
-import importlib.util
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from vllm_sources import ROOT, sources
 
-ROOT = Path(__file__).parents[1]
-NEXT = Path(os.environ.get("VLLM_NEXT_SOURCES", ROOT / ".venv/vllm-sources/0.33.0"))
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 ROUTED_EXPERTS = f"{FUSED_MOE}.routed_experts.RoutedExperts"
 MOE_CONFIG = f"{FUSED_MOE}.config.FusedMoEConfig"
@@ -136,21 +132,6 @@ ATTRIBUTES = {
     "vllm.config.compilation.CUDAGraphMode": "NONE",
     "vllm.platforms.interface.Platform": "is_cpu is_cuda get_device_capability",
 }
-
-
-@functools.cache
-def sources(version: str) -> Path:
-    """The folder that holds the package vllm of that version."""
-    if version == "0.33":
-        if not (NEXT / "vllm").is_dir():
-            pytest.fail(
-                f"{NEXT} has no vLLM 0.33 sources: `make setup` puts them there, or set "
-                "VLLM_NEXT_SOURCES to a folder that holds its package"
-            )
-        return NEXT
-    spec = importlib.util.find_spec("vllm")
-    assert spec is not None and spec.origin is not None, "vllm is not installed: run `make setup`"
-    return Path(spec.origin).parents[1]
 
 
 @functools.cache
