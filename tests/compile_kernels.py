@@ -48,8 +48,8 @@ def compile_launches(target: GPUTarget) -> None:
             for place, kind in enumerate(signature.values())
             if kind.startswith("*")
         }
-        if "WIDEN" in constexprs:  # the tensors are on the CPU here
-            constexprs["WIDEN"] = False
+        if "INTERPRETED" in constexprs:  # the tensors are on the CPU here
+            constexprs["INTERPRETED"] = False
         source = ASTSource(self, signature, constexprs, aligned)
         cubin = triton.compile(source, target=target, options=options).asm["cubin"]
         print(f"{self.fn.__name__}: {len(cubin)} bytes for sm_{target.arch}")
@@ -81,8 +81,9 @@ def launch_everything() -> None:
         nvfp4_quantize(x, scale, layout, swizzled=True, saturated=saturated)
     nvfp4_quantize(x, None, live=torch.zeros(8192, dtype=torch.int32), saturated=saturated)
     rows = torch.empty(len(layout.row_to_slot), HIDDEN, dtype=torch.bfloat16)
-    combine(rows, layout.slot_to_row)
-    place_rows(x, layout.slot_to_row, out=rows)
+    for num_tokens in (1, 8192):
+        combine(rows, layout.slot_to_row[:num_tokens])
+        place_rows(x[:num_tokens], layout.slot_to_row[:num_tokens], out=rows)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dsv4_kernels import reference
-from dsv4_kernels.combine import combine
+from dsv4_kernels.combine import choose_config, combine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,11 +31,15 @@ def random_case(num_tokens: int, top_k: int, hidden: int):
     return rows.bfloat16(), slot_to_row.view(num_tokens, top_k)
 
 
+@pytest.mark.parametrize("few", [True, False], ids=["as_few_tokens", "as_many_tokens"])
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "hidden"),
     [(0, 6, 64), (1, 6, 4096), (33, 6, 1024), (5, 16, 48), (3, 1, 7168), (4, 8, 2000)],
 )
-def test_sizes(num_tokens, top_k, hidden):
+def test_sizes(num_tokens, top_k, hidden, few, monkeypatch):
+    config = choose_config(hidden, 1 if few else 8192)
+    assert config.skips != few
+    monkeypatch.setattr("dsv4_kernels.combine.choose_config", lambda *shape: config)
     check(*random_case(num_tokens, top_k, hidden))
 
 

@@ -3,15 +3,18 @@
 import pytest
 import torch
 from dsv4_kernels import reference
-from dsv4_kernels.place_rows import place_rows
+from dsv4_kernels.place_rows import choose_config, place_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("hidden", [64, 1536, 4096])
+@pytest.mark.parametrize("many", [1, 8192], ids=["as_one_token", "as_many_tokens"])
+@pytest.mark.parametrize("hidden", [80, 1536, 4096])
 @pytest.mark.parametrize("num_tokens", [0, 1, 9])
 @pytest.mark.parametrize("local", [8, 3], ids=["all-local", "some-foreign"])
-def test_every_row_is_its_tokens(hidden, num_tokens, local):
+def test_every_row_is_its_tokens(hidden, num_tokens, local, many, monkeypatch):
+    config = choose_config(hidden, many)
+    monkeypatch.setattr("dsv4_kernels.place_rows.choose_config", lambda *shape: config)
     generator = torch.Generator().manual_seed(num_tokens)
     ids = torch.rand((num_tokens, 8), generator=generator).argsort(dim=1)[:, :3].int().to(DEVICE)
     mapping = torch.arange(8, dtype=torch.int32, device=DEVICE)

@@ -2,9 +2,10 @@
 
     out[t] = bf16(sum over j of float(rows[slot_to_row[t, j]]))     slots without a row add nothing
 
-The routing weight is in the rows already. A program sums BLOCK columns of one token or two: the
-loads of all their slots are independent and in flight together; the sum is in fp32, in slot order,
-so that two runs are bit-equal. Equal to `reference.combine` bit for bit.
+The routing weight is in the rows already. A program sums BLOCK columns of one token, in fp32 and in
+slot order, so that two runs are bit-equal. Of many tokens it has the whole row and leaves out the
+slots without one, of which a rank of eight has seven in eight; of few tokens, where latency counts,
+the loads of all slots are in flight together. Equal to `reference.combine` bit for bit.
 """
 
 from typing import NamedTuple
@@ -17,15 +18,21 @@ from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
 
 
 class Config(NamedTuple):
-    tokens: int  # per program
     block: int  # columns per program
     num_warps: int
+    skips: bool  # slots without a row cost nothing, and slots are loaded one after another
 
 
 def choose_config(hidden: int, num_tokens: int) -> Config:
-    """Blocks of 1024 columns, 8 per thread and row, divide 4096, 5120 and 7168 evenly."""
+    """Whole rows from 1024 tokens on, otherwise 1024 columns, 8 per thread and row.
+
+    On an H200, 8192 tokens of 7168 with 6 slots, of which one in eight is local: 55 us with whole
+    rows, 71 with all slots in flight; all local, 190 and 186. One token: 3.7 and 2.4.
+    """
+    if num_tokens >= 1024:
+        return Config(min(8192, triton.next_power_of_2(hidden)), num_warps=4, skips=True)
     block = min(1024, triton.next_power_of_2(hidden))
-    return Config(2 if num_tokens >= 1024 else 1, block, num_warps=max(1, block // 256))
+    return Config(block, max(1, block // 256), skips=False)
 
 
 @triton.jit
@@ -36,31 +43,38 @@ def round_to_bf16(x):
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def _combine_kernel(
     rows_ptr,
     slot_to_row_ptr,
     out_ptr,
-    num_tokens,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
-    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SKIPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
     wait_for_inputs(launch_pdl)
     blocks = (HIDDEN + BLOCK - 1) // BLOCK
-    tokens = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
-    in_batch = tokens < num_tokens
-    total = tl.zeros([TOKENS, BLOCK], tl.float32)
+    token = tl.program_id(0).to(tl.int64) // blocks
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    rows = ()
     for slot in tl.static_range(TOP_K):
-        row = tl.load(slot_to_row_ptr + tokens * TOP_K + slot, mask=in_batch, other=-1)
-        ptrs = rows_ptr + row.to(tl.int64) * HIDDEN + columns
-        term = tl.load(ptrs, mask=(row >= 0) & (columns < HIDDEN), other=0.0)
-        total += term.to(tl.float32)
-    out = round_to_bf16(total).to(tl.bfloat16)
-    tl.store(out_ptr + tokens * HIDDEN + columns, out, mask=in_batch & (columns < HIDDEN))
+        row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
+        rows = rows + (row,)
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        row_ptrs = rows_ptr + rows[slot] * HIDDEN + columns
+        if SKIPS:
+            if rows[slot] >= 0:
+                total += tl.load(row_ptrs, mask=columns < HIDDEN, other=0.0).to(tl.float32)
+        else:
+            width = tl.where(rows[slot] >= 0, HIDDEN, 0)
+            total += tl.load(row_ptrs, mask=columns < width, other=0.0).to(tl.float32)
+    if INTERPRETED:
+        total = round_to_bf16(total)
+    tl.store(out_ptr + token * HIDDEN + columns, total.to(tl.bfloat16), mask=columns < HIDDEN)
 
 
 def combine(
@@ -81,16 +95,15 @@ def combine(
     if num_tokens == 0:
         return out
     config = choose_config(hidden, num_tokens)
-    grid = (triton.cdiv(num_tokens, config.tokens) * triton.cdiv(hidden, config.block),)
-    _combine_kernel[grid](
+    _combine_kernel[(num_tokens * triton.cdiv(hidden, config.block),)](
         rows,
         slot_to_row,
         out,
-        num_tokens,
         HIDDEN=hidden,
         TOP_K=top_k,
-        TOKENS=config.tokens,
         BLOCK=config.block,
+        SKIPS=config.skips,
+        INTERPRETED=rows.device.type == "cpu",
         launch_pdl=supports_pdl(rows),
         num_warps=config.num_warps,
     )

@@ -87,7 +87,7 @@ def _multiply(
     EXPERTS: tl.constexpr,
     K_SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
     """A worker's partial sums. The gate's rows are weights: they are read before the wait."""
@@ -100,7 +100,7 @@ def _multiply(
     wait_for_inputs(launch_pdl)
     in_batch = (tokens < num_tokens) & (columns < HIDDEN)
     x = tl.load(x_ptr + tokens * HIDDEN + columns, mask=in_batch, other=0.0)
-    if WIDEN:
+    if INTERPRETED:
         x, gate = x.to(tl.float32), gate.to(tl.float32)
     sums = tl.dot(x, tl.trans(gate))
     place = (split * num_tokens + tokens) * NUM_EXPERTS + experts[None, :]
@@ -141,7 +141,7 @@ def _gate_route_kernel(
     HAS_PADDING: tl.constexpr,
     NUM_IMAGE_IDS: tl.constexpr,
     UNIFORM: tl.constexpr,
-    WIDEN: tl.constexpr,  # Triton's interpreter multiplies the bits of bf16
+    INTERPRETED: tl.constexpr,  # Triton's interpreter multiplies the bits of bf16
     launch_pdl: tl.constexpr,
 ):
     num_workers = SPLITS * ((NUM_EXPERTS + EXPERTS - 1) // EXPERTS)
@@ -149,7 +149,7 @@ def _gate_route_kernel(
     if program < num_workers:
         _multiply(
             x_ptr, gate_ptr, partials_ptr, program, num_tokens,
-            HIDDEN, NUM_EXPERTS, TOKENS, EXPERTS, K_SPLIT, SPLITS, WIDEN, launch_pdl,
+            HIDDEN, NUM_EXPERTS, TOKENS, EXPERTS, K_SPLIT, SPLITS, INTERPRETED, launch_pdl,
         )  # fmt: skip
         tl.debug_barrier()
         tl.atomic_add(counters_ptr, 1, sem="release", scope="gpu")
@@ -284,7 +284,7 @@ def gate_route(
         HAS_PADDING=padding is not None,
         NUM_IMAGE_IDS=NUM_IMAGE_TOKEN_IDS,
         UNIFORM=table is not None and hash_weights == "uniform",
-        WIDEN=device.type == "cpu",
+        INTERPRETED=device.type == "cpu",
         launch_pdl=supports_pdl(hidden_states),
         num_warps=config.num_warps,
     )
