@@ -151,6 +151,7 @@ def linear(**changes):
         "bias": None,
         "weight": torch.zeros(12, 64, dtype=torch.bfloat16),
         "out_dtype": torch.float32,
+        "allow_ll_bf16_gemm": True,
     }
     return mock.Mock(spec=GateLinear, **stock | changes)
 
@@ -175,8 +176,24 @@ def test_gates_of_another_kind_stay_vllms(gate, config, module, says):
     assert says in why_not_fused(module or linear(**gate), moe_config)
     assert why_not_fused(linear(), SimpleNamespace(**stock)) is None
     with mock.patch.object(logger, "info_once") as say:
-        assert fused_gate(module or linear(**gate), moe_config, gate_route) is None
+        assert fused_gate(module or linear(**gate), moe_config, gate_route, False) is None
     assert says in say.call_args.args[0] % say.call_args.args[1:]
+
+
+@pytest.mark.parametrize(
+    "is_hash, vllms_is_fast, fewest",
+    [(False, True, 17), (True, True, 4), (False, False, 1), (True, False, 1)],
+)
+def test_small_batches_go_to_vllms_gate_where_that_is_faster(
+    vllm_config, is_hash, vllms_is_fast, fewest
+):
+    from vllm.config import set_current_vllm_config
+
+    from vllm_dsv4_moe.gate import FusedGate
+
+    with set_current_vllm_config(vllm_config):
+        gate = FusedGate(linear(allow_ll_bf16_gemm=vllms_is_fast), gate_route, is_hash)
+    assert [n for n in range(MAX_TOKENS + 9) if gate.fits(n)] == [*range(fewest, MAX_TOKENS + 1)]
 
 
 @pytest.mark.parametrize(

@@ -294,5 +294,5 @@ def test_two_expert_parallel_processes_give_the_single_process_output(
     # A data-parallel process without a request of its own runs padding along.
     assert any(call["padding"].any() for call in recording.calls) == (parallel == "-dp=2")
     assert max(layer_errors(recording.calls, layers)) <= PARALLEL_TOLERANCE
-    gated = "one launch gates and routes up to 64 tokens" in server.log.read_text()
+    gated = "one launch gates and routes 1 to 64 tokens in hash" in server.log.read_text()
     assert gated == (parallel == "-dp=2")

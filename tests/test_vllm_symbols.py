@@ -89,7 +89,9 @@ ATTRIBUTES = {
         " pcp_size is_sequence_parallel moe_backend swiglu_limit is_lora_enabled"
     ),
     f"{FUSED_MOE}.config.FusedMoEParallelConfig": "tp_size all2all_backend use_all2all_kernels",
-    f"{FUSED_MOE}.router.gate_linear.GateLinear": "bias is_unquantized out_dtype",
+    f"{FUSED_MOE}.router.gate_linear.GateLinear": (
+        "bias is_unquantized out_dtype allow_ll_bf16_gemm"
+    ),
     "vllm.config.parallel.ParallelConfig": "num_ubatches enable_elastic_ep",
     "vllm.config.offload.UVAOffloadConfig": "cpu_offload_gb cpu_offload_params",
     "vllm.config.offload.PrefetchOffloadConfig": "offload_group_size offload_params",

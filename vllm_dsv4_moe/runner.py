@@ -34,7 +34,8 @@ class Dsv4MoERunner(MoERunner):
         if isinstance(routed_experts.quant_method, ModelOptNvFp4Dsv4Method):
             router = _our_router(layer_name, router, routed_experts)
         if isinstance(router, Dsv4Router):
-            router.gate = fused_gate(gate, moe_config, routed_experts.quant_method.gate_op())
+            op, is_hash = routed_experts.quant_method.gate_op(), router.table is not None
+            router.gate = fused_gate(gate, moe_config, op, is_hash)
             gate = None if router.gate is not None else gate
         super().__init__(layer_name, moe_config, router, routed_experts, *args, gate=gate, **kwargs)
 

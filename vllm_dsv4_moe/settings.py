@@ -70,8 +70,8 @@ class Settings:
     )
     gate: str = _option(
         "auto",
-        "who makes the router's logits: `auto` gates and routes batches of at most 64 tokens in "
-        "one launch, `vllm` leaves every batch to vLLM's GateLinear",
+        "who makes the router's logits: with `auto`, one launch gates and routes batches of at "
+        "most 64 tokens where that is faster; `vllm` leaves every batch to vLLM's GateLinear",
         allowed=("auto", "vllm"),
     )
     kernel_objects: str = _option(

@@ -10,6 +10,8 @@ them; the gate's weights are cold, as a layer finds them.
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ from dsv4_kernels.types import Routing
 
 TOP_K, SCALING, TILE, VOCAB = 6, 2.5, 64, 4096
 NUM_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
-GATE_TOKENS = (1, 8, 32, 64)
+GATE_TOKENS = (1, 4, 8, 16, 32, 64)
 MODELS = {"flash": (4096, 256), "pro": (7168, 384)}  # hidden, experts
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
@@ -175,34 +177,39 @@ def bench_layout(peer: Peer | None) -> list[dict]:
 
 
 def bench_gate(peer: Peer | None) -> list[dict]:
+    """In one launch, and as vLLM's gate with this project's router after it ("then")."""
     rows = []
     for hidden, num_experts in MODELS.values():
         sets = cold_sets(2 * hidden * num_experts)
         gates = [random(num_experts, hidden, dtype=torch.bfloat16) / 64 for _ in range(sets)]
         scratch = make_scratch(hidden, num_experts, gates[0].device)
-        for num_tokens in GATE_TOKENS:
+        for num_tokens, kind in itertools.product(GATE_TOKENS, ("dense", "hash")):
             case = Case(num_tokens, num_experts, ranks=1)
             x = random(num_tokens, hidden, dtype=torch.bfloat16)
+            options = {"scaling": SCALING, **case.options(kind)}
 
-            def ours(gate: torch.Tensor) -> Routing:
-                return gate_route(
-                    x, gate, TOP_K, bias=case.bias, scaling=SCALING, out=case.routing,
-                    scratch=scratch,
-                )  # fmt: skip
+            def one(gate: torch.Tensor) -> Routing:
+                return gate_route(x, gate, TOP_K, scratch=scratch, out=case.routing, **options)
+
+            def two(gate: torch.Tensor) -> Routing:
+                return router_topk(peer.gate(x, gate), TOP_K, out=case.routing, **options)
 
             def theirs(gate: torch.Tensor) -> None:
                 case.logits = peer.gate(x, gate)
-                peer.route(case, "dense")
+                peer.route(case, kind)
+
+            def us(call: Callable) -> float:
+                return time_us([lambda gate=gate: call(gate) for gate in gates])
 
             logits = x.float() @ gates[0].float().T
-            expected = reference.router_topk(logits, TOP_K, bias=case.bias, scaling=SCALING)
-            check_routing(ours(gates[0]), expected)
-            ours_us = time_us([lambda gate=gate: ours(gate) for gate in gates])
-            theirs_us = (
-                time_us([lambda gate=gate: theirs(gate) for gate in gates]) if peer else None
-            )
-            name = f"gate {hidden} + route dense"
-            rows.append(row(name, num_experts, num_tokens, ours_us, theirs_us))
+            expected = reference.router_topk(logits, TOP_K, **options)
+            check_routing(one(gates[0]), expected)
+            theirs_us = us(theirs) if peer else None
+            sizes = (num_experts, num_tokens)
+            rows.append(row(f"gate {hidden} + route {kind}", *sizes, us(one), theirs_us))
+            if peer:
+                check_routing(two(gates[0]), expected)
+                rows.append(row(f"gate {hidden}, then route {kind}", *sizes, us(two), theirs_us))
     return rows
 
 
