@@ -5,13 +5,16 @@ choose_config, none of which are closer together than a factor of two: the power
 every variant. The tokens go to no expert, so the GEMMs (compiled by prepare_layer) do nothing.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from dsv4_kernels.backends import MoeLayer
 from dsv4_kernels.gate_route import make_scratch
 from dsv4_kernels.moe import moe, workspace_bytes
 from dsv4_kernels.types import Routing
 
-from vllm_dsv4_moe.router import Dsv4Router
+if TYPE_CHECKING:
+    from vllm_dsv4_moe.router import Dsv4Router
 
 
 def token_counts(max_num_tokens: int) -> list[int]:
@@ -29,7 +32,7 @@ class WarmUp:
     def __call__(
         self,
         layer: MoeLayer,
-        router: Dsv4Router | None,
+        router: "Dsv4Router | None",
         expert_map: torch.Tensor | None,
         ids_dtype: torch.dtype,
     ) -> None:
@@ -58,7 +61,7 @@ class WarmUp:
 
 
 def launch_router(
-    router: Dsv4Router, num_tokens: int, ids_dtype: torch.dtype, device: torch.device
+    router: "Dsv4Router", num_tokens: int, ids_dtype: torch.dtype, device: torch.device
 ) -> None:
     """With and without a mask of padding, which vLLM makes for the batches of its CUDA graphs."""
     token_ids = None
