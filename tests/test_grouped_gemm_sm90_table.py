@@ -27,10 +27,14 @@ from dsv4_kernels.grouped_gemm_sm90_table import (
 )
 from dsv4_kernels.types import MoeShape
 
+from tests import sanitize
+from tests.sm90_emulation import Emulation
+from tests.sm90_problems import Problem
+
 PRO_EP8 = MoeShape(384, 48, 6, 7168, 3072, 8192, False)
 FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)
 FEW = LayerConfig(True, Sm90Config(1, 4, (8, 16), 256), Sm90Config(1, 2, (8, 16), 128, 2))
-MANY = LayerConfig(False, Sm90Config(2, 2, (64, 128), 64), Sm90Config(2, 2, (64, 136), 128))
+MANY = LayerConfig(False, Sm90Config(2, 2, (64, 128), 64), Sm90Config(2, 2, (64, 144), 128))
 ENTRY = Entry(
     Layer(132, 48, 7168, 3072),
     384,
@@ -140,7 +144,8 @@ WRONG = {
     "unknown-option": (changed(lambda e: e["ranges"][0]["fc1"].update(speed=2)), "speed"),
     "tile-k": (changed(lambda e: e["ranges"][0]["fc1"].update(tile_k=96)), "tile_k 96 is not"),
     "divides": (changed(lambda e: e.update(intermediate=2112)), "does not divide K = 2112"),
-    "tile-n": (changed(lambda e: e["ranges"][0]["fc2"].update(tile_n=[12])), "multiples of 8"),
+    "tma-box": (changed(lambda e: e["ranges"][0]["fc2"].update(tile_n=[8, 24])), "multiple of 16"),
+    "tile-n": (changed(lambda e: e["ranges"][0]["fc2"].update(tile_n=[12, 16])), "multiples of 8"),
     "sums": (changed(lambda e: e["ranges"][1]["fc1"].update(tile_n=[256])), "more sums than"),
 }
 
@@ -196,6 +201,22 @@ def test_a_kernel_fits_and_spills_nothing(gemm, tmp_path):
     assert kernel.stages >= 2 and kernel.stages * stage + kernel._fixed_smem() <= per_block
     assert kernel.partial_floats <= MOST_PARTIALS
     assert resources(gemm, tmp_path) == {"stack": 0, "spilled": 0}
+
+
+@pytest.mark.parametrize("gemm", KERNELS.values(), ids=KERNELS)
+def test_a_kernel_is_right_in_the_emulator(gemm, monkeypatch):
+    """For an expert of no row, of one, and of one more than its largest tile."""
+    monkeypatch.setattr(sm90, "launch", Emulation().launch)
+    monkeypatch.setattr(sm90, "num_sms", sm90.num_sms)
+    counts = (0, 1, gemm.config.tile_n[-1] + 1)
+    sizes = sanitize.SIZES[gemm.op]
+    problem = Problem("shipped", sum(counts), len(counts), 1, *sizes, limit=10.0, counts=counts)
+    config = LayerConfig(gemm.gather, gemm.config, gemm.config)
+    before = sm90.table_in_use()
+    try:
+        sanitize.run_gemms([sanitize.Case("shipped", gemm.op, config, problem)], "cpu", (3,))
+    finally:
+        sm90.use_table(before)
 
 
 def resources(gemm: sm90.Gemm, folder) -> dict[str, int]:

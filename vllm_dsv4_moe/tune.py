@@ -7,6 +7,7 @@ turns with arithmetic's choice, and replace it only where they are faster by `GA
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import median
@@ -71,8 +72,13 @@ def _variants(config: Sm90Config, thorough: bool) -> Iterator[Sm90Config]:
             yield other
             if thorough and other.tile_m == 128:
                 yield replace(other, blocks_per_sm=2)
-    for shift in (-16, -8, 8, 16) if thorough else (-8, 8):
+    most = config.tile_n[-1]
+    for shift in (-16, 16):
         yield replace(config, tile_n=tuple(n + shift for n in config.tile_n))
+    yield replace(config, tile_n=(most - 32, most - 16, most))
+    if thorough:
+        yield replace(config, tile_n=(most - 16, most))
+        yield replace(config, tile_n=(most // 32 * 16 or 8, most))
 
 
 def _may_fit(shape: MoeShape, config: LayerConfig) -> bool:
@@ -116,14 +122,15 @@ def tune(
     why_not: Callable[[Gemm], str | None],
     multiprocessors: int,
     progress: Callable[[Found], None] = lambda found: None,
+    watch: Callable[[int, LayerConfig], AbstractContextManager] = lambda *_: nullcontext(),
 ) -> list[Found]:
     """The fastest of the choices at each number of tokens, by ascending numbers.
 
-    why_wrong and time_us run the layer at a number of tokens with whatever table sm90 uses;
-    why_not refuses a kernel before it runs. sm90's table is as it was when this returns.
+    why_wrong and time_us run the layer at a number of tokens with whatever table sm90 uses, inside
+    `watch`; why_not refuses a kernel before it runs. sm90's table is as it was on return.
     """
     before = sm90.table_in_use()
-    search = _Search(shape, layer_of(shape, multiprocessors), why_wrong, time_us, why_not)
+    search = _Search(shape, layer_of(shape, multiprocessors), why_wrong, time_us, why_not, watch)
     results = []
     try:
         for num_tokens in sorted(choices):
@@ -141,6 +148,7 @@ class _Search:
     why_wrong: Callable[[int], str | None]
     time_us: Callable[[int], float]
     why_not: Callable[[Gemm], str | None]
+    watch: Callable[[int, LayerConfig], AbstractContextManager]
 
     def fastest(self, num_tokens: int, configs: Sequence[LayerConfig]) -> Found:
         base, *others = configs
@@ -177,7 +185,8 @@ class _Search:
             reason = next((each for each in reasons if each is not None), None)
         if reason is None:
             self._use(config)
-            reason = self.why_wrong(num_tokens)
+            with self.watch(num_tokens, config):
+                reason = self.why_wrong(num_tokens)
         if reason is not None:
             refused.append(Refusal(num_tokens, config, reason))
             return None

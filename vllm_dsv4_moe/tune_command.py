@@ -10,7 +10,10 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from vllm_dsv4_moe.tune import Found
 
 TOKENS = tuple(2**i for i in range(14))
+SECONDS = 30  # for one candidate's verification, which takes a tenth of one
 QUICK_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 
 
@@ -171,7 +175,26 @@ def _measure(
         why_not,
         num_sms,
         progress=lambda found: console.print(_line(found)),
+        watch=lambda num_tokens, config: deadline(
+            f"at {num_tokens} tokens, {config} did not end in {SECONDS} s"
+        ),
     )
+
+
+@contextmanager
+def deadline(words: str, seconds: float = SECONDS) -> Iterator[None]:
+    """A kernel that does not end cannot be stopped from outside: the process ends and names it."""
+
+    def give_up() -> None:
+        print(f"dsv4-moe: {words}: nothing was written", file=sys.stderr, flush=True)
+        os._exit(3)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _line(found: "Found") -> str:

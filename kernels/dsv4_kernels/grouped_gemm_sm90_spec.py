@@ -52,12 +52,11 @@ def why_unfit(config: Sm90Config, k: int) -> str | None:
     sizes = config.tile_n
     if config.tile_k not in (64, 128, 256) or k % config.tile_k:
         return f"tile_k {config.tile_k} is not 64, 128 or 256, or does not divide K = {k}"
-    if (
-        not sizes
-        or list(sizes) != sorted(set(sizes))
-        or any(n % 8 or not 8 <= n <= 256 for n in sizes)
-    ):
-        return f"tile_n {sizes} are not ascending multiples of 8 up to 256"
+    if not sizes or list(sizes) != sorted(set(sizes)) or any(n % 8 or n < 8 for n in sizes):
+        return f"tile_n {sizes} are not ascending multiples of 8"
+    # Tiles are cut by what TMA's boxes of 16 rows hold: a larger one than tile_n would match none.
+    if sizes[-1] % 16 or sizes[-1] > 256:
+        return f"the largest tile_n, {sizes[-1]}, is not a multiple of 16 up to 256"
     if config.tile_m * sizes[-1] > MOST_PARTIALS:
         return f"a tile of {config.tile_m} x {sizes[-1]} has more sums than {MOST_PARTIALS}"
     return None
