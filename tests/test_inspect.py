@@ -1,5 +1,6 @@
 """`dsv4-moe inspect`: what is wrong with a checkpoint is named, from headers alone."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from test_checkpoint_layout import FLASH, NVFP4, PRO
 
 from vllm_dsv4_moe.checkpoint_layout import ModelSizes, checkpoint_tensors
@@ -77,6 +79,71 @@ def test_whole_checkpoint_has_no_problem(original, capsys):
     assert "layers.0-1     hash   NVFP4 experts" in text
     assert "this plugin can serve it" in text
     assert "layers.0-2.ffn.experts.0-7.w1.weight_scale" in text
+
+
+@pytest.fixture(scope="module")
+def v41(tmp_path_factory):
+    """V4's gates and experts under a V4.1 config: text_config, a vision tower, no hash layer."""
+    folder = tmp_path_factory.mktemp("v41") / "tiny"
+    config = TinyConfig(layers=2, hash_layers=0, hidden=128, intermediate=64, experts=8, heads=4)
+    write_tiny_checkpoint(folder, config)
+    path = folder / "config.json"
+    text = json.loads(path.read_text())
+    for key in ("num_hash_layers", "compress_ratios", "q_lora_rank"):
+        del text[key]
+    quant = text.pop("quantization_config")
+    nested = {"text_config": text, "vision_config": {"num_hidden_layers": 4}}
+    path.write_text(
+        json.dumps(nested | {"model_type": "deepseek_v41", "quantization_config": quant})
+    )
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("gate.bias")]:
+            tensors[f"{name}_vl"] = tensors[name] + 1
+        save_file(tensors, file)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map |= {f"{k}_vl": v for k, v in weight_map.items() if k.endswith("gate.bias")}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def test_gates_and_experts_of_v41_are_checked_and_the_rest_is_named(v41, tmp_path, capsys):
+    found = inspect(v41, scales=True)
+    assert found.problems == [] and found.extra == []
+    assert [(layer.router, layer.experts, layer.ours) for layer in found.layers] == [
+        ("dense", "NVFP4", True)
+    ] * 2
+    (note,) = found.notes
+    others = len([n for n in found.kinds if ".gate." not in n.name and ".experts." not in n.name])
+    assert others > 20 and "of V4.1 that are no gate or expert were not checked" in note
+    assert main(["inspect", str(v41)]) == 0
+    assert "this plugin can serve it" in capsys.readouterr().out
+    # Without a bias for image tokens, and with an expert too few.
+    copy = Path(shutil.copytree(v41, tmp_path / "copy"))
+    for file in copy.glob("*.safetensors"):
+        tensors = load_file(file)
+        gone = [n for n in tensors if n.endswith("bias_vl") or "layers.1.ffn.experts.7." in n]
+        save_file({name: t for name, t in tensors.items() if name not in gone}, file)
+    problems = "\n".join(inspect(copy).problems)
+    assert "layers.*.ffn.gate.bias_vl are missing" in problems
+    assert "layers.1.ffn.experts.7.w1.weight is missing" in problems
+
+
+def test_hash_layers_by_transformers_name_for_them(original, tmp_path):
+    copy = Path(shutil.copytree(original, tmp_path / "copy"))
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    del config["num_hash_layers"]
+    path.write_text(json.dumps(config | {"mlp_layer_types": ["hash_moe", "hash_moe", "moe"]}))
+    assert inspect(copy) == dataclasses.replace(inspect(original), folder=str(copy))
+
+
+def test_a_v41_config_without_a_size_says_which(v41, tmp_path):
+    copy = Path(shutil.copytree(v41, tmp_path / "copy"))
+    change_config(copy, text_config={"hidden_size": 128})
+    with pytest.raises(ValueError, match="lacks moe_intermediate_size, .*not a DeepSeek-V4.1"):
+        inspect(copy)
 
 
 def without(name):

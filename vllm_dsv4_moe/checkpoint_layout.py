@@ -2,7 +2,8 @@
 
 Sizes come from the config alone. Dtypes are written as safetensors headers write them: BF16, F32,
 U8, I8, I64, F8_E4M3, F8_E8M0. The tables were checked against the published V4-Flash (69,187
-tensors) and V4-Pro (145,116 tensors).
+tensors) and V4-Pro (145,116 tensors). Of V4.1 only gates and experts are listed, as vLLM loads
+them: they are V4's, without hash layers and with a second bias, by which image tokens select.
 """
 
 import fnmatch
@@ -17,6 +18,7 @@ DTYPE_BYTES = {"BF16": 2, "F32": 4, "U8": 1, "I8": 1, "I64": 8, "I32": 4} | dict
 NVFP4_BLOCK = 16
 MXFP4_BLOCK = 32
 FP8_BLOCK = 128
+V41 = "deepseek_v41"  # model_type
 
 
 # ModelSizes' fields that are config.json's under another name.
@@ -38,6 +40,8 @@ _CONFIG_KEYS = {
     "index_head_dim": "index_head_dim",
     "hc_mult": "hc_mult",
 }
+# Those of them that the MoE layers go by.
+_MOE_FIELDS = ("hidden", "intermediate", "num_experts", "top_k", "num_layers")
 
 
 class TensorSpec(NamedTuple):
@@ -77,15 +81,18 @@ class ModelSizes:
     moe_quant_algo: str  # "NVFP4", or "" for the MXFP4 of DeepSeek's own files
     quant_ignore: tuple[str, ...]  # patterns of what ModelOpt left as it was, MTP layers included
     unquantized_linears: frozenset[str]  # kept in BF16; every other linear is FP8 in 128x128 blocks
+    is_v41: bool = False  # then sizes that no gate or expert has are 0
+    has_image_bias: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSizes":
         """Read config.json. Raises ValueError that names each key that is absent."""
-        absent = [key for key in (*_CONFIG_KEYS.values(), "compress_ratios") if key not in config]
-        if absent:
-            raise ValueError(
-                f"config.json lacks {', '.join(absent)}: it is not a DeepSeek-V4 config"
-            )
+        if config.get("model_type") == V41:
+            return cls._from_v41(config)
+        if "mlp_layer_types" in config:  # what transformers writes for num_hash_layers
+            hashed = config["mlp_layer_types"].count("hash_moe")
+            config = {"num_hash_layers": hashed, **config}
+        _require(config, [*_CONFIG_KEYS.values(), "compress_ratios"], "DeepSeek-V4")
         quant = config.get("quantization_config") or {}
         ratios = tuple(config["compress_ratios"])
         if len(ratios) < config["num_hidden_layers"]:
@@ -97,9 +104,25 @@ class ModelSizes:
             **{field: config[key] for field, key in _CONFIG_KEYS.items()},
             num_mtp_layers=config.get("num_nextn_predict_layers") or 0,
             compress_ratios=ratios,
-            moe_quant_algo=(quant.get("moe_quant_algo") or "").upper(),
-            quant_ignore=tuple(p for p in quant.get("ignore") or () if isinstance(p, str)),
             unquantized_linears=frozenset(quant.get("ignored_layers") or ()),
+            **_expert_formats(quant),
+        )
+
+    @classmethod
+    def _from_v41(cls, config: Mapping[str, Any]) -> "ModelSizes":
+        """The text model's sizes are in text_config; there are draft layers, which are not ours."""
+        text = {**config, **(config.get("text_config") or {})}
+        keys = {field: _CONFIG_KEYS[field] for field in _MOE_FIELDS}
+        _require(text, list(keys.values()), "DeepSeek-V4.1")
+        vision = config.get("vision_config") or {}
+        return cls(
+            **dict.fromkeys(_CONFIG_KEYS, 0) | {field: text[key] for field, key in keys.items()},
+            num_mtp_layers=0,
+            compress_ratios=(),
+            unquantized_linears=frozenset(),
+            is_v41=True,
+            has_image_bias=vision.get("num_hidden_layers", 0) > 0,
+            **_expert_formats(text.get("quantization_config") or {}),
         )
 
     def is_nvfp4(self, experts: str) -> bool:
@@ -109,8 +132,25 @@ class ModelSizes:
         return not any(fnmatch.fnmatchcase(experts, pattern) for pattern in self.quant_ignore)
 
 
+def _require(config: Mapping[str, Any], keys: list[str], model: str) -> None:
+    absent = [key for key in keys if key not in config]
+    if absent:
+        raise ValueError(f"config.json lacks {', '.join(absent)}: it is not a {model} config")
+
+
+def _expert_formats(quant: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "moe_quant_algo": (quant.get("moe_quant_algo") or "").upper(),
+        "quant_ignore": tuple(p for p in quant.get("ignore") or () if isinstance(p, str)),
+    }
+
+
 def checkpoint_tensors(sizes: ModelSizes) -> Named:
-    """Every tensor of the checkpoint, layer by layer, MTP layers last."""
+    """Every tensor, layer by layer, MTP layers last; of V4.1, the gates and experts alone."""
+    if sizes.is_v41:
+        for layer in range(sizes.num_layers):
+            yield from _gate_and_experts(sizes, f"layers.{layer}.ffn.", is_hash=False)
+        return
     hidden, vocab = sizes.hidden, sizes.vocab
     yield "embed.weight", TensorSpec("BF16", (vocab, hidden))
     for layer in range(sizes.num_layers):
@@ -200,16 +240,22 @@ def _compressor(sizes: ModelSizes, prefix: str, ratio: int, head_dim: int) -> Na
 
 
 def _moe_tensors(sizes: ModelSizes, prefix: str, is_hash: bool) -> Named:
-    yield f"{prefix}gate.weight", TensorSpec("BF16", (sizes.num_experts, sizes.hidden))
-    if is_hash:
-        yield f"{prefix}gate.tid2eid", TensorSpec("I64", (sizes.vocab, sizes.top_k))
-    else:
-        yield f"{prefix}gate.bias", TensorSpec("F32", (sizes.num_experts,))
+    yield from _gate_and_experts(sizes, prefix, is_hash)
     if sizes.num_shared_experts:
         inter = sizes.intermediate * sizes.num_shared_experts
         yield from _linear(sizes, f"{prefix}shared_experts.w1", inter, sizes.hidden)
         yield from _linear(sizes, f"{prefix}shared_experts.w2", sizes.hidden, inter)
         yield from _linear(sizes, f"{prefix}shared_experts.w3", inter, sizes.hidden)
+
+
+def _gate_and_experts(sizes: ModelSizes, prefix: str, is_hash: bool) -> Named:
+    yield f"{prefix}gate.weight", TensorSpec("BF16", (sizes.num_experts, sizes.hidden))
+    if is_hash:
+        yield f"{prefix}gate.tid2eid", TensorSpec("I64", (sizes.vocab, sizes.top_k))
+    else:
+        yield f"{prefix}gate.bias", TensorSpec("F32", (sizes.num_experts,))
+    if sizes.has_image_bias:
+        yield f"{prefix}gate.bias_vl", TensorSpec("F32", (sizes.num_experts,))
     for expert in range(sizes.num_experts):
         yield from expert_tensors(sizes, f"{prefix}experts", expert)
 
