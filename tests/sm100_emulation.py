@@ -34,12 +34,20 @@ class Emulation:
     mode: str = "eager"
     seed: int = 0
     clusters: int = 2  # few, so that each has many tiles
+    ptx: str | None = None  # instead of what was compiled
+    max_instructions: int = 50_000_000
     statistics: list[Statistics] = field(default_factory=list)
+    gemm: Gemm | None = None  # of the last launch
 
     def launch(self, gemm: Gemm, arguments: tuple, limit: float | None) -> None:
         given = (argument for argument in arguments if argument is not None)
         limit = math.inf if limit is None else limit
-        run = emulated(gemm).run
-        self.statistics.append(
-            run(*given, limit, self.clusters, None, mode=self.mode, seed=self.seed)
+        self.gemm = gemm
+        statistics = emulated(gemm).run(
+            *(*given, limit, self.clusters, None),
+            mode=self.mode,
+            seed=self.seed,
+            ptx=self.ptx,
+            max_instructions=self.max_instructions,
         )
+        self.statistics.append(statistics)

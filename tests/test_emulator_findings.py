@@ -11,7 +11,7 @@ import pytest
 from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.snippet import run_snippet
 
-MODES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1)]
+MODES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1), ("starved", 0)]
 _SETUP = """
     mov.b32 %r1, smem;
     and.b32 %r5, lane, 31;
@@ -49,6 +49,23 @@ _FREE = """
 """
 _PAIR_TMEM = (_TMEM + _FREE).replace("cta_group::1", "cta_group::2")
 _MEET = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+_MEET = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+_STORE_REMOTE = f"""
+    mov.u32 %r9, %cluster_ctarank;
+    setp.eq.u32 %p6, %r9, 0;
+    setp.eq.and.u32 %p7, %r9, 0, %p1;
+    @%p7 mbarrier.init.shared.b64 [%r1], 1;
+    {_MEET}
+    mapa.shared::cluster.u32 %r10, %r1, 0;
+    mapa.shared::cluster.u32 %r11, %r1, 1;
+    @%p6 bra STORES;
+    @%p1 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r10];
+    bra.uni LEAVES;
+    STORES:
+    {_WAIT.format(n=0, parity=0)}
+    @%p1 st.shared::cluster.b32 [%r11+16], 77;
+    LEAVES:
+"""
 _STORE_WORD = "mad.lo.u32 %r6, %r5, 4, %r1; st.shared.b32 [%r6+1024], 7;"
 _ACCUMULATORS = "{%r100, %r101, %r102, %r103}"
 _WGMMA_SETUP = """
@@ -204,6 +221,13 @@ CASES = {
         "others said",
         "@%p3 bra FIRST; bar.sync 1, 96; bra.uni DONE; FIRST: bar.sync 1, 64; DONE:",
         warps=2,
+    ),
+    "a store to a CTA that has ended": Case(
+        "exited",
+        r"CTA \(0, 0, 0\) reaches CTA \(1, 0, 0\), which has ended",
+        _STORE_REMOTE,
+        _STORE_REMOTE + _MEET,
+        ctas=2,
     ),
     "a bulk store with no proxy fence": Case(
         "proxy-fence",

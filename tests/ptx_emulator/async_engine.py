@@ -1,14 +1,15 @@
 """When asynchronous operations happen.
 
 eager: at once. lazy: only when a wait or nothing else forces them. random: at any time, in any
-order that the hardware allows. What a kernel computes must not depend on it.
+order that the hardware allows. starved: at once, but threads differ (`starvation`). What a kernel
+computes must not depend on it.
 """
 
 import random
 from collections import deque
 from collections.abc import Callable
 
-MODES = ("eager", "lazy", "random")
+MODES = ("eager", "lazy", "random", "starved")
 
 
 class Operation:
@@ -46,7 +47,7 @@ class AsyncEngine:
 
     def submit(self, action: Callable[[], None]) -> Operation:
         operation = Operation(action)
-        if self.mode == "eager":
+        if self.mode in ("eager", "starved"):
             operation.complete()
         else:
             self.free.append(operation)
@@ -54,7 +55,7 @@ class AsyncEngine:
 
     def submit_in_order(self, queue: deque[Operation], action: Callable[[], None]) -> Operation:
         operation = Operation(action)
-        if self.mode == "eager":
+        if self.mode in ("eager", "starved"):
             operation.complete()
         else:
             queue.append(operation)

@@ -26,6 +26,7 @@ class Finding(EmulatorError):
         "mbarrier": "a barrier object used before init, over-arrived, overwritten, or left "
         "with bytes outstanding",
         "barrier": "bar.sync counts that cannot match",
+        "exited": "shared memory of another CTA of the cluster touched after that CTA has ended",
         "proxy-fence": "the asynchronous proxy reads bytes that a thread wrote, with no "
         "fence.proxy.async in between",
         "async-wait": "a register touched while an asynchronous instruction still owns it",

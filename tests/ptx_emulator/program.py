@@ -26,3 +26,7 @@ class Step(NamedTuple):
     action: Callable[[Gang, np.ndarray], Signal | None] | None
     guard: Callable[[Gang], np.ndarray] | None
     target: int = -1
+
+    @property
+    def collective(self) -> bool:
+        return self.kind == COLLECTIVE

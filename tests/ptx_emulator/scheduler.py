@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests.ptx_emulator import reports
 from tests.ptx_emulator.async_engine import AsyncEngine
 from tests.ptx_emulator.barriers import ClusterBarrier
 from tests.ptx_emulator.findings import EmulatorError, Finding, Unsupported
 from tests.ptx_emulator.instructions.copies import check_stores_at_exit
 from tests.ptx_emulator.instructions.table import COMPILERS
-from tests.ptx_emulator.memory import SHARED_BASE, GlobalMemory
+from tests.ptx_emulator.memory import GlobalMemory
 from tests.ptx_emulator.operands import Binder
 from tests.ptx_emulator.parser import Kernel, parse
 from tests.ptx_emulator.program import BRANCH, COLLECTIVE, EXIT, PLAIN, Signal, Step
@@ -21,6 +22,7 @@ from tests.ptx_emulator.threads import CONVERGENCE, WARP, Cta, Gang, Strand
 
 GANG_WARPS = 4
 PARAM_ALIGN = 128
+MORSEL = 32  # instructions after which a starved strand looks whether the others can go on
 
 
 class Launch(NamedTuple):
@@ -36,7 +38,8 @@ class Launch(NamedTuple):
 class Machine:
     """One emulated device: runs launches of one PTX module.
 
-    mode and seed: see `async_engine`. In random mode warps also run apart from one another.
+    mode and seed: see `async_engine`. In random mode warps also run apart from one another; mode
+    starved is eager, but for the victim that the seed picks (`starvation`).
     """
 
     def __init__(
@@ -57,7 +60,8 @@ class Machine:
         self.events = 0  # changes that other threads can notice
         self.counts: Counter[str] = Counter()  # of the asynchronous and ordering instructions
         self.random = random.Random(seed)
-        self.gang_warps = 1 if mode == "random" and seed % 2 else GANG_WARPS
+        apart = mode == "starved" or (mode == "random" and seed % 2)
+        self.gang_warps = 1 if apart else GANG_WARPS
         self.quantum = 64 if mode == "random" else 100_000
 
     def run(self, launch: Launch) -> None:
@@ -127,7 +131,7 @@ class Machine:
         with np.errstate(all="ignore"):
             self._schedule([gang for cta in ctas for gang in cta.gangs])
             self.engine.retire_all()
-        self._check_exit(ctas)
+        reports.check_exit(ctas)
 
     def _make_cluster(self, cluster_index: tuple[int, ...]) -> list[Cta]:
         launch = self.launch
@@ -161,13 +165,10 @@ class Machine:
             if ran or self.events != before:
                 continue
             # Everyone waits. A failed try_wait may go on without the phase, so try that first.
-            places = [[s.pc for s in gang.strands] for gang in live]
-            for gang in live:
-                self._wake(gang)
-            if self.events != before or places != [[s.pc for s in g.strands] for g in live]:
+            if self._wake(live) or self.engine.retire_one() or self._feed(live):
                 continue
-            if not self.engine.retire_one():
-                raise self._deadlock(live)
+            if not self._wake(live, starved=True):
+                raise reports.deadlock(self.kernel, live)
 
     def _run_gang(self, gang: Gang) -> bool:
         """Run a gang until it waits or its turn is over; True where something ran."""
@@ -186,15 +187,44 @@ class Machine:
             ran |= strand.polled is None or strand.polled != before
         return ran
 
-    def _wake(self, gang: Gang) -> None:
+    def _wake(self, live: list[Gang], starved: bool = False) -> bool:
         """One more turn for strands that wait for an mbarrier: some only peeked at it."""
-        for strand in list(gang.strands):
-            place = (strand.pc, strand.parked)
-            waits = strand.parked is not None and strand.blocked is None
-            if waits and place != strand.woken and strand in gang.strands:
-                self._run_strand(gang, strand, self.quantum)
-                if (strand.pc, strand.parked) == place:
-                    strand.woken = place
+        before = self.events
+        places = [[s.pc for s in gang.strands] for gang in live]
+        for gang in live:
+            for strand in list(gang.strands):
+                place = (strand.pc, strand.parked)
+                waits = strand.parked is not None and strand.blocked is None
+                if not waits or place == strand.woken or strand not in gang.strands:
+                    continue
+                if strand.is_starved(gang) == starved:
+                    self._run_strand(gang, strand, self.quantum)
+                    if (strand.pc, strand.parked) == place:
+                        strand.woken = place
+        return self.events != before or places != [[s.pc for s in g.strands] for g in live]
+
+    def _feed(self, live: list[Gang]) -> bool:
+        """Let one starved strand go on, until something happens that others may notice."""
+        for gang in live:
+            if gang.starved is None:
+                continue
+            if len(gang.strands) > 1:
+                gang.merge(self.program)
+            for strand in gang.strands:
+                if strand.is_starved(gang) and strand.can_run():
+                    polled, strand.polled = strand.polled, None
+                    self._run_until_an_event(gang, strand)
+                    # One that polls the same place again, nothing having happened, got nowhere.
+                    if strand.polled is None or strand.polled != polled:
+                        return True
+        return False
+
+    def _run_until_an_event(self, gang: Gang, strand: Strand) -> None:
+        before = self.events
+        while self.events == before and strand.polled is None and strand.can_run():
+            self._run_strand(gang, strand, MORSEL)
+            if strand not in gang.strands:
+                return
 
     def _pick(self, gang: Gang, polled: list[Strand]) -> Strand | None:
         """The strand to run: lowest instruction first among those that share a warp.
@@ -202,16 +232,12 @@ class Machine:
         polled: strands that gave up their turn, so that what they poll for can happen.
         """
         if len(gang.strands) > 1:
-            gang.merge()
-        ready = []
-        for strand in gang.strands:
-            if strand.blocked is not None or strand in polled:
-                continue
-            if strand.parked is not None:
-                barrier, completions = strand.parked
-                if barrier.completions == completions:
-                    continue
-            ready.append(strand)
+            gang.merge(self.program)
+        ready = [
+            strand
+            for strand in gang.strands
+            if strand.can_run() and strand not in polled and not strand.is_starved(gang)
+        ]
         if len(ready) < 2:
             return ready[0] if ready else None
         ready.sort(key=lambda s: s.pc)
@@ -238,7 +264,7 @@ class Machine:
             return count
         except EmulatorError as error:
             if not error.where:
-                error.where = self._where(gang, strand)
+                error.where = reports.where(self, gang, strand)
             raise
         finally:
             self.instructions += count * len(strand.warps)
@@ -250,6 +276,9 @@ class Machine:
         step = self.program[strand.pc]
         active = strand.mask
         gang.active = active
+        if gang.starved is not None and step.kind != COLLECTIVE and strand.is_mixed(gang):
+            gang.split(strand, ~gang.starved)
+            return False
         if step.guard is not None:
             chosen = step.guard(gang) & active
             lanes = np.count_nonzero(chosen)
@@ -340,59 +369,3 @@ class Machine:
             waiting, _ = gang.split(strand, lanes)
         waiting.blocked = CONVERGENCE
         return False
-
-    # Messages.
-
-    def _where(self, gang: Gang, strand: Strand) -> str:
-        if strand.pc >= len(self.kernel.instructions):
-            return ""
-        instruction = self.kernel.instructions[strand.pc]
-        warps = ", ".join(str(gang.first_warp + w) for w in strand.warps)
-        return (
-            f"\n  at line {instruction.line}: {str(instruction)[:160]}"
-            f"\n  warp {warps} of CTA {gang.cta.index}, mode {self.mode}, seed {self.seed}"
-        )
-
-    def _deadlock(self, live: list[Gang]) -> Finding:
-        lines, kind = [], "deadlock"
-        for gang in live:
-            for strand in gang.strands:
-                waits = strand.blocked
-                if strand.blocked == CONVERGENCE:
-                    kind = "divergent"
-                if strand.parked is not None:
-                    barrier = strand.parked[0]
-                    offset = next(
-                        (
-                            f"{c.rank}:{o - SHARED_BASE}"
-                            for c in gang.cta.cluster
-                            for o, b in c.mbarriers.items()
-                            if b is barrier
-                        ),
-                        "?",
-                    )
-                    waits = (
-                        f"mbarrier {offset} (pending {barrier.pending} of {barrier.count}, "
-                        f"{barrier.pending_bytes} bytes, {barrier.completions} phases done)"
-                    )
-                pc = min(strand.pc, len(self.kernel.instructions) - 1)
-                warps = ",".join(str(gang.first_warp + w) for w in strand.warps)
-                lines.append(
-                    f"  CTA {gang.cta.index} warp {warps} at line "
-                    f"{self.kernel.instructions[pc].line} waits for {waits}"
-                )
-        return Finding(kind, "nothing can go on\n" + "\n".join(lines))
-
-    def _check_exit(self, ctas: list[Cta]) -> None:
-        for cta in ctas:
-            if cta.tensor.allocations:
-                raise Finding(
-                    "tmem", f"CTA {cta.index} exits owning columns {cta.tensor.allocations}"
-                )
-            for offset, barrier in cta.mbarriers.items():
-                if barrier.pending_bytes:
-                    raise Finding(
-                        "mbarrier",
-                        f"CTA {cta.index} exits with {barrier.pending_bytes} bytes outstanding "
-                        f"on the mbarrier at shared byte {offset - SHARED_BASE}",
-                    )

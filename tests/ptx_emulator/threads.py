@@ -16,8 +16,10 @@ from tests.ptx_emulator.memory import (
     SharedMemory,
     TensorMemory,
 )
+from tests.ptx_emulator.starvation import victim
 
 if TYPE_CHECKING:
+    from tests.ptx_emulator.program import Step
     from tests.ptx_emulator.scheduler import Machine
 
 WARP = 32
@@ -132,7 +134,13 @@ class Cta:
         rank = address >> RANK_SHIFT
         if address >= SHARED_LIMIT or rank >= len(self.cluster):
             raise Finding("out-of-bounds", f"{address:#x} is no shared address of this cluster")
+        self.check_alive(self.cluster[rank])
         return self.cluster[rank]
+
+    def check_alive(self, other: "Cta") -> None:
+        """PTX ISA 9.0, 9.7.13.4 (mapa, shared::cluster): shared memory lives as long as its CTA."""
+        if other is not self and not any(gang.strands for gang in other.gangs):
+            raise Finding("exited", f"CTA {self.index} reaches CTA {other.index}, which has ended")
 
     def pair(self) -> tuple["Cta", "Cta"]:
         """The two CTAs of cta_group::2 that this CTA is one of."""
@@ -158,7 +166,7 @@ class Cta:
 class Strand:
     """Lanes of one gang at one instruction."""
 
-    __slots__ = ("pc", "mask", "size", "warps", "blocked", "parked", "woken", "polled")
+    __slots__ = ("pc", "mask", "size", "warps", "blocked", "parked", "woken", "polled", "_victims")
 
     def __init__(self, pc: int, mask: np.ndarray):
         self.pc = pc
@@ -171,6 +179,25 @@ class Strand:
         self.woken: tuple | None = None  # where another try did not help
         # Where it stopped after a load that may poll memory, and how much had happened by then.
         self.polled: tuple[int, int] | None = None
+        self._victims = -1  # how many of its lanes are starved, once counted
+
+    def can_run(self) -> bool:
+        if self.parked is not None:
+            barrier, completions = self.parked
+            if barrier.completions == completions:
+                return False
+        return self.blocked is None
+
+    def _count_victims(self, gang: "Gang") -> int:
+        if self._victims < 0:
+            self._victims = int(np.count_nonzero(self.mask & gang.starved))
+        return self._victims
+
+    def is_starved(self, gang: "Gang") -> bool:
+        return gang.starved is not None and self._count_victims(gang) == self.size
+
+    def is_mixed(self, gang: "Gang") -> bool:
+        return 0 < self._count_victims(gang) < self.size
 
 
 class Gang:
@@ -195,6 +222,10 @@ class Gang:
         self.strands = [Strand(0, mask)]
         self.strand = self.strands[0]  # the one that runs
         self.special = self._special_registers()
+        self.starved: np.ndarray | None = None  # lanes that run as late as possible
+        if self.machine.mode == "starved":
+            is_last = cta.rank + 1 == int(np.prod(launch.cluster))
+            self.starved = victim(self.machine.seed, self.thread, cta.num_warps, is_last)
         # Per lane: cp.async and bulk operations not in a group yet, and the groups.
         self.copies: list[list[Operation]] = [[] for _ in range(self.lanes)]
         self.copy_groups: list[list[list[Operation]]] = [[] for _ in range(self.lanes)]
@@ -264,15 +295,18 @@ class Gang:
         self.strands += [taken, rest]
         return taken, rest
 
-    def merge(self) -> None:
-        """Join the strands that are at the same instruction and wait for nothing else."""
-        at: dict[int, Strand] = {}
+    def merge(self, program: list["Step"]) -> None:
+        """Join the strands that are at the same instruction and wait for nothing else; starved
+        ones meet the others where a whole warp is wanted."""
+        at: dict[tuple[int, bool], Strand] = {}
         for strand in list(self.strands):
             if strand.blocked not in (None, CONVERGENCE):
                 continue
-            other = at.get(strand.pc)
+            late = self.starved is not None and strand.is_starved(self)
+            place = strand.pc, late and not program[strand.pc].collective
+            other = at.get(place)
             if other is None:
-                at[strand.pc] = strand
+                at[place] = strand
                 continue
             mask = strand.mask | other.mask
             joined = Strand(strand.pc, self.full if mask.all() else mask)
@@ -283,4 +317,4 @@ class Gang:
             self.strands.remove(strand)
             self.strands.remove(other)
             self.strands.append(joined)
-            at[strand.pc] = joined
+            at[place] = joined

@@ -389,6 +389,7 @@ def _tensor_load(
             )
 
     def copy(receiver, barrier):
+        gang.cta.check_alive(receiver)
         data = _gather_tile(gang, tensor_map, where)
         receiver.shared.async_write(offsets, data, "tensor load")
         barrier.complete_bytes(len(data))

@@ -152,18 +152,17 @@ def _compile_commit(binder: Binder) -> Step:
         machine = gang.machine
         for lane in np.nonzero(mask)[0]:
             at = int(address(gang)[lane])
+            receivers = [gang.cta.peer(at)]
             if multicast:
                 chosen = int(ctas(gang)[lane])
-                targets = [
-                    gang.cta.mbarrier(c.rank << RANK_SHIFT | at & OFFSET_MASK)
-                    for c in gang.cta.cluster
-                    if chosen >> c.rank & 1
-                ]
-            else:
-                targets = [gang.cta.mbarrier(at)]
+                receivers = [c for c in gang.cta.cluster if chosen >> c.rank & 1]
+            targets = [
+                (c, gang.cta.mbarrier(c.rank << RANK_SHIFT | at & OFFSET_MASK)) for c in receivers
+            ]
 
-            def arrive(targets=targets):
-                for barrier in targets:
+            def arrive(targets=targets, cta=gang.cta):
+                for receiver, barrier in targets:
+                    cta.check_alive(receiver)
                     barrier.arrive()
                 machine.events += 1
 
