@@ -10,7 +10,8 @@
 of no row, of one, and of a count in each size of tile_n and past the last; with as many blocks as
 the GPU has, which splits every tile, and with three, which leaves some whole. `layer`: router to
 combine, and the kernels that only W4A4 calls, at a few numbers of tokens. Both compare with the
-oracle. memcheck watches both, racecheck (shared memory) the GEMMs. Kernels are compiled before:
+oracle. memcheck watches both, racecheck (shared memory) the GEMMs: `racecheck.py` says what it
+reports and why, and only what that does not explain fails. Kernels are compiled before:
 the tools slow a compiler down a hundredfold. Each tensor is an allocation of its own, so that
 memcheck knows where it ends.
 """
@@ -24,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,12 +45,12 @@ from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
 from dsv4_kernels.router_topk import router_topk
 from dsv4_kernels.types import ExpertLayout, MoeShape, Routing
 
-from tests import sm90_problems
+from tests import racecheck, sm90_problems
 from tests.sm90_problems import Problem
+from vllm_dsv4_moe.checkout import checkout_commit
 
 ROOT = Path(__file__).parents[1]
 ARCH = "sm_90a"
-CHECKS = (("memcheck", "gemms"), ("memcheck", "layer"), ("racecheck", "gemms"))
 FEW_BLOCKS = 3
 # memcheck would also list each driver function that this driver lacks.
 OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
@@ -69,6 +72,10 @@ class Case(NamedTuple):
     op: str
     config: LayerConfig
     problem: Problem
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.op}"
 
 
 def configs() -> dict[str, LayerConfig]:
@@ -106,12 +113,14 @@ def choose(case: Case, num_blocks: int) -> None:
     sm90.num_sms = lambda device: num_blocks
 
 
+def gemm_of(case: Case) -> sm90.Gemm:
+    choose(case, sm90.H200_SMS)
+    return sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"]
+
+
 def kernels() -> dict:
     """Key -> compile function of everything that `run` launches."""
-    gemms = list(sm90.all_gemms(LAYER))
-    for case in cases():
-        choose(case, sm90.H200_SMS)
-        gemms.append(sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"])
+    gemms = [*sm90.all_gemms(LAYER), *map(gemm_of, cases())]
     return {repr(gemm): lambda gemm=gemm: sm90.compile_gemm(gemm, ARCH) for gemm in gemms}
 
 
@@ -207,44 +216,73 @@ def watched(command: list[str]) -> tuple[str, float]:
     """What a command wrote, and its seconds; ValueError if it failed."""
     start = time.monotonic()
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUTE_DSL_ARCH": ARCH}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     output = done.stdout + done.stderr
     if done.returncode:
         raise ValueError(f"{' '.join(command)} ended with {done.returncode}:\n{output[-6000:]}")
     return output, time.monotonic() - start
 
 
+class Check(NamedTuple):
+    tool: str
+    work: str
+    case: str | None = None  # racecheck counts to a limit: one process a case
+
+
+def checks() -> list[Check]:
+    races = [Check("racecheck", "gemms", f"{case.name} {case.op}") for case in cases()]
+    return [Check("memcheck", "gemms"), Check("memcheck", "layer"), *races]
+
+
+def run_check(check: Check, objects: Path) -> dict:
+    """One tool over one program: what ran, what was found, and what of it is unexplained."""
+    tool, work, case = check
+    program = [sys.executable, __file__, "run", work, str(objects), *([case] if case else [])]
+    output, seconds = watched([sanitizer(), "--tool", tool, *OPTIONS[tool], *program])
+    count = findings(tool, output)
+    lines = output.splitlines()
+    report = [line for line in lines if line.startswith("=========")]
+    result: dict = {
+        **check._asdict(),
+        "seconds": round(seconds, 1),
+        "ran": [line for line in lines if " blocks: " in line or " tokens: " in line],
+        "findings": count,
+        "unexplained": report[:400] if count else [],
+    }
+    if case and count:
+        found = racecheck.hazards(output, opcodes(case, objects))
+        kinds = Counter()
+        for hazard in found:
+            kinds[" over ".join(hazard.opcodes)] += hazard.count
+        result |= {"hazards": kinds, "unexplained": racecheck.unexplained(found)}
+        if not found:
+            result["unexplained"] = report[:400]
+    print(f"{' '.join(filter(None, check))}: {count} found, ", end="")
+    print(f"{len(result['unexplained'])} unexplained, {seconds:.0f} s", flush=True)
+    return result
+
+
+def opcodes(name: str, objects: Path) -> dict[int, str]:
+    case = next(case for case in cases() if case.title == name)
+    files = json.loads((objects / compiled.MANIFEST).read_text())["objects"]
+    with tempfile.TemporaryDirectory() as folder:
+        return racecheck.opcodes_of(objects / files[repr(gemm_of(case))], Path(folder))
+
+
 def check_all(out: Path, objects: Path, commit: str) -> bool:
-    """Run every check, write the JSON; whether all of them are clean."""
+    """Run every check, several at a time, and write the JSON; whether nothing is unexplained."""
     program = [sys.executable, __file__]
     if not (objects / compiled.MANIFEST).is_file():
         watched([*program, "compile", str(objects)])
-    tool_version = watched([sanitizer(), "--version"])[0].strip().splitlines()[-1]
-    runs = []
+    version = watched([sanitizer(), "--version"])[0].strip().splitlines()[-1]
     for work in ("gemms", "layer"):  # right without a tool, and Triton's kernels are compiled now
         watched([*program, "run", work, str(objects)])
-    for tool, work in CHECKS:
-        command = [sanitizer(), "--tool", tool, *OPTIONS[tool], *program, "run", work, str(objects)]
-        output, seconds = watched(command)
-        found = findings(tool, output)
-        lines = [line for line in output.splitlines() if line.startswith("=========")]
-        said = [line for line in output.splitlines() if not line.startswith("=========")]
-        runs.append(
-            {
-                "tool": tool,
-                "work": work,
-                "findings": found,
-                "seconds": round(seconds, 1),
-                "ran": [line for line in said if "blocks: " in line or " tokens: " in line],
-                "report": lines[:400] if found else [],
-            }
-        )
-        print(f"{tool} {work}: {found} findings, {seconds:.0f} s", flush=True)
-        facts = {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__}
-        out.write_text(
-            json.dumps(facts | {"sanitizer": tool_version, "runs": runs}, indent=1) + "\n"
-        )
-    return not any(run["findings"] for run in runs)
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
+        runs = list(pool.map(lambda check: run_check(check, objects), checks()))
+    facts = {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__}
+    results = facts | {"sanitizer": version, "runs": runs}
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    return not any(run["unexplained"] for run in runs)
 
 
 def main() -> int:
@@ -262,12 +300,12 @@ def main() -> int:
         compiled.load_objects(Path(args.rest[1]), ARCH)
         if args.rest[0] == "gemms":
             num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-            run_gemms(cases(), "cuda", (num_sms, FEW_BLOCKS))
+            wanted = args.rest[2:]
+            chosen = [case for case in cases() if not wanted or case.title in wanted]
+            run_gemms(chosen, "cuda", (num_sms, FEW_BLOCKS))
         else:
             run_layer(LAYER_TOKENS, "cuda")
     else:
-        from bench.timing import checkout_commit
-
         objects = args.objects or Path(tempfile.mkdtemp(prefix="sanitize_"))
         return 0 if check_all(args.out, objects, args.commit or checkout_commit()) else 1
     return 0

@@ -3,9 +3,10 @@
 import math
 
 import pytest
+from dsv4_kernels import compiled as objects
 from dsv4_kernels import grouped_gemm_sm90 as sm90
 
-from tests import sanitize
+from tests import racecheck, sanitize
 from tests.sm90_emulation import Emulation
 
 CASES = sanitize.cases()
@@ -97,3 +98,41 @@ def test_findings_are_counted(tool, output, count):
 def test_a_tool_that_sums_up_nothing_did_not_check():
     with pytest.raises(ValueError, match="memcheck wrote no summary"):
         sanitize.findings("memcheck", "========= COMPUTE-SANITIZER\nSegmentation fault\n")
+
+
+def report(*pairs: tuple[int, int, int]) -> str:
+    lines = []
+    for write, read, count in pairs:
+        lines += [
+            f"========= Error: Race reported between Write access at kernel_x_0+{write:#x}",
+            f"=========     and Read access at kernel_x_0+{read:#x} [{count} hazards]",
+        ]
+    return "\n".join(lines)
+
+
+OPCODES = {0x10: "UBLKCP.S.G", 0x20: "LDS.128", 0x30: "LDS.64", 0x40: "STS.128", 0x50: "LDS.U.64"}
+REPORTS = {
+    "the-other-lanes": (report((0x10, 0x20, 31 * 6), (0x10, 0x30, 4 * 6)), 0),
+    "lane-0-as-well": (report((0x10, 0x20, 32 * 6), (0x10, 0x30, 4 * 6)), 2),
+    "more-codes-than-scales": (report((0x10, 0x20, 31 * 6), (0x10, 0x30, 4 * 5)), 2),
+    "another-write": (report((0x40, 0x20, 31)), 1),
+    "another-read": (report((0x10, 0x50, 4)), 1),
+    "an-unknown-address": (report((0x10, 0x99, 31)), 1),
+    "too-many": (report((0x10, 0x20, 31 * 10**6), (0x10, 0x30, 4 * 10**6)), 1),
+}
+
+
+@pytest.mark.parametrize(("text", "count"), REPORTS.values(), ids=REPORTS)
+def test_only_reads_by_lanes_that_do_not_arrive_are_explained(text, count):
+    assert len(racecheck.unexplained(racecheck.hazards(text, OPCODES))) == count
+
+
+def test_addresses_of_a_kernel_are_those_that_are_reported(tmp_path):
+    """The copies of weights and the reads of codes and scales are where the rule looks."""
+    gemm = sanitize.gemm_of(CASES[0])
+    (path,) = objects.write_objects(
+        tmp_path, "sm_90a", {repr(gemm): lambda: sm90.compile_gemm(gemm)}
+    )
+    opcodes = racecheck.opcodes_of(path, tmp_path)
+    assert set(opcodes.values()) >= {"UBLKCP.S.G", "LDS.128", "LDS.64"}
+    assert all(address % 16 == 0 for address in opcodes)
