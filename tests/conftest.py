@@ -6,7 +6,6 @@
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,13 +63,9 @@ class GpuResults:
 
 
 def _commit() -> str:
-    """The checkout's commit, marked where files differ from it."""
-    root = Path(__file__).parent
-    git = ["git", "-C", str(root)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if commit.returncode:
-        raise pytest.UsageError(
-            "--gpu-results names the commit, and this is no git checkout: add --commit"
-        )
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return commit.stdout.strip() + ("-dirty" if dirty.stdout else "")
+    from vllm_dsv4_moe.checkout import checkout_commit
+
+    try:
+        return checkout_commit()
+    except ValueError as error:
+        raise pytest.UsageError(f"--gpu-results: {error}") from error

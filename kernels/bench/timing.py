@@ -7,7 +7,6 @@ medians, per call, of back-to-back launches as a captured layer makes them.
 """
 
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -69,9 +68,10 @@ def write_results(path: Path, rows: list[dict], commit: str, **facts) -> None:
 
 
 def checkout_commit() -> str:
-    """The commit of this file's checkout; benches take --commit where there is no git."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    """The commit of this checkout; ValueError where there is no git: benches take --commit."""
+    from vllm_dsv4_moe import checkout
+
+    return checkout.checkout_commit()
 
 
 def print_table(rows: list[dict]) -> None:
