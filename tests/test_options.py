@@ -1,11 +1,15 @@
 """vLLM's options that the plugin's layer cannot serve are refused at load, in one sentence."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import loading  # first: it sets what Triton reads when it is imported
 import pytest
+import torch
+from dsv4_kernels import reference
+from safetensors.torch import load_file, save_file
 
 from vllm_dsv4_moe.tiny import TinyConfig, write_tiny_checkpoint
 
@@ -132,11 +136,75 @@ def test_a_refusal_names_the_layer(vllm_config):
             loading.load_model(vllm_config)
 
 
-def test_weights_that_are_loaded_again_are_refused(checkpoint):
+def experts_output(model, layer: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(9, CONFIG.hidden, generator=generator).bfloat16()
+    logits = torch.randn(9, CONFIG.experts, generator=generator)
+    routing = reference.router_topk(logits, CONFIG.top_k)
+    experts = model.model.layers[layer].ffn.experts.routed_experts
+    return experts.forward_modular(x, *routing)
+
+
+def reload(config, model, path=None) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
+    with set_current_vllm_config(config):
+        reload_weights(config, model, None, None if path is None else str(path), True)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_weights_that_are_loaded_again_replace_the_first_in_place(
+    checkpoint, tmp_path, load_format
+):
+    other = dataclasses.replace(CONFIG, seed=7)
+    other_path = write_tiny_checkpoint(tmp_path / "other", other)
+    fresh = loading.load_model(loading.engine_config(other_path))
+    config = loading.engine_config(checkpoint, load_format=load_format)
+    model = loading.load_model(config)
+    experts = model.model.layers[1].ffn.experts.routed_experts
+    before = {name: param.data_ptr() for name, param in experts.named_parameters()}
+    assert not torch.equal(experts_output(model, 1), experts_output(fresh, 1))
+    # What was random at first is loaded as checkpoints are.
+    config.load_config.load_format = "auto"
+    reload(config, model, other_path)
+    assert {name: param.data_ptr() for name, param in experts.named_parameters()} == before
+    for layer in range(CONFIG.layers):
+        ours, wanted = experts_output(model, layer), experts_output(fresh, layer)
+        assert torch.equal(ours, wanted) and wanted.float().norm() > 0
+
+
+def test_weights_that_are_loaded_again_must_all_come(checkpoint, tmp_path):
     config = loading.engine_config(checkpoint)
     model = loading.load_model(config)
-    with set_current_vllm_config(config), pytest.raises(ValueError, match="loaded a second time"):
-        reload_weights(config, model, None, None, True)
+    half = write_tiny_checkpoint(tmp_path / "half", CONFIG)
+    for file in half.glob("*.safetensors"):
+        kept = {n: t for n, t in load_file(file).items() if "layers.1.ffn.experts.3.w2" not in n}
+        save_file(kept, file)
+    with pytest.raises(ValueError, match=r"layers.1.ffn.experts.3.w2.weight is missing"):
+        reload(config, model, half)
+
+
+NOT_AGAIN = {
+    "sleep mode": (True, False, "--enable-sleep-mode, whose level 2"),
+    "EPLB": (False, True, "--enable-eplb, which has moved experts"),
+    "neither": (False, False, None),
+}
+
+
+@pytest.mark.parametrize("sleeps, moves, says", NOT_AGAIN.values(), ids=NOT_AGAIN)
+def test_weights_cannot_be_loaded_again_with(sleeps, moves, says):
+    from vllm_dsv4_moe.moe_method import why_not_again
+
+    config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=sleeps))
+    parallel = SimpleNamespace(enable_eplb=moves)
+    reason = why_not_again(config, SimpleNamespace(moe_parallel_config=parallel))
+    assert reason is None if says is None else says in reason
+
+
+def test_a_second_time_that_cannot_be_is_refused(checkpoint):
+    config = loading.engine_config(checkpoint)
+    with mock.patch("vllm_dsv4_moe.moe_method.why_not_again", return_value="--that"):
+        model = loading.load_model(config)
+    with pytest.raises(ValueError, match="loaded a second time, which cannot be with --that"):
+        reload(config, model)

@@ -88,7 +88,9 @@ ATTRIBUTES = {
         " intermediate_size_per_partition max_num_tokens moe_parallel_config sp_size dp_size"
         " pcp_size is_sequence_parallel moe_backend swiglu_limit is_lora_enabled"
     ),
-    f"{FUSED_MOE}.config.FusedMoEParallelConfig": "tp_size all2all_backend use_all2all_kernels",
+    f"{FUSED_MOE}.config.FusedMoEParallelConfig": (
+        "tp_size all2all_backend use_all2all_kernels enable_eplb"
+    ),
     f"{FUSED_MOE}.router.gate_linear.GateLinear": (
         "bias is_unquantized out_dtype allow_ll_bf16_gemm"
     ),
@@ -115,6 +117,7 @@ ATTRIBUTES = {
         " _supports_no_act_and_mul _supports_quant_scheme _supports_activation"
         " _supports_parallel_config"
     ),
+    f"{FUSED_MOE}.modular_kernel.FusedMoEKernel": "fused_experts",
     f"{FUSED_MOE}.modular_kernel.FusedMoEActivationFormat": "Standard",
     f"{FUSED_MOE}.modular_kernel.FusedMoEPrepareAndFinalizeModular": "activation_format",
     f"{FUSED_MOE}.activation.MoEActivation": "SILU",

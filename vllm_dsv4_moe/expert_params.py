@@ -123,7 +123,7 @@ class LoadRecord:
             )
 
     def check_complete(self) -> None:
-        """ValueError that names the first expert tensor which did not come.
+        """ValueError that names the first expert tensor which did not come; forgets what did.
 
         Input scales may be missing altogether: only the `checkpoint` policy reads them.
         """
@@ -140,6 +140,8 @@ class LoadRecord:
                     f"the checkpoint, with {len(missing)} of the {len(wanted)} {suffix} tensors of "
                     "this rank's experts"
                 )
+        for came in self.loaded.values():
+            came.clear()
 
 
 def expected_tensors(sizes: ExpertSizes) -> dict[str, CheckpointTensor]:

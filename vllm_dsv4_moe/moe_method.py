@@ -10,7 +10,7 @@ from dsv4_kernels.compiled import arch_of, load_objects
 from dsv4_kernels.moe import prepare_layer
 from dsv4_kernels.types import MoeShape
 from torch.nn import Parameter
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
@@ -56,6 +56,7 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         self.router: Dsv4Router | None = None
         config = get_current_vllm_config()
         self.is_dummy = config.load_config.load_format == "dummy"
+        self.why_not_again = why_not_again(config, moe_config)
         capability = current_platform.get_device_capability()
         self.capability = None if capability is None else tuple(capability)
         self.shape = moe_shape(moe_config, settings, self.capability)
@@ -101,22 +102,27 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
                 layer.register_parameter(f"{name}_2", alias)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        if self.moe_kernel is not None:
+        if self.moe_kernel is not None and self.why_not_again is not None:
             raise ValueError(
-                f"{layer.layer_name}: weights are loaded a second time, and this plugin has made a "
-                "layer of the first: start the server again with the new weights"
+                f"{layer.layer_name}: weights are loaded a second time, which cannot be with "
+                f"{self.why_not_again}: start the server again with the new weights"
             )
         self.announce(self.backend.name)
         # vLLM calls this with the model's dtype as the default; the scales' arithmetic is fp32.
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            self._finish(layer)
+            moe_layer = self._made_of(layer)
+            if self.moe_kernel is None:
+                self._build_kernel(layer, moe_layer)
+            else:
+                self._take_over(moe_layer)
         finally:
             torch.set_default_dtype(default)
+        self.is_dummy = False  # what is loaded again is not
 
-    def _finish(self, layer: RoutedExperts) -> None:
-        """Check what was loaded, and make of it the layer that runs."""
+    def _made_of(self, layer: RoutedExperts) -> MoeLayer:
+        """Check what was loaded, and make of it a layer that runs."""
         if self.is_dummy:
             fill_dummy_scales(layer)
         else:
@@ -140,12 +146,20 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )
         log_untuned(self.backend, self.shape, moe_layer.weights.w13.device)
+        return moe_layer
+
+    def _take_over(self, reloaded: MoeLayer) -> None:
+        """vLLM copies the parameters' bytes to those that the running layer and its graphs read;
+        FC1's scale is no parameter."""
+        scales = self.moe_kernel.fused_experts.layer.activation_scales
+        new = reloaded.activation_scales
+        if scales is not None and new is not None and scales.fc1 is not None:
+            scales.fc1.copy_(new.fc1)
+
+    def _build_kernel(self, layer: RoutedExperts, moe_layer: MoeLayer) -> None:
         if self.shape.quantize_activations:
             interval = self.settings.saturation_log_interval
             SATURATION.add(layer.layer_name, moe_layer.saturated, interval)
-        self._build_kernel(layer, moe_layer)
-
-    def _build_kernel(self, layer: RoutedExperts, moe_layer: MoeLayer) -> None:
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         prepare_finalize = maybe_make_prepare_finalize(
             moe=self.moe,
@@ -210,6 +224,15 @@ def log_untuned(backend: Backend, shape: MoeShape, device: torch.device) -> None
     words = None if backend.untuned is None else backend.untuned(shape, device)
     if words is not None:
         logger.info_once("dsv4-moe: %s", words)
+
+
+def why_not_again(config: VllmConfig, moe_config: FusedMoEConfig) -> str | None:
+    """What keeps weights from being loaded while serving; None where they can be."""
+    if config.model_config.enable_sleep_mode:
+        return "--enable-sleep-mode, whose level 2 drops what only loading makes"
+    if moe_config.moe_parallel_config.enable_eplb:
+        return "--enable-eplb, which has moved experts since the first time"
+    return None
 
 
 def check_device(backend: str, capability: tuple[int, int] | None, is_eager: bool) -> None:

@@ -72,7 +72,11 @@ OPTIONS = (
     ),
     Option("`--enable-prompt-embeds`", "refused", "hash layers route by token id"),
     Option("`--enable-sleep-mode`", "read", "level 1; level 2 drops what only loading makes"),
-    Option("`reload_weights`", "refused", "when it is called: start the server again"),
+    Option(
+        "`reload_weights`",
+        "works",
+        "in place, all of them; refused when called with EPLB or sleep mode",
+    ),
     Option(
         "`--cpu-offload-gb`, `--offload-group-size`",
         "refused",
