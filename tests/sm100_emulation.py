@@ -11,6 +11,11 @@ from dsv4_kernels.grouped_gemm_sm100_spec import Gemm
 
 from tests.ptx_emulator.host import EmulatedFunction, Statistics, emulate
 
+PRODUCED = (
+    *("tokens", "token_scales", "counts", "offsets", "tile_to_expert", "row_to_slot"),
+    "routing_weights",
+)
+
 
 @functools.cache
 def emulated(gemm: Gemm) -> EmulatedFunction:
@@ -49,5 +54,6 @@ class Emulation:
             seed=self.seed,
             ptx=self.ptx,
             max_instructions=self.max_instructions,
+            produced=PRODUCED,
         )
         self.statistics.append(statistics)

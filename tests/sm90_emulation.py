@@ -11,6 +11,12 @@ from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90, Gemm
 from tests.ptx_emulator.host import EmulatedFunction, Statistics, emulate
 from tests.sm90_problems import aligned
 
+# What the kernel before writes. The layout is done when fc2 begins: fc1 waited for it.
+PRODUCED = {
+    "fc1": ("x", "counts", "offsets", "row_to_slot", "slot_weights"),
+    "fc2": ("x", "partials", "flags"),
+}
+
 
 @functools.cache
 def emulated(gemm: Gemm) -> EmulatedFunction:
@@ -41,6 +47,7 @@ class Emulation:
             num_sms=self.num_sms,
             ptx=self.ptx,
             max_instructions=self.max_instructions,
+            produced=PRODUCED[gemm.op],
         )
         assert not flags.any(), "flags are left set"
         self.statistics.append(statistics)

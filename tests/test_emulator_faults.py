@@ -130,6 +130,7 @@ SM100_FAULTS = [
         r"mov\.b32(\s+%\w+), 512;(?=\s+tcgen05\.alloc)",
         r"mov.b32\1, 256;",
     ),
+    dropped("wait for the kernel before", r"griddepcontrol\.wait"),
     dropped("dealloc", r"tcgen05\.dealloc[^;]*"),
     Fault("both loads from the lower lanes", r"(add\.s32\s+%\w+, %\w+), 1048576;", r"\1, 0;"),
     Fault("every lane issues the loads of a stage", ELECTED.format(""), "", nth(1)),
@@ -193,6 +194,7 @@ SM90_FAULTS = [
     ),
     dropped("raising the flag of partial sums", r"st\.release\.gpu\.global\.b32[^;]*"),
     dropped("wait before the staging buffer is read", r"bar\.warp\.sync[^;]*"),
+    dropped("wait for the kernel before", r"griddepcontrol\.wait"),
 ]
 
 

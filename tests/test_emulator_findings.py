@@ -90,6 +90,7 @@ class Case(NamedTuple):
     right: str | None = None
     warps: int = 1
     ctas: int = 1
+    dependent: bool = False  # launched while the kernel that writes `data` may still run
 
 
 CASES = {
@@ -228,6 +229,40 @@ CASES = {
         _STORE_REMOTE,
         _STORE_REMOTE + _MEET,
         ctas=2,
+    ),
+    "a load before griddepcontrol.wait": Case(
+        "dependence",
+        "load of data by warp 0 before griddepcontrol.wait",
+        "ld.global.b32 %r2, [data]; griddepcontrol.wait;",
+        "griddepcontrol.wait; ld.global.b32 %r2, [data];",
+        dependent=True,
+    ),
+    "a store before griddepcontrol.wait": Case(
+        "dependence",
+        "store of data by warp 1 before griddepcontrol.wait",
+        "@!%p3 st.global.b32 [data], 1; griddepcontrol.wait;",
+        "@%p3 griddepcontrol.wait; bar.sync 0; @!%p3 st.global.b32 [data], 1;",
+        warps=2,
+        dependent=True,
+    ),
+    "a bulk copy before griddepcontrol.wait": Case(
+        "dependence",
+        "cp.async.bulk of data by warp 0",
+        _INIT.format(count=1)
+        + "@!%p1 bra DONE; mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 128;"
+        + _BULK_LOAD.format(bytes=128)
+        + _WAIT.format(n=0, parity=0)
+        + "DONE:",
+        # Whoever waits for the copy knows as well.
+        _INIT.format(count=1)
+        + "@!%p1 bra READS; mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 128;"
+        + "griddepcontrol.wait;"
+        + _BULK_LOAD.format(bytes=128)
+        + "READS:"
+        + _WAIT.format(n=0, parity=0)
+        + "ld.global.b32 %r2, [data];",
+        warps=2,
+        dependent=True,
     ),
     "a bulk store with no proxy fence": Case(
         "proxy-fence",
@@ -442,6 +477,7 @@ def _run(case: Case, body: str, mode: str, seed: int) -> None:
         {"data": data},
         warps=case.warps,
         ctas=case.ctas,
+        produced=("data",) if case.dependent else (),
         shared_bytes=8192,
         mode=mode,
         seed=seed,

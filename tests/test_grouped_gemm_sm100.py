@@ -31,7 +31,7 @@ from tests.exact_gemm import (
     fc1_interval,
     fc2_interval,
 )
-from tests.ptx_emulator.host import PROGRAMMATIC_STREAM_SERIALIZATION
+from tests.ptx_emulator.scheduler import PROGRAMMATIC_STREAM_SERIALIZATION
 from tests.sm100_emulation import Emulation, aligned
 
 MODES = [("eager", 0), ("lazy", 0), ("random", 1), ("random", 2)]

@@ -44,7 +44,10 @@ class Visibility:
 class MBarrier:
     """An mbarrier object (PTX ISA 9.0, 9.7.13). `parity` is that of the phase under way."""
 
-    __slots__ = ("count", "pending", "pending_bytes", "parity", "published", "completions", "waits")
+    __slots__ = (
+        *("count", "pending", "pending_bytes", "parity", "published", "completions"),
+        "knows_dependence",
+    )
 
     def __init__(self, count: int, num_warps: int):
         if not 1 <= count <= MAX_PENDING:
@@ -53,6 +56,7 @@ class MBarrier:
         self.pending_bytes = 0
         self.parity = 0
         self.completions = 0
+        self.knows_dependence = False  # see `dependence`
         self.published = np.zeros(num_warps, np.int32)
 
     def arrive(self, count: int = 1) -> None:

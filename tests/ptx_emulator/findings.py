@@ -27,6 +27,7 @@ class Finding(EmulatorError):
         "with bytes outstanding",
         "barrier": "bar.sync counts that cannot match",
         "exited": "shared memory of another CTA of the cluster touched after that CTA has ended",
+        "dependence": "a buffer of the kernel before touched before griddepcontrol.wait",
         "proxy-fence": "the asynchronous proxy reads bytes that a thread wrote, with no "
         "fence.proxy.async in between",
         "async-wait": "a register touched while an asynchronous instruction still owns it",

@@ -17,6 +17,7 @@ import inspect
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ _CALLBACK = ctypes.CFUNCTYPE(
 )
 _ATTRIBUTE_WORDS = 5
 _CLUSTER_DIMENSION = 4  # cudaLaunchAttributeClusterDimension
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # cudaLaunchAttributeProgrammaticStreamSerialization
 
 
 @dataclass
@@ -127,12 +127,14 @@ class EmulatedFunction:
         buffers: dict[str, Any] | None = None,
         ptx: str | None = None,
         max_instructions: int = 50_000_000,
+        produced: Collection[str] = (),
     ) -> Statistics:
         """Call the host function; its launches run before it returns.
 
+        produced: which arguments the kernel before writes, for launches that may overlap with it.
         ptx: run this text instead of the compiled one (to plant faults). Raises Finding.
         """
-        machine = Machine(ptx or self.ptx, mode, seed, num_sms, max_instructions)
+        machine = Machine(ptx or self.ptx, mode, seed, num_sms, max_instructions, produced)
         keep: list[Any] = []
         packed = [
             p

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import random
 from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.ptx_emulator.threads import CONVERGENCE, WARP, Cta, Gang, Strand
 
 GANG_WARPS = 4
 PARAM_ALIGN = 128
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # cudaLaunchAttributeProgrammaticStreamSerialization
 MORSEL = 32  # instructions after which a starved strand looks whether the others can go on
 
 
@@ -38,6 +40,7 @@ class Launch(NamedTuple):
 class Machine:
     """One emulated device: runs launches of one PTX module.
 
+    produced: names of the buffers that the kernel before the launch writes (`dependence`).
     mode and seed: see `async_engine`. In random mode warps also run apart from one another; mode
     starved is eager, but for the victim that the seed picks (`starvation`).
     """
@@ -49,6 +52,7 @@ class Machine:
         seed: int = 0,
         num_sms: int = 132,
         max_instructions: int = 50_000_000,
+        produced: Collection[str] = (),
     ):
         self.kernels = parse(ptx)
         self.memory = GlobalMemory()
@@ -56,6 +60,7 @@ class Machine:
         self.seed = seed
         self.num_sms = num_sms
         self.max_instructions = max_instructions
+        self.produced = frozenset(produced)
         self.instructions = 0  # warp-instructions executed
         self.events = 0  # changes that other threads can notice
         self.counts: Counter[str] = Counter()  # of the asynchronous and ordering instructions
@@ -68,6 +73,7 @@ class Machine:
         """Run every cluster of the grid; raises a Finding at the first mistake."""
         kernel = self.kernels[launch.kernel]
         self.launch = launch
+        self.is_dependent = (PROGRAMMATIC_STREAM_SERIALIZATION, 1) in launch.attributes
         for axis in range(3):
             if launch.grid[axis] % launch.cluster[axis]:
                 raise Finding("descriptor", f"grid {launch.grid} in clusters of {launch.cluster}")

@@ -1,10 +1,10 @@
 """Run a few lines of PTX on one warp or more, for the emulator's own tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
-from tests.ptx_emulator.scheduler import Launch, Machine
+from tests.ptx_emulator.scheduler import PROGRAMMATIC_STREAM_SERIALIZATION, Launch, Machine
 from tests.ptx_emulator.threads import WARP
 
 _REGISTER = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
@@ -26,11 +26,13 @@ def run_snippet(
     shared_bytes: int = 0,
     mode: str = "eager",
     seed: int = 0,
+    produced: Collection[str] = (),
 ) -> Machine:
     """Run `body` with a 64-bit register `name` for the address of each buffer.
 
     Also there: `lane` (the thread's index in the CTA), `smem` (shared memory, dynamic), and scratch
-    registers %p, %rs, %r, %rd. The CTAs are one cluster.
+    registers %p, %rs, %r, %rd. The CTAs are one cluster. produced: buffers that a kernel writes
+    which may still run.
     """
     params = ",\n".join(f".param .u64 p_{name}" for name in buffers)
     loads = "\n".join(f".reg .b64 {n}; ld.param.u64 {n}, [p_{n}];" for n in buffers)
@@ -45,13 +47,19 @@ def run_snippet(
     ret;
     }}
     """
-    machine = Machine(ptx, mode, seed, max_instructions=200_000)
+    machine = Machine(ptx, mode, seed, max_instructions=200_000, produced=produced)
     copies = {name: _aligned_copy(buffer) for name, buffer in buffers.items()}
     for name, copy in copies.items():
         machine.memory.add_bytes(copy.ctypes.data, copy.nbytes, name, copy)
     addresses = [np.uint64(copy.ctypes.data).tobytes() for copy in copies.values()]
     launch = Launch(
-        "snippet", (ctas, 1, 1), (warps * WARP, 1, 1), shared_bytes, addresses, (ctas, 1, 1)
+        "snippet",
+        (ctas, 1, 1),
+        (warps * WARP, 1, 1),
+        shared_bytes,
+        addresses,
+        (ctas, 1, 1),
+        ((PROGRAMMATIC_STREAM_SERIALIZATION, 1),) if produced else (),
     )
     machine.run(launch)
     before = {name: _aligned_copy(buffer) for name, buffer in buffers.items()}

@@ -7,6 +7,7 @@ import numpy as np
 
 from tests.ptx_emulator.async_engine import Operation
 from tests.ptx_emulator.barriers import ClusterBarrier, MBarrier, NamedBarrier, Visibility
+from tests.ptx_emulator.dependence import Dependence
 from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.memory import (
     OFFSET_MASK,
@@ -128,6 +129,9 @@ class Cta:
         self.gangs: list[Gang] = []
         self.cluster: list[Cta] = []
         self.cluster_barrier: ClusterBarrier | None = None
+        self.dependence: Dependence | None = None  # None once every warp knows
+        if machine.is_dependent:
+            self.dependence = Dependence(num_warps, machine.produced)
 
     def peer(self, address: int) -> "Cta":
         """The CTA of the cluster that a shared address belongs to."""

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tests.ptx_emulator.barriers import ClusterBarrier, NamedBarrier
+from tests.ptx_emulator.dependence import learn, share
 from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.operands import Binder, dtype_of
 from tests.ptx_emulator.program import BRANCH, COLLECTIVE, EXIT, PLAIN, Signal, Step
@@ -198,6 +199,7 @@ def _arrive_named(
     joined = np.maximum.reduce(published)
     for warp in barrier.warps:
         cta.visibility.acquire(warp, joined)
+    share(cta, barrier.warps)
     for waiting in barrier.waiting:
         waiting.blocked = None
     del cta.barriers[number]
@@ -239,7 +241,10 @@ def _complete_cluster(barrier: ClusterBarrier, gang: Gang) -> None:
     for strand in barrier.waiting:
         strand.blocked = None
     barrier.waiting.clear()
+    # A CTA without a record knows.
+    knows = any(c.dependence is None or c.dependence.knows.any() for c in gang.cta.cluster)
     for cta in gang.cta.cluster:
+        learn(cta, list(range(cta.num_warps)), knows)
         # Everyone has seen everything of its own CTA.
         cta.visibility.seen[:] = np.maximum(cta.visibility.seen, cta.visibility.epoch - 1)
 
@@ -267,6 +272,18 @@ def compile_ordering(binder: Binder) -> Step:
 
     def action(gang, mask):
         gang.machine.counts[name] += len(gang.warps_of(mask))
+
+    return Step(PLAIN, action, None)
+
+
+def compile_grid_dependency(binder: Binder) -> Step:
+    count = compile_ordering(binder).action
+    waits = binder.has("wait")
+
+    def action(gang, mask):
+        count(gang, mask)
+        if waits:
+            learn(gang.cta, [gang.first_warp + warp for warp in gang.warps_of(mask)])
 
     return Step(PLAIN, action, None)
 
@@ -320,7 +337,7 @@ COMPILERS = {
     "fence": compile_fence,
     "membar": compile_ordering,
     "setmaxnreg": compile_setmaxnreg,
-    "griddepcontrol": compile_ordering,
+    "griddepcontrol": compile_grid_dependency,
     "nanosleep": compile_ordering,
     "prefetch": compile_ordering,
     "prefetchu": compile_ordering,

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tests.ptx_emulator.dependence import check_global, publish
 from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.memory import OFFSET_MASK, SHARED_LIMIT
 from tests.ptx_emulator.operands import Binder, Reader, literal
@@ -93,6 +94,8 @@ def _check_copy(
         raise Finding("misaligned", f"cp.async of {size} bytes from {int(sizes.max())}")
     if (targets >= SHARED_LIMIT).any():
         raise Finding("out-of-bounds", "cp.async to something other than shared memory")
+    if (sizes > 0).any():
+        check_global(gang, sources[sizes > 0], False, "cp.async")
     for count in np.unique(sizes[sizes > 0]):
         gang.machine.memory.gather(sources[sizes == count], int(count))
 
@@ -257,7 +260,9 @@ def _compile_bulk(binder: Binder) -> Step:
 def _bulk_load(gang: Gang, to: int, start: int, count: int, barrier_address: int) -> None:
     machine, cta = gang.machine, gang.cta.peer(to)
     region = machine.memory.find(start, count, "cp.async.bulk")
+    check_global(gang, np.array([start]), False, "cp.async.bulk")
     barrier = gang.cta.mbarrier(barrier_address)
+    publish(gang, barrier)
     offsets = (to & OFFSET_MASK) + np.arange(count)
     cta.shared.check(offsets, 1, "cp.async.bulk")
 
@@ -274,6 +279,7 @@ def _bulk_load(gang: Gang, to: int, start: int, count: int, barrier_address: int
 def _bulk_store(gang: Gang, lane: int, to: int, start: int, count: int) -> None:
     machine, cta = gang.machine, gang.cta.peer(start)
     region = machine.memory.find(to, count, "cp.async.bulk")
+    check_global(gang, np.array([to]), True, "cp.async.bulk")
     offsets = (start & OFFSET_MASK) + np.arange(count)
     cta.shared.check_async_read(offsets, "cp.async.bulk")
 
@@ -376,6 +382,7 @@ def _tensor_load(
     machine = gang.machine
     machine.counts["tensor load"] += 1
     tensor_map = _tensor_map(gang, descriptor)
+    check_global(gang, np.array([tensor_map.base]), False, "tensor load")
     offsets = _shared_offsets(tensor_map, to)
     barriers = []
     for receiver in receivers:
@@ -396,6 +403,7 @@ def _tensor_load(
         machine.events += 1
 
     for receiver, barrier in zip(receivers, barriers, strict=True):
+        publish(gang, barrier)
         machine.engine.submit(lambda r=receiver, b=barrier: copy(r, b))
     machine.events += 1
 
@@ -447,6 +455,7 @@ def _tensor_store(gang: Gang, tensor_map: TensorMap, where: list[int], start: in
     cta.shared.check_async_read(offsets, "tensor store")
     low = int(addresses.min())
     region = gang.machine.memory.find(low, int(addresses.max()) + 1 - low, "tensor store")
+    check_global(gang, addresses, True, "tensor store")
 
     def write(data):
         region.data[addresses - region.start] = data

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tests.ptx_emulator.dependence import check_global
 from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.memory import OFFSET_MASK, SHARED_LIMIT
 from tests.ptx_emulator.numerics import from_bf16, from_f16, to_bf16, to_f16
@@ -46,6 +47,7 @@ def read_bytes(gang: Gang, addresses: np.ndarray, size: int, space: str) -> np.n
     """(n,) addresses -> (n, size) bytes."""
     check_alignment(addresses, size, "load")
     if not _is_shared(addresses, space, "load"):
+        check_global(gang, addresses, False, "load")
         return gang.machine.memory.gather(addresses, size)
     offsets = addresses & OFFSET_MASK
     ranks = addresses >> 24
@@ -66,6 +68,7 @@ def write_bytes(
     check_alignment(addresses, values.shape[1], "store")
     gang.machine.events += 1
     if not _is_shared(addresses, space, "store"):
+        check_global(gang, addresses, True, "store")
         gang.machine.memory.scatter(addresses, values)
         return
     stamps = gang.cta.visibility.stamps(gang.first_warp + lanes // WARP)[:, None]

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tests.ptx_emulator.barriers import MBarrier
+from tests.ptx_emulator.dependence import learn, publish
 from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.memory import MBARRIER_STAMP, OFFSET_MASK
 from tests.ptx_emulator.operands import Binder, is_literal
@@ -83,6 +84,7 @@ def _compile_arrive(binder: Binder, form: str) -> Step:
                     warp = gang.first_warp + lane // WARP
                     published = gang.cta.visibility.release(warp)
                     np.maximum(barrier.published, published, out=barrier.published)
+                publish(gang, barrier)
                 barrier.arrive(1 if expects else int(amounts[lane]))
         if write is not None:
             write(gang, np.zeros(gang.lanes, np.uint64), mask)
@@ -110,8 +112,10 @@ def _compile_wait(binder: Binder) -> Step:
             write(gang, np.full(gang.lanes, done), mask)
             if not done:
                 return Signal(barrier=barrier)
-            for warp in gang.warps_of(mask):
-                gang.cta.visibility.acquire(gang.first_warp + warp, barrier.published)
+            warps = [gang.first_warp + warp for warp in gang.warps_of(mask)]
+            for warp in warps:
+                gang.cta.visibility.acquire(warp, barrier.published)
+            learn(gang.cta, warps, barrier.knows_dependence)
             return None
         results = np.zeros(gang.lanes, bool)
         failed = None
@@ -119,7 +123,9 @@ def _compile_wait(binder: Binder) -> Step:
             barrier = gang.cta.mbarrier(int(address(gang)[lane]))
             results[lane] = barrier.parity != int(parity(gang)[lane])
             if results[lane]:
-                gang.cta.visibility.acquire(gang.first_warp + lane // WARP, barrier.published)
+                warp = gang.first_warp + lane // WARP
+                gang.cta.visibility.acquire(warp, barrier.published)
+                learn(gang.cta, [warp], barrier.knows_dependence)
             else:
                 failed = barrier
         write(gang, results, mask)
