@@ -110,3 +110,33 @@ def test_real_sizes(num_tokens, hidden, num_experts):
     x, gate = integers(num_tokens, hidden, seed=0), integers(num_experts, hidden, seed=1)
     bias = torch.randn(num_experts, generator=torch.Generator().manual_seed(2))
     check(x, gate, 6, bias=bias, scaling=2.5)
+
+
+@pytest.mark.gpu
+def test_lanes_replay_side_by_side():
+    """With a scratch each, as vLLM's micro-batches have: two streams at once, replayed often."""
+    gate = (integers(256, 4096, seed=1) / 64).to(DEVICE)
+    lanes = []
+    for num_tokens in (48, 64):
+        x = integers(num_tokens, 4096, seed=num_tokens).to(DEVICE)
+        out = Routing(
+            torch.empty((num_tokens, 6), device=DEVICE),
+            torch.empty((num_tokens, 6), dtype=torch.int32, device=DEVICE),
+        )
+        scratch, stream = garbage_scratch(4096, 256), torch.cuda.Stream()
+        gate_route(x, gate, 6, out=out, scratch=scratch)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            gate_route(x, gate, 6, out=out, scratch=scratch)
+        lanes.append((x, out, scratch, stream, graph))
+    for _ in range(100):
+        for _, out, _, stream, graph in lanes:
+            with torch.cuda.stream(stream):
+                out.ids.fill_(-7)
+                graph.replay()
+    torch.cuda.synchronize()
+    for x, out, scratch, _, _ in lanes:
+        expected = reference.router_topk(x.cpu().float() @ gate.cpu().float().T, 6)
+        assert torch.equal(out.ids.cpu(), expected.ids)
+        assert scratch.counters.tolist() == [0, 0]
