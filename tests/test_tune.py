@@ -42,7 +42,7 @@ TINY = MoeShape(5, 3, 2, 128, 128, 8, False)
 def test_candidates_differ_from_arithmetic_in_one_gemm_and_may_run(shape, num_tokens, thorough):
     base, *others = candidates(shape, num_tokens, thorough)
     assert base == by_arithmetic(shape, num_tokens) and others
-    assert len(set(others)) == len(others) <= (44 if thorough else 16)
+    assert len(set(others)) == len(others) <= (48 if thorough else 16)
     for other in others:
         assert sum(a != b for a, b in zip(other, base, strict=True)) == 1
         assert why_unfit(other.fc1, shape.hidden) is None
@@ -54,7 +54,7 @@ def test_a_quick_run_compiles_few_kernels():
     """The final run on a GPU has a minute and a half for both models."""
     for shape in SHAPES.values():
         counts = tune_command.QUICK_TOKENS
-        assert len(gemms_of(shape, all_candidates(shape, counts, thorough=False))) <= 40
+        assert len(gemms_of(shape, all_candidates(shape, counts, thorough=False))) <= 44
 
 
 def chosen_now(shape: MoeShape, num_tokens: int) -> LayerConfig:
@@ -320,8 +320,8 @@ def test_a_users_mistake_is_a_sentence(arguments, words, capsys):
 
 def test_candidates_compile_in_processes_and_say_what_they_spill(tmp_path, monkeypatch):
     gemm = sm90.gemms(TINY, 1)[0]
-    # Gathered rows of so large a tile take more registers than there are.
-    spilling = sm90.Gemm("fc1", 4, 256, 256, 2, True, Sm90Config(2, 2, (64, 128), 64))
+    # The sums of so large a tile take more registers than four warpgroups have.
+    spilling = sm90.Gemm("fc1", 4, 256, 256, 2, True, Sm90Config(2, 4, (64, 80), 64))
     impossible = gemm._replace(k=100)
     failed = compile_objects([gemm, spilling, impossible], tmp_path, jobs=2)
     assert list(failed) == [impossible] and "K = 100" in failed[impossible]

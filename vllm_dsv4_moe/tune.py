@@ -25,7 +25,7 @@ TURNS = 3
 REACH = 1.5
 # Registers of a consumer thread besides its sums: with fewer, sums go to local memory.
 OTHER_REGISTERS = 56
-TILES = ((1, 4), (2, 2), (1, 2), (1, 3))  # m_blocks, warpgroups
+TILES = ((1, 4), (2, 2), (2, 3), (1, 2), (1, 3))  # m_blocks, warpgroups
 
 
 @dataclass(frozen=True)

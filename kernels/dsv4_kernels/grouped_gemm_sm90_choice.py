@@ -40,19 +40,20 @@ def _config(rows: float, k: int) -> Sm90Config:
     """Of the GEMM whose weights have k columns.
 
     Few rows: the weights' bytes bind, and then the instructions that widen them; 16 warps share
-    that work and long stages spread what a stage costs. Many rows: the tensor cores bind, and two
-    warpgroups of 128 rows each read an expert's rows of x half as often. tile_n is four sizes about
+    that work and long stages spread what a stage costs. More rows: fewer, larger tiles spread what
+    a tile costs, until the sums leave registers for two warpgroups only. tile_n is four sizes about
     what a tile will hold: with more, ptxas runs out of registers and makes WGMMA wait.
     """
     if rows <= GATHERED_ROWS:
         return Sm90Config(1, 4, (8, 16, 24, 32), _tile_k(k, 256))
     if rows <= 36:
-        return Sm90Config(1, 4, (24, 32, 40, 48), _tile_k(k, 128))
+        return Sm90Config(1, 4, (24, 32, 40, 48), _tile_k(k, 256))
     parts = math.ceil((rows + 1.25 * math.sqrt(rows)) / 144)
     # One and a half standard deviations more than the even share still fit.
     most = rows / parts + 1.5 * math.sqrt(rows) / parts
     most = min(144, math.ceil(most / 16) * 16)
-    return Sm90Config(2, 2, (most - 24, most - 16, most - 8, most), _tile_k(k, 128))
+    warpgroups = 3 if most <= 64 else 2
+    return Sm90Config(2, warpgroups, (most - 24, most - 16, most - 8, most), _tile_k(k, 128))
 
 
 def _tile_k(k: int, most: int) -> int:

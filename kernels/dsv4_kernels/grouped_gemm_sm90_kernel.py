@@ -91,7 +91,7 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
     def _registers(self) -> tuple[int, int]:
         """(producer, consumer) registers per thread, multiples of 8, within the register file."""
         per_thread = 65536 // (self.threads * self.config.blocks_per_sm) // 8 * 8
-        producer = min(per_thread, 56 if self.gather else 40)
+        producer = min(per_thread, 56 if self.gather else 32)
         spare = (per_thread - producer) * 128
         consumer = per_thread + spare // (128 * self.config.warpgroups)
         return producer, min(240, consumer // 8 * 8)
@@ -553,8 +553,9 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
     ):
         """The next k_stages of one tile -> (accumulators, one a 64-row block; stage; phase).
 
-        By units of 64 rows by 64 columns, each in two halves: widen a half into one set of
-        registers while WGMMA still reads the other, and load the next unit's codes under it.
+        By units of 64 rows by 64 columns, each in groups of two or four steps: widen a group into
+        one set of registers while WGMMA still reads the other, and load the next unit's codes
+        under it.
         """
         config = self.config
         lane = cute.arch.lane_idx()
@@ -573,7 +574,11 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
         )
         mma.set(warpgroup.Field.ACCUMULATE, True)
         frag_x = self._rows_operand(mma, n, thread, buffers[0])
-        frag_w = [mma.make_fragment_A(mma.partition_shape_A((64, 32))) for _ in range(2)]
+        # Two warps a scheduler hide less: theirs is a block of four steps, where registers allow.
+        steps = 4 if config.warpgroups < 3 and config.m_blocks * n <= 160 else 2
+        groups = 4 // steps
+        shape_w = mma.partition_shape_A((64, 16 * steps))
+        frag_w = [mma.make_fragment_A(shape_w) for _ in range(2)]
         acc = [mma.make_fragment_C(mma.partition_shape_C((64, n))) for _ in range(config.m_blocks)]
         for mb in cutlass.range_constexpr(config.m_blocks):
             acc[mb].fill(0.0)
@@ -596,23 +601,25 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
                 phase ^= 1
             for unit in cutlass.range_constexpr(units):
                 kb, mb = unit // config.m_blocks, unit % config.m_blocks
-                for half in cutlass.range_constexpr(2):
-                    words_w = cute.recast_tensor(frag_w[half], Uint32)
-                    for i in cutlass.range_constexpr(2):
-                        words = ptx.widen(codes[2 * half + i], scales[half], scale_bits, i)
+                for group in cutlass.range_constexpr(groups):
+                    frag = frag_w[(unit * groups + group) % 2]
+                    words_w = cute.recast_tensor(frag, Uint32)
+                    for i in cutlass.range_constexpr(steps):
+                        step = group * steps + i
+                        words = ptx.widen(codes[step], scales[step // 2], scale_bits, step % 2)
                         for j in cutlass.range_constexpr(4):
                             words_w[i * 4 + j] = words[j]
                     warpgroup.fence()
-                    for i in cutlass.range_constexpr(2):
+                    for i in cutlass.range_constexpr(steps):
                         cute.gemm(
                             mma,
                             acc[mb],
-                            frag_w[half][None, None, i],
-                            frag_x[None, None, kb * 4 + half * 2 + i, current],
+                            frag[None, None, i],
+                            frag_x[None, None, kb * 4 + group * steps + i, current],
                             acc[mb],
                         )
                     warpgroup.commit_group()
-                    if cutlass.const_expr(half == 1):
+                    if cutlass.const_expr(group == groups - 1):
                         if cutlass.const_expr(unit + 1 < units):
                             kb, mb = (unit + 1) // config.m_blocks, (unit + 1) % config.m_blocks
                             cute.autovec_copy(t_codes[None, kb, mb, current], codes)
@@ -622,8 +629,8 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
                             cute.autovec_copy(t_codes[None, 0, 0, stage], codes)
                             cute.autovec_copy(t_scales[None, 0, 0, stage], scales)
                     warpgroup.wait_group(1)
-                    if cutlass.const_expr(unit == 0 and half == 0):
-                        # Only this half is still in flight: the stage before it is free.
+                    if cutlass.const_expr(unit == 0 and group == 0):
+                        # Only this group is still in flight: the stage before it is free.
                         if k_stage > 0 and lane == 0:
                             cute.arch.mbarrier_arrive(empty + previous)
             previous = current
