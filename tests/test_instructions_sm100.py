@@ -8,6 +8,7 @@ to 128 tokens, as NVIDIA's example does. So a smaller tile is not credited for i
 
 import pytest
 import torch
+from bench import roofline_sm100
 from bench.sass_sm100 import name
 from dsv4_kernels.grouped_gemm_sm100_spec import CONFIGS, Gemm
 from dsv4_kernels.reference import expert_layout
@@ -22,20 +23,21 @@ NVIDIAS_EXAMPLE = 380_574
 MMAS = sum(-(-count // 128) for count in GROUPS) * (WEIGHT_ROWS // 128) * (K // 64)
 
 
-def instructions(gemm: Gemm) -> int:
-    tile, experts = gemm.config.tile, len(GROUPS)
-    ids = torch.repeat_interleave(torch.arange(experts), torch.tensor(GROUPS))[:, None]
+def instructions(gemm: Gemm, groups: list[int]) -> int:
+    """Warp-instructions of a launch on so many rows of each expert."""
+    tile, experts, k = gemm.config.tile, gemm.num_experts, gemm.k
+    ids = torch.repeat_interleave(torch.arange(experts), torch.tensor(groups))[:, None]
     layout = expert_layout(ids, experts, None, tile)
     rows = len(layout.row_to_slot)
     scale_rows = -(-rows // 128) * 128
     fc1 = gemm.op == "fc1"
     token_scales = torch.ones(rows if gemm.scale_per_row else 1 if fc1 else experts)
     inputs = (
-        torch.zeros(experts, WEIGHT_ROWS, K // 2, dtype=torch.uint8),
-        torch.zeros(experts, WEIGHT_ROWS, K // 16, dtype=torch.uint8),
+        torch.zeros(experts, gemm.weight_rows, k // 2, dtype=torch.uint8),
+        torch.zeros(experts, gemm.weight_rows, k // 16, dtype=torch.uint8),
         torch.ones(experts, 2) if fc1 else torch.ones(experts),
-        torch.zeros(rows, K // 2, dtype=torch.uint8),
-        torch.zeros(scale_rows, K // 16, dtype=torch.uint8),
+        torch.zeros(rows, k // 2, dtype=torch.uint8),
+        torch.zeros(scale_rows, k // 16, dtype=torch.uint8),
         token_scales,
     )
     outputs: tuple[torch.Tensor, ...] = (torch.zeros(rows, gemm.out_features).bfloat16(),)
@@ -74,8 +76,19 @@ VARIANTS = [
 
 @pytest.mark.parametrize("gemm", VARIANTS, ids=name)
 def test_fewer_than_nvidias_example(gemm, record_property):
-    count = instructions(gemm)
+    count = instructions(gemm, GROUPS)
     per_mma = round(count / MMAS, 1)
     record_property("warp instructions per 128x128x64", per_mma)
     print(f"{name(gemm)}: {per_mma} warp-instructions per 128x128x64, {count} in all")
     assert count < NVIDIAS_EXAMPLE, per_mma
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+def test_epilogue_of_the_roofline(op):
+    """Three more chunks of 32 tokens, less the instructions that load them."""
+    features = 128 if op == "fc1" else 256
+    gemm = Gemm(op, 1, features, 256, CONFIGS[128], quantize=op == "fc1")
+    more = instructions(gemm, [128]) - instructions(gemm, [32])
+    loading = 3 * gemm.m_tiles * 7
+    a_warp = (more - loading) / (3 * gemm.m_tiles * 4)
+    assert roofline_sm100.EPILOGUE[op] == pytest.approx(a_warp, rel=0.02)

@@ -32,43 +32,65 @@ LAUNCH_GAP = 1.5e-6
 FIRST_LOAD = 1500
 # Warp-instructions a warp executes for 32 tokens x 32 TMEM lanes, counted in the PTX emulator
 # (tests/test_instructions_sm100.py), one a cycle on each of an SM's four schedulers.
-EPILOGUE = {"fc1": 376, "fc2": 99}
+EPILOGUE = {"fc1": 329, "fc2": 77}
 WEIGHT_BYTES = 0.5 + 1 / 16  # E2M1 and its share of an E4M3 scale
 
 
 class Published(NamedTuple):
     name: str
     source: str
+    measured: str  # what the figures are of
     shape: MoeShape  # of one rank
     tokens_per_rank: bool  # its token counts are per rank, of 8
     microseconds: dict[int, float]  # by tokens
 
 
-DEEPGEMM = "DeepGEMM Mega MoE, FP8 x FP4, dispatch and combine over NVLink included, GPU not named"
-PULL_316 = "github.com/deepseek-ai/DeepGEMM/pull/316"
-PULL_5301 = "github.com/flashinfer-ai/flashinfer/pull/5301"
+# The description of the pull request, which DeepGEMM's README (54e2261) names for these figures;
+# timed as in its tests/test_mega_moe.py.
+PULL_316 = "github.com/deepseek-ai/DeepGEMM/pull/316, 2026-04-24"
+MEGA_MOE = (
+    "one kernel, FP8 x FP4, with dispatch and combine over NVLink; tokens of one rank of 8, mean "
+    "of the ranks and of 30 runs, L2 flushed; the GPU is not named"
+)
+# Its table of medians; one B200 at 128 tokens, TRTLLM 143 to 144 us and CuteDSL 147: pull/3301.
+PULL_5301 = "github.com/flashinfer-ai/flashinfer/pull/5301, 2026-09-17, not merged"
+R1_SHARD = (
+    "NVFP4, routing, quantisation, experts and finalisation of 32 of 256 experts, alone on one "
+    "B300; tokens of all 8 ranks, CUDA graph, L2 flushed, median of 100 runs and of 3 processes"
+)
 R1 = MoeShape(256, 32, 8, 7168, 2048, 1 << 20, True)
 PUBLISHED = (
     Published(
-        f"V4-Pro: {DEEPGEMM}",
+        "DeepGEMM Mega MoE, DeepSeek-V4-Pro",
         PULL_316,
+        MEGA_MOE,
         MoeShape(384, 48, 6, 7168, 3072, 1 << 20, True),
         True,
         {1: 108.1, 512: 369.6, 8192: 2818.5, 32768: 10655.2},
     ),
     Published(
-        f"V4-Flash: {DEEPGEMM}",
+        "DeepGEMM Mega MoE, DeepSeek-V4-Flash",
         PULL_316,
+        MEGA_MOE,
         MoeShape(256, 32, 6, 4096, 2048, 1 << 20, True),
         True,
         {1: 56.5, 512: 146.5, 8192: 1283.1, 32768: 4855.5},
     ),
     Published(
-        "DeepSeek-R1's MoE: FlashInfer with TRTLLM NVFP4 on a B300, experts only",
+        "FlashInfer with TRTLLM's kernels, DeepSeek-R1",
         PULL_5301,
+        R1_SHARD,
         R1,
         False,
-        {1: 25.9, 8: 65.1, 64: 140.2, 512: 163.7},
+        {1: 26.1, 8: 65.1, 64: 140.0, 512: 163.6, 4096: 308.5},
+    ),
+    Published(
+        "FlashInfer with its CuTe DSL kernels, DeepSeek-R1",
+        PULL_5301,
+        R1_SHARD,
+        R1,
+        False,
+        {1: 32.5, 8: 71.1, 64: 143.8, 512: 157.8, 4096: 214.8},
     ),
 )
 
@@ -138,10 +160,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    print("PREDICTION for one B200 of 8, us a layer, even routing; not measured on a B200")
+    print(
+        "PREDICTION for one B200 of 8, us a layer, even routing; not measured on a B200. "
+        "Published figures are of other kernels."
+    )
     rows = []
     for published in PUBLISHED:
-        print(f"\n{published.name}\n({published.source})")
+        print(f"\n{published.name} ({published.source}):\n{published.measured}")
         print(f"{'tokens':>7} {'published':>9} {'predicted':>9} {'floor':>7}   steps")
         for tokens, theirs in published.microseconds.items():
             everyone = tokens * (8 if published.tokens_per_rank else 1)
@@ -154,6 +179,7 @@ def main() -> None:
                 {
                     "published": published.name,
                     "source": published.source,
+                    "measured": published.measured,
                     "tokens": tokens,
                     "published_us": theirs,
                     "predicted_us": round(total, 1),
