@@ -52,6 +52,7 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "visible_gpus", lambda: [])
+    monkeypatch.setattr("torch.version.cuda", None)
 
     def make(log=ANNOUNCED, status=200, text="hello", code=SERVER):
         source = tmp_path / "server.py"

@@ -19,7 +19,7 @@ logger = init_logger("vllm.dsv4_moe")
 
 # The fewest tokens that one launch gates and routes faster than vLLM's kernel for at most 16 and
 # this project's router after it: 5.6 us against 5.0 at 1 token of Pro, 6.5 against 6.0 at 16; hash
-# layers, which only weigh, 4.0 against 3.4 at 1 and 4.9 against 5.0 at 4 (H200, bench/router.py).
+# layers, which only weigh, 4.0 against 3.4 at 1 and 4.9 against 5.0 at 4 (H200, 97c6d5b).
 FEWEST_DENSE, FEWEST_HASH = 17, 4
 
 
