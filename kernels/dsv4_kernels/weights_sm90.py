@@ -15,9 +15,9 @@ register 2's signs lie each in the other half):
     register 0: s 15, e1 e0 m 8 7 6      register 2: s 3, e1 e0 m 12 11 10
     register 1: s  9, e1 e0 m 2 1 0      register 3: s 13, e1 14, e0 5, m 4
 
-No four shifts of one mask take a word apart, but four shifts do if one register comes from two of
-them: register 3 is ((word << 2) ^ (word >> 6)) under the mask, and `_mix` changes its bits so that
-this gives its codes. A step costs four shifts and four masks.
+Three shifts of a word, under one mask each, cannot give all of its bits: the mask does not tile
+them. Four can, if register 3 is ((word << 2) ^ (word >> 6)) under the mask; `_mix` changes its bits
+so that this gives its codes. A step costs four shifts and four masks.
 
 Scales: a row pair is rows 16 w + r and 16 w + r + 8, at index 8 w + r. A scale takes 8 bits, E4M3
 without its sign but with a fifth exponent bit, so that 2^-9 .. 448 are all normal numbers: exponent
