@@ -22,9 +22,9 @@ times 2^119. Their product is a normal bf16, scale * code * 2^-7, without roundi
 significant bits and E4M3 has 4. The 2^7 is put back with the fp32 global scale.
 
 What a step (m64, n, k16) of a warpgroup costs a multiprocessor, measured on an H200 with all in
-shared memory: WGMMA alone max(13, n / 2) cycles, whatever the groups and their number in flight;
-with I other instructions a warp max(n / 2, I + n / 4), for WGMMA's sums take the register file for
-about half of its time. Up to n = 90 it is therefore instructions that count.
+shared memory and two warpgroups or more: WGMMA alone max(13, n / 2) cycles, whatever the groups and
+their number in flight; with I other instructions a warp about max(n / 2, I + n / 4), as if WGMMA
+took every second issue slot while it runs. Up to n = 90 it is therefore instructions that count.
 """
 
 import math
