@@ -150,10 +150,11 @@ def _offload(config: VllmConfig, layer_name: str) -> str | None:
 
 def _is_of_experts(segments: str, layer_name: str) -> bool:
     """Whether vLLM would offload a parameter of this layer for that: whole segments must match."""
-    weights = ("w13_weight", "w2_weight")
-    names = [f"{layer_name}.routed_experts.{weight}{scale}" for weight in weights
-             for scale in ("", "_scale", "_scale_2")]  # fmt: skip
-    return any(f".{segments}." in f".{name}." for name in names)
+    return any(
+        f".{segments}." in f".{layer_name}.routed_experts.{weight}{scale}."
+        for weight in ("w13_weight", "w2_weight")
+        for scale in ("", "_scale", "_scale_2")
+    )
 
 
 def options_table() -> str:
