@@ -45,6 +45,7 @@ PROBLEMS = [
     Problem("one-token", 1, 4, 2, 256, 192),
     Problem("decode", 9, 4, 2, 256, 192, limit=1.0),
     Problem("skewed", 70, 4, 2, 128, 128, limit=None, skewed=True),
+    Problem("large", 120, 4, 2, 256, 128),
 ]
 
 

@@ -36,19 +36,16 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from dsv4_kernels import grouped_gemm_sm90_ptx as ptx
-from dsv4_kernels.grouped_gemm_sm90_schedule import Sm90Schedule
+from dsv4_kernels.grouped_gemm_sm90_epilogue import NOTES, STAGING_BYTES, Sm90Epilogue
 from dsv4_kernels.grouped_gemm_sm90_spec import Gemm
 
 CODE_BLOCK_BYTES = 2048  # codes of a 64 x 64 block of weights
 SCALE_BLOCK_BYTES = 256  # its block scales
 SMEM_BYTES = 227 * 1024
-STAGING_PITCH = 48  # bytes a staged row takes: 32 of data, and no two of 8 rows share a bank
-STAGING_ROWS = 32
 TMA_ROWS = 16  # of a box
-UNSCALE = 128.0  # 2^7, see above
 
 
-class Dsv4GroupedGemmSm90(Sm90Schedule):
+class Dsv4GroupedGemmSm90(Sm90Epilogue):
     """One grouped GEMM, compiled for one specialisation."""
 
     def __init__(self, gemm: Gemm):
@@ -68,10 +65,12 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
         self.tile_n_max = -(-config.tile_n[-1] // TMA_ROWS) * TMA_ROWS
         self.k_blocks = config.tile_k // 64
         self.k_stages = k // config.tile_k
+        self.tile_n_min = config.tile_n[0]
+        self.by_cost = config.tile_n[-1] > 64
         self.m_blocks_tile = config.m_blocks * config.warpgroups
         self.m_tiles = math.ceil(m / config.tile_m)
-        # A warp's copy of what it multiplies sums by: two global scales, then a weight a row.
-        self.factors = 2 + (self.tile_n_max if fc1 else 0)
+        # What a tile's sums are multiplied by: two global scales, then a weight a row.
+        self.factors = 2 + (-(-self.tile_n_max // 32) * 32 if fc1 else 0)
         self.threads = 128 * (config.warpgroups + 1)
         self.experts_padded = max(32, 1 << (num_experts - 1).bit_length())
         self.stages = self._num_stages()
@@ -84,8 +83,8 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
 
     def _fixed_smem(self) -> int:
         warps = 4 * self.config.warpgroups
-        staging = warps * STAGING_ROWS * STAGING_PITCH
-        return staging + warps * self.factors * 4 + 3 * self.experts_padded * 4 + 4096
+        notes = NOTES * (16 + 4 * self.factors)
+        return warps * 2 * STAGING_BYTES + notes + self._table_bytes() + 4096
 
     def _num_stages(self) -> int:
         rows = self.tile_n_max * 128 * self.k_blocks
@@ -198,15 +197,19 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
             self.stages * self.m_blocks_tile * self.k_blocks * SCALE_BLOCK_BYTES // 4,
             128,
         )
-        s_staging = self._allocate(smem, Uint8, warps * STAGING_ROWS * STAGING_PITCH, 128)
-        s_factors = self._allocate(smem, Float32, warps * self.factors, 16)
-        s_first_tile = self._allocate(smem, Int32, self.experts_padded + 1, 16)
-        s_counts = self._allocate(smem, Int32, self.experts_padded, 16)
-        s_offsets = self._allocate(smem, Int32, self.experts_padded, 16)
+        s_staging = self._allocate(smem, Uint8, warps * 2 * STAGING_BYTES, 128)
+        s_notes = self._allocate(smem, Int32, NOTES * 4, 16)
+        s_factors = self._allocate(smem, Float32, NOTES * self.factors, 16)
+        tables = self._allocate_tables(lambda size: self._allocate(smem, Int32, size, 16))
         full = self._allocate(smem, Int64, self.stages, 8)
         landed = self._allocate(smem, Int64, self.stages, 8)
         empty = self._allocate(smem, Int64, self.stages, 8)
+        weighed = self._allocate(smem, Int64, NOTES, 8)
+        stored = self._allocate(smem, Int64, NOTES, 8)
         if tidx == 0:
+            for note in cutlass.range_constexpr(NOTES):
+                cute.arch.mbarrier_init(weighed + note, 1)
+                cute.arch.mbarrier_init(stored + note, warps)
             for stage in cutlass.range_constexpr(self.stages):
                 # The warp that loads weights and the one that passes on rows; 64 gather these.
                 cute.arch.mbarrier_init(full + stage, 2 if self.gather else 1)
@@ -219,23 +222,10 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
         if cutlass.const_expr(self.fc1):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        for i in cutlass.range_constexpr(math.ceil(self.experts_padded / self.threads)):
-            expert = tidx + i * self.threads
-            if expert < self.experts_padded:
-                count = Int32(0)
-                offset = Int32(0)
-                if expert < self.num_experts:
-                    count = (counts + expert).load()
-                    offset = (offsets + expert).load()
-                (s_counts + expert).store(count)
-                (s_offsets + expert).store(offset)
-        cute.arch.sync_threads()
-        if warp == 0:
-            self._scan_tiles(s_counts, s_first_tile)
-        cute.arch.sync_threads()
+        self._plan(counts, offsets, tables)
 
         # Phase 3: roles.
-        tables = (s_first_tile, s_counts, s_offsets)
+        notes = (s_notes, s_factors, weighed, stored)
         producer_registers, consumer_registers = self._registers()
         if warp >= warps:
             cute.arch.setmaxregister_decrease(producer_registers)
@@ -245,7 +235,9 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
                     block_scales,
                     tma_atom,
                     tma_x,
+                    (global_scales, row_to_slot, slot_weights),
                     (s_x, s_codes, s_scales),
+                    notes,
                     full,
                     empty,
                     tables,
@@ -258,13 +250,11 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             self._consume(
-                global_scales,
                 out,
-                row_to_slot,
-                slot_weights,
                 (partials, flags),
                 limit,
-                (s_x, s_codes, s_scales, s_staging, s_factors),
+                (s_x, s_codes, s_scales, s_staging),
+                notes,
                 full,
                 empty,
                 tables,
@@ -281,22 +271,33 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
         block_scales: cute.Pointer,
         tma_atom: cute.CopyAtom | None,
         tma_x: cute.Tensor | None,
+        sources: tuple,
         buffers: tuple,
+        notes: tuple,
         full: cute.Pointer,
         empty: cute.Pointer,
         tables: tuple,
     ):
         """One warp asks for every stage's codes and scales, and for its rows if they need no
-        gathering; those of the next expert, or past the end as zeros, where a box holds more."""
+        gathering; those of the next expert, or past the end as zeros, where a box holds more.
+
+        It also tells the consumers of every tile, so that they never look one up or wait for its
+        factors: a note (rows, stages, first row or -1 where an earlier block stores the tile, m
+        tile), which the first stage hands over, and the factors, which it fetches once all of the
+        tile has been asked for.
+        """
         s_x, s_codes, s_scales = buffers
+        s_notes, s_factors, weighed, stored = notes
         m_blocks_total = self.m // 64
         k_blocks_total = self.k // 64
         stage_bytes = self.m_blocks_tile * self.k_blocks * (CODE_BLOCK_BYTES + SCALE_BLOCK_BYTES)
         is_first = Boolean(True)
-        whole, first, end, _, _ = self._share(tables)
+        whole, first, end = self._share(tables)
         position = Int32(0) if whole > 0 else first
         stage = Int32(0)
         phase = Int32(1)
+        note = Int32(0)
+        note_phase = Int32(1)
         while position < end:
             expert, row_start, rows, m_tile = self._locate(self._tile_at(position, whole), tables)
             k_first = position % self.k_stages
@@ -304,6 +305,13 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
             position += k_end - k_first
             if position == whole:
                 position = first
+            cute.arch.mbarrier_wait(stored + note, note_phase)
+            if cute.arch.lane_idx() == 0:
+                told = cute.make_rmem_tensor((4,), Int32)
+                told[0], told[1], told[2], told[3] = rows, k_end - k_first, row_start, m_tile
+                if k_first > 0:
+                    told[2] = Int32(-1)
+                cute.autovec_copy(told, self._note(s_notes, note))
             first_block = Int64(expert) * m_blocks_total
             expected = Int32(stage_bytes)
             if cutlass.const_expr(not self.gather):
@@ -351,6 +359,15 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
                 if stage == self.stages:
                     stage = Int32(0)
                     phase ^= 1
+            if k_first == 0:
+                self._weigh(sources, expert, row_start, rows, s_factors + note * self.factors)
+            cute.arch.sync_warp()
+            if cute.arch.lane_idx() == 0:
+                cute.arch.mbarrier_arrive(weighed + note)
+            note += 1
+            if note == NOTES:
+                note = Int32(0)
+                note_phase ^= 1
         if cutlass.const_expr(not self.fc1):
             # Also without work: that fc2 has ended must mean that fc1 has.
             cute.arch.griddepcontrol_wait()
@@ -403,7 +420,7 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
         chunk = thread % 8
         target_0 = s_x + (first_row * 64 + (chunk ^ first_row) * 8)
         row_groups = self.tile_n_max // 8
-        whole, first, end, _, _ = self._share(tables)
+        whole, first, end = self._share(tables)
         position = Int32(0) if whole > 0 else first
         stage = Int32(0)
         phase = Int32(1)
@@ -454,7 +471,7 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
         them stands this warp's fence. Who gathers cannot fence without waiting for all that it
         has in flight, and for who multiplies the fence is dear.
         """
-        whole, first, end, _, _ = self._share(tables)
+        whole, first, end = self._share(tables)
         stage = Int32(0)
         phase = Int32(0)
         for _ in cutlass.range(whole + end - first, unroll=1):
@@ -470,80 +487,40 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
     @cute.jit
     def _consume(
         self,
-        global_scales: cute.Pointer,
         out: cute.Pointer,
-        row_to_slot: cute.Pointer,
-        slot_weights: cute.Pointer,
         fix_up: tuple,
         limit: Float32,
         buffers: tuple,
+        notes: tuple,
         full: cute.Pointer,
         empty: cute.Pointer,
         tables: tuple,
     ):
         config = self.config
-        _, _, _, s_staging, s_factors = buffers
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        lane = cute.arch.lane_idx()
-        factors = s_factors + warp * self.factors
-        whole, first, end, _, _ = self._share(tables)
-        position = Int32(0) if whole > 0 else first
+        s_notes, _, _, stored = notes
+        whole, first, end = self._share(tables)
+        left = whole + end - first
         stage = Int32(0)
         phase = Int32(0)
-        while position < end:
-            k_first = position % self.k_stages
-            k_end = cutlass.min(Int32(self.k_stages), k_first + end - position)
-            expert, row_start, rows, _ = self._locate(self._tile_at(position, whole), tables)
-            # Every warp keeps its own copy of what the epilogue multiplies by: no barrier.
-            cute.arch.sync_warp()
-            if cutlass.const_expr(self.fc1):
-                for i in cutlass.range_constexpr(math.ceil(self.tile_n_max / 32)):
-                    row = lane + 32 * i
-                    if row < rows:
-                        slot = (row_to_slot + row_start + row).load()
-                        (factors + 2 + row).store((slot_weights + slot).load())
-                if lane < 2:
-                    (factors + lane).store((global_scales + 2 * expert + lane).load() * UNSCALE)
-            elif lane == 0:
-                factors.store((global_scales + expert).load() * UNSCALE)
-            cute.arch.sync_warp()
+        tile = Int32(0)
+        note = cute.make_rmem_tensor((4,), Int32)
+        while left > 0:
+            cute.arch.mbarrier_wait(full + stage, phase)
+            cute.autovec_copy(self._note(s_notes, tile % NOTES), note)
+            rows, k_stages = note[0], note[1]
+            left -= k_stages
             for v in cutlass.range_constexpr(len(config.tile_n)):
                 n = config.tile_n[v]
                 above = config.tile_n[v - 1] if v > 0 else 0
                 if rows > above and rows <= n:
                     acc, stage, phase = self._multiply(
-                        n, k_end - k_first, buffers, full, empty, stage, phase
+                        n, k_stages, buffers, full, empty, stage, phase
                     )
-                    self._finish(n, acc, out, fix_up, limit, factors, s_staging, position, tables)
-            position += k_end - k_first
-            if position == whole:
-                position = first
-
-    @cute.jit
-    def _finish(
-        self,
-        n: cutlass.Constexpr,
-        acc: list,
-        out: cute.Pointer,
-        fix_up: tuple,
-        limit: Float32,
-        factors: cute.Pointer,
-        s_staging: cute.Pointer,
-        position: Int32,
-        tables: tuple,
-    ):
-        """What comes after a tile's sums. It looks the tile up again: registers are scarce."""
-        position = ptx.opaque(position)
-        whole, _, end, length, longer = self._share(tables)
-        if position % self.k_stages > 0:
-            self._leave(n, acc, fix_up)
-        else:
-            if end - position < self.k_stages:
-                self._gather(n, acc, fix_up, end - position, length, longer)
-            _, row_start, rows, m_tile = self._locate(self._tile_at(position, whole), tables)
-            warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-            staging = s_staging + warp * (STAGING_ROWS * STAGING_PITCH)
-            self._store(n, acc, out, row_start, rows, m_tile, limit, factors, staging)
+                    self._finish(n, acc, out, fix_up, limit, notes, buffers[3], tile, tables)
+            cute.arch.sync_warp()
+            if cute.arch.lane_idx() == 0:
+                cute.arch.mbarrier_arrive(stored + tile % NOTES)
+            tile += 1
 
     @cute.jit
     def _multiply(
@@ -556,7 +533,8 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
         stage: Int32,
         phase: Int32,
     ):
-        """The next k_stages of one tile -> (accumulators, one a 64-row block; stage; phase).
+        """The next k_stages of one tile, of which the first has been waited for ->
+        (accumulators, one a 64-row block; stage; phase).
 
         By units of 64 rows by 64 columns, each in groups of two or four steps: widen a group into
         one set of registers while WGMMA still reads the other, and load the next unit's codes
@@ -594,7 +572,6 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
         scale_bits = Uint32(ptx.opaque(Int32(0x0FF00FF0)))
         units = self.k_blocks * config.m_blocks
         previous = stage
-        cute.arch.mbarrier_wait(full + stage, phase)
         cute.autovec_copy(t_codes[None, 0, 0, stage], codes)
         cute.autovec_copy(t_scales[None, 0, 0, stage], scales)
         for k_stage in cutlass.range(k_stages, unroll=1):
@@ -679,120 +656,3 @@ class Dsv4GroupedGemmSm90(Sm90Schedule):
             view(s_codes + thread * 4, 4, CODE_BLOCK_BYTES // 4),
             view(s_scales + thread // 4 * 2, 2, SCALE_BLOCK_BYTES // 4),
         )
-
-    @cute.jit
-    def _partial(self, partials: cute.Pointer, block: Int32, mb: cutlass.Constexpr):
-        """Where block's thread of this number keeps its partial sums of row block mb."""
-        config = self.config
-        tidx, _, _ = cute.arch.thread_idx()
-        first = (block * config.warpgroups + tidx // 128) * config.m_blocks + mb
-        return partials + (first * (64 * self.tile_n_max) + tidx % 128 * 4)
-
-    @cute.jit
-    def _leave(self, n: cutlass.Constexpr, acc: list, fix_up: tuple):
-        """The sums of a tile that an earlier block began."""
-        partials, flags = fix_up
-        bidx, _, _ = cute.arch.block_idx()
-        for mb in cutlass.range_constexpr(self.config.m_blocks):
-            target = self._partial(partials, bidx, mb)
-            for i in cutlass.range_constexpr(0, n // 2, 4):
-                ptx.store_partial(
-                    target + i * 128, acc[mb][i], acc[mb][i + 1], acc[mb][i + 2], acc[mb][i + 3]
-                )
-        cute.arch.sync_warp()
-        if cute.arch.lane_idx() == 0:
-            ptx.set_flag(flags + (bidx * 16 + cute.arch.warp_idx()), Int32(1))
-
-    @cute.jit
-    def _gather(
-        self,
-        n: cutlass.Constexpr,
-        acc: list,
-        fix_up: tuple,
-        k_first: Int32,
-        length: Int32,
-        longer: Int32,
-    ):
-        """Adds what the following blocks have of this tile, from stage k_first on."""
-        partials, flags = fix_up
-        block, _, _ = cute.arch.block_idx()
-        while k_first < self.k_stages:
-            block += 1
-            flag = flags + (block * 16 + cute.arch.warp_idx())
-            if cute.arch.lane_idx() == 0:
-                while ptx.get_flag(flag) == 0:
-                    pass
-            cute.arch.sync_warp()
-            for mb in cutlass.range_constexpr(self.config.m_blocks):
-                source = self._partial(partials, block, mb)
-                for i in cutlass.range_constexpr(0, n // 2, 4):
-                    values = ptx.load_partial(source + i * 128)
-                    for c in cutlass.range_constexpr(4):
-                        acc[mb][i + c] = acc[mb][i + c] + values[c]
-            cute.arch.sync_warp()
-            if cute.arch.lane_idx() == 0:
-                flag.store(Int32(0))
-            k_first += length + Int32(block < longer)
-
-    @cute.jit
-    def _store(
-        self,
-        n: cutlass.Constexpr,
-        acc: list,
-        out: cute.Pointer,
-        row_start: Int32,
-        rows: Int32,
-        m_tile: Int32,
-        limit: Float32,
-        factors: cute.Pointer,
-        staging: cute.Pointer,
-    ):
-        """Accumulators -> out, through the warp's own staging: 16 (fc1: 8) columns of 32 rows."""
-        config = self.config
-        scale_g = factors.load()
-        scalars = (scale_g, (factors + 1).load(), limit) if self.fc1 else ()
-        lane = cute.arch.lane_idx()
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        matrix_row = staging + (lane % 8) * STAGING_PITCH + (lane // 8 % 2) * 16
-        columns = 8 if self.fc1 else 16
-        chunks = columns // 8  # of 16 bytes in a staged row
-        for mb in cutlass.range_constexpr(config.m_blocks):
-            m_block = m_tile * self.m_blocks_tile + (warp // 4) * config.m_blocks + mb
-            column = m_block * (4 * columns) + (warp % 4) * columns
-            if m_block < self.m // 64:
-                for first in cutlass.range_constexpr(0, n, STAGING_ROWS):
-                    staged = min(STAGING_ROWS, n - first)
-                    cute.arch.sync_warp()
-                    for j in cutlass.range_constexpr(staged // 8):
-                        i = (first // 8 + j) * 4
-                        if cutlass.const_expr(self.fc1):
-                            a = ptx.activate(acc[mb], i, first + j * 8, scalars, factors + 2, lane)
-                            b = a
-                        else:
-                            a = ptx.pack_bf16(acc[mb][i] * scale_g, acc[mb][i + 1] * scale_g)
-                            b = ptx.pack_bf16(acc[mb][i + 2] * scale_g, acc[mb][i + 3] * scale_g)
-                        ptx.store_transposed(matrix_row + j * 8 * STAGING_PITCH, a, b)
-                    cute.arch.sync_warp()
-                    for i in cutlass.range_constexpr(math.ceil(staged * chunks / 32)):
-                        item = lane + 32 * i
-                        row = item // chunks
-                        chunk = item % chunks
-                        if row < staged and first + row < rows:
-                            source = cute.make_tensor(
-                                cute.recast_ptr(
-                                    staging + row * STAGING_PITCH + chunk * 16, dtype=Uint32
-                                ).align(16),
-                                cute.make_layout(4),
-                            )
-                            target = cute.make_tensor(
-                                cute.recast_ptr(
-                                    out
-                                    + (
-                                        Int64(row_start + first + row) * self.m_out
-                                        + (column + chunk * 8)
-                                    ),
-                                    dtype=Uint32,
-                                ).align(16),
-                                cute.make_layout(4),
-                            )
-                            cute.autovec_copy(source, target)

@@ -102,11 +102,11 @@ def pack_bf16(lo, hi, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
-def store_transposed(ptr, a, b, *, loc=None, ip=None) -> None:
-    """Two 8 x 8 bf16 matrices, transposed: lane i gives row i % 8 of matrix i // 8 its address."""
+def store_transposed(ptr, words, *, loc=None, ip=None) -> None:
+    """Four 8 x 8 bf16 matrices, transposed: lane i gives row i % 8 of matrix i // 8 its address."""
     cute.arch.inline_ptx(
-        "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1}, {$r2}};",
-        read_only_args=[ptr, a, b],
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[ptr, *words],
         loc=loc,
         ip=ip,
     )
@@ -145,11 +145,14 @@ def activate(
     """SwiGLU of a thread's gate (rows r) and up (rows r + 8), two tokens, as one bf16 pair."""
     scale_g, scale_u, limit = scalars
     values = [Float32(0.0)] * 2
+    weights = cute.make_rmem_tensor((2,), Float32)
+    row_weights = (row_weights + (first + lane % 4 * 2)).align(8)
+    cute.autovec_copy(cute.make_tensor(row_weights, cute.make_layout(2)), weights)
     for c in cutlass.range_constexpr(2):
         gate = cute.arch.fmin(acc[i + c] * scale_g, limit)
         up = acc[i + 2 + c] * scale_u
         up = cute.arch.fmax(cute.arch.fmin(up, limit), -limit)
-        weight = (row_weights + first + (lane % 4) * 2 + c).load()
+        weight = weights[c]
         # silu(g) = g / (1 + 2^(-g log2 e)); both approximations are within 2 ulp of fp32.
         power = cute.math.exp2(gate * -math.log2(math.e), fastmath=True)
         values[c] = gate * cute.arch.rcp_approx(1.0 + power) * up * weight
