@@ -18,9 +18,11 @@ from dsv4_kernels import grouped_gemm_sm100_ptx as ptx
 from dsv4_kernels.grouped_gemm_sm100_spec import CONFIGS, Config, Gemm
 from dsv4_kernels.reference import expert_layout
 
-from tests.ptx_emulator.host import emulate
+from tests.ptx_emulator.host import Statistics, emulate
+from tests.ptx_emulator.instructions import copies
 from tests.ptx_emulator.instructions import tcgen05 as emulator
 from tests.ptx_emulator.memory import TensorMemory
+from tests.ptx_emulator.tensor_map import TensorMap
 from tests.sm100_emulation import aligned, emulated
 
 K_STEPS = 4  # MMAs of K = 64 a stage
@@ -137,7 +139,7 @@ class OneStage:
         cute.gemm(mma, tAcc, [rA[stage], tScales[0]], [rB[stage], tScales[1]], tAcc)
 
 
-def run_ours(config: Config, counts: list[int]) -> Gemm:
+def run_ours(config: Config, counts: list[int]) -> tuple[Gemm, Statistics]:
     """One tile of weight rows of fc2 and K = 256."""
     gemm = Gemm("fc2", len(counts), 128 * config.num_ctas, 256, config)
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None]
@@ -154,8 +156,7 @@ def run_ours(config: Config, counts: list[int]) -> Gemm:
         torch.zeros(rows, gemm.out_features).bfloat16(),
     )
     tensors = tuple(map(aligned, tensors))
-    emulated(gemm).run(*tensors[:6], rows, *tensors[6:], 0.0, 1, None)
-    return gemm
+    return gemm, emulated(gemm).run(*tensors[:6], rows, *tensors[6:], 0.0, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_shared_memory_descriptors_by_hand():
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=str)
 def test_as_cute_dsl_issues_it(issued, config: Config):
-    gemm = run_ours(config, [config.tile])
+    gemm, _ = run_ours(config, [config.tile])
     ours = Issued(issued.mmas.copy(), issued.copies.copy())
     issued.mmas.clear(), issued.copies.clear()
     pointer = make_ptr(Int32, 1 << 20, cute.AddressSpace.gmem, assumed_align=16)
@@ -218,7 +219,8 @@ def relative_copies(issued: Issued) -> set[tuple]:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=str)
 def test_n_is_what_rows_exist_and_scales_start_at_their_block(issued, config: Config):
     """Two experts: all of a tile and a row of the next, and 9 rows."""
-    gemm = run_ours(config, [config.tile + 1, 9])
+    gemm, statistics = run_ours(config, [config.tile + 1, 9])
+    assert statistics.launches[0].cluster == (config.num_ctas, 1, 1)
     tiles = issued.mmas[::K_STEPS]
     n = [(mma.instruction >> 17 & 63) * 8 for mma in tiles]
     assert n == [config.tile, 8 * config.num_ctas, 16]
@@ -233,3 +235,54 @@ def test_n_is_what_rows_exist_and_scales_start_at_their_block(issued, config: Co
         step = issued.mmas.index(mma) % K_STEPS
         assert (mma.a & ADDRESS) % 64 == (mma.b & ADDRESS) % 64 == 2 * step
         assert mma.instruction >> 4 & 3 == 0 and mma.instruction >> 29 == 0  # scale ids, K = 64
+
+
+class Box(NamedTuple):
+    swizzle: int  # 0 none, 2 of 64 bytes, 3 of 128 bytes
+    box: list[int]
+    strides: list[int]  # bytes, of the second dimension and beyond
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=str)
+def test_tensor_maps_by_hand(monkeypatch, config: Config, op):
+    """Hardware's limits: 256 a dimension of a box, strides of 16 bytes, 128 bytes to a swizzle."""
+    maps = {}
+
+    class Recorded(TensorMap):
+        def __init__(self, raw: bytes):
+            super().__init__(raw)
+            maps[self.base] = self
+
+    monkeypatch.setattr(copies, "TensorMap", Recorded)
+    k, n, tile = 256, 128 * config.num_ctas, config.tile
+    gemm = Gemm(op, 2, n, k, config)
+    layout = expert_layout(torch.tensor([[0], [1]]), 2, None, tile)
+    rows = len(layout.row_to_slot)
+    weights = aligned(torch.zeros(2, gemm.weight_rows, k // 2, dtype=torch.uint8))
+    weight_scales = aligned(torch.zeros(2, gemm.weight_rows, k // 16, dtype=torch.uint8))
+    tokens = aligned(torch.zeros(rows, k // 2, dtype=torch.uint8))
+    token_scales = aligned(torch.zeros(-(-rows // 128) * 128, k // 16, dtype=torch.uint8))
+    out = aligned(torch.zeros(rows, n).bfloat16())
+    scales = (torch.ones(2, 2), torch.ones(1)) if op == "fc1" else (torch.ones(2), torch.ones(2))
+    more = (layout.row_to_slot, torch.ones(2)) if op == "fc1" else ()
+    emulated(gemm).run(
+        *(weights, weight_scales, aligned(scales[0]), tokens, token_scales, aligned(scales[1])),
+        rows,
+        *map(aligned, (layout.counts, layout.offsets, layout.tile_to_expert)),
+        out,
+        *map(aligned, more),
+        *(1.0, 1, None),
+    )
+    found = {base: Box(m.swizzle, m.box, m.strides) for base, m in maps.items()}
+    line = k // 2
+    if op == "fc1":  # 16 rows of gate, then of up, 4 times
+        expected = Box(3, [128, 16, 2, 4, 1], [line, n * line, 16 * line, 2 * n * line])
+    else:
+        expected = Box(3, [128, 128, 1], [line, n * line])
+        assert found[out.data_ptr()] == Box(2, [32, 32], [2 * n])
+    assert found[weights.data_ptr()] == expected
+    assert found[tokens.data_ptr()] == Box(3, [128, config.token_box], [line])
+    # Words: 512 bytes for 128 rows and K = 64, four of them a stage.
+    assert found[weight_scales.data_ptr()] == Box(0, [128, 4], [512])
+    assert found[token_scales.data_ptr()] == Box(0, [128, 4], [512])
