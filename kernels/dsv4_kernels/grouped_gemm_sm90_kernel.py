@@ -23,8 +23,8 @@ significant bits and E4M3 has 4. The 2^7 is put back with the fp32 global scale.
 
 What a step (m64, n, k16) of a warpgroup costs a multiprocessor, measured on an H200 with all in
 shared memory and two warpgroups or more: WGMMA alone max(13, n / 2) cycles, whatever the groups and
-their number in flight; with I other instructions a warp about max(n / 2, I + n / 4), as if WGMMA
-took every second issue slot while it runs. Up to n = 90 it is therefore instructions that count.
+their number in flight; with I other instructions a warp about max(n / 2, I + 3 + n / 4), as if
+WGMMA took every second issue slot while it runs. Up to n = 90 it is instructions that count.
 """
 
 import math
