@@ -1,10 +1,13 @@
 """What compute-sanitizer's racecheck reports, by instruction, and what of it has an explanation.
 
-Racecheck counts an arrival on an mbarrier for the one lane that makes it. A stage of the sm90 GEMMs
-is given back by lane 0, for its warp, once `wgmma.wait_group` has returned: all lanes are behind
-it, and WGMMA has consumed what they read. (The SASS has no more to it: a `bar.warp.sync` there
-becomes a NOP, since ptxas knows that the lanes are together.) So racecheck reports the next bulk
-copy of weights into the stage against the reads of the other 31 lanes, in units of 16 bytes:
+Racecheck counts an arrival on an mbarrier for the one lane that makes it: it does not follow an
+order from a lane to another through a barrier of the warp, and on through that one's arrival. A
+stage of the sm90 GEMMs is given back by lane 0, for its warp, once `wgmma.wait_group` has returned:
+all lanes are behind it (the SASS has WARPSYNC.ALL there), and WGMMA has consumed what they read.
+Another `bar.warp.sync` right before the arrival becomes a NOP, since ptxas knows that the lanes are
+together, and the report stays the same, to the last hazard (tried on an H200). So racecheck reports
+the next bulk copy of weights into the stage against the reads of the other 31 lanes, in units of 16
+bytes:
 
     codes    LDS.128, a unit a lane: of a warp's 32 units 31 are reported, never lane 0's
     scales   LDS.64, four lanes an address: all of a warp's 4 units are reported

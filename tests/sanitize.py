@@ -3,6 +3,7 @@
     python tests/sanitize.py all [--out FILE] [--objects FOLDER]    everything below, as JSON
     CUTE_DSL_ARCH=sm_90a python tests/sanitize.py compile FOLDER    the GEMMs; needs no GPU
     python tests/sanitize.py run {gemms,layer} FOLDER               what the tools watch
+    python tests/sanitize.py explain [--out FILE]                   judge kept hazards again
 
 (with PYTHONPATH=.:kernels, from the repository's root).
 
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -234,8 +234,11 @@ def checks() -> list[Check]:
     return [Check("memcheck", "gemms"), Check("memcheck", "layer"), *races]
 
 
-def run_check(check: Check, objects: Path) -> dict:
-    """One tool over one program: what ran, what was found, and what of it is unexplained."""
+def run_check(check: Check, objects: Path, files: dict[str, Path]) -> dict:
+    """One tool over one program: what ran, what was found, and what of it is unexplained.
+
+    files: each case's object, by its title.
+    """
     tool, work, case = check
     program = [sys.executable, __file__, "run", work, str(objects), *([case] if case else [])]
     output, seconds = watched([sanitizer(), "--tool", tool, *OPTIONS[tool], *program])
@@ -250,23 +253,17 @@ def run_check(check: Check, objects: Path) -> dict:
         "unexplained": report[:400] if count else [],
     }
     if case and count:
-        found = racecheck.hazards(output, opcodes(case, objects))
-        kinds = Counter()
-        for hazard in found:
-            kinds[" over ".join(hazard.opcodes)] += hazard.count
-        result |= {"hazards": kinds, "unexplained": racecheck.unexplained(found)}
-        if not found:
-            result["unexplained"] = report[:400]
-    print(f"{' '.join(filter(None, check))}: {count} found, ", end="")
-    print(f"{len(result['unexplained'])} unexplained, {seconds:.0f} s", flush=True)
+        found = racecheck.hazards(output, opcodes(files[case]))
+        assert found, f"hazards that cannot be read: {report[:20]}"
+        result |= {"hazards": found, "unexplained": racecheck.unexplained(found)}
+    counted = f"{count} found, {len(result['unexplained'])} unexplained"
+    print(f"{' '.join(filter(None, check))}: {counted}, {seconds:.0f} s", flush=True)
     return result
 
 
-def opcodes(name: str, objects: Path) -> dict[int, str]:
-    case = next(case for case in cases() if case.title == name)
-    files = json.loads((objects / compiled.MANIFEST).read_text())["objects"]
+def opcodes(object_file: Path) -> dict[int, str]:
     with tempfile.TemporaryDirectory() as folder:
-        return racecheck.opcodes_of(objects / files[repr(gemm_of(case))], Path(folder))
+        return racecheck.opcodes_of(object_file, Path(folder))
 
 
 def check_all(out: Path, objects: Path, commit: str) -> bool:
@@ -277,17 +274,42 @@ def check_all(out: Path, objects: Path, commit: str) -> bool:
     version = watched([sanitizer(), "--version"])[0].strip().splitlines()[-1]
     for work in ("gemms", "layer"):  # right without a tool, and Triton's kernels are compiled now
         watched([*program, "run", work, str(objects)])
+    names = json.loads((objects / compiled.MANIFEST).read_text())["objects"]
+    files = {case.title: objects / names[repr(gemm_of(case))] for case in cases()}
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
-        runs = list(pool.map(lambda check: run_check(check, objects), checks()))
+        runs = list(pool.map(lambda check: run_check(check, objects, files), checks()))
     facts = {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__}
     results = facts | {"sanitizer": version, "runs": runs}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    out.write_text(json_text(results))
     return not any(run["unexplained"] for run in runs)
+
+
+def explain_again(path: Path) -> bool:
+    """Judge kept hazards by `racecheck.py` as it is now; whether nothing is unexplained."""
+    results = json.loads(path.read_text())
+    for run in results["runs"]:
+        if "hazards" in run:
+            kept = [racecheck.Hazard(*fields) for fields in run["hazards"]]
+            run["unexplained"] = racecheck.unexplained(kept)
+            print(f"{run['case']}: {len(kept)} kinds of hazard", end=", ")
+            print(f"{len(run['unexplained'])} unexplained")
+    path.write_text(json_text(results))
+    return not any(run["unexplained"] for run in results["runs"])
+
+
+def json_text(results: dict) -> str:
+    """One line a hazard."""
+    text = json.dumps(results, indent=1)
+    return re.sub(r"\[\s+(\"[^\]]*?\[[^\]]*?\])\s+\]", _one_line, text) + "\n"
+
+
+def _one_line(match: re.Match) -> str:
+    return "[" + re.sub(r"\s*\n\s*", " ", match[1]) + "]"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("all", "compile", "run"))
+    parser.add_argument("what", choices=("all", "compile", "run", "explain"))
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--out", type=Path, default=ROOT / "kernels/bench/results/sanitize.json")
     parser.add_argument("--objects", type=Path, help="compiled kernels, or where they go")
@@ -305,6 +327,8 @@ def main() -> int:
             run_gemms(chosen, "cuda", (num_sms, FEW_BLOCKS))
         else:
             run_layer(LAYER_TOKENS, "cuda")
+    elif args.what == "explain":
+        return 0 if explain_again(args.out) else 1
     else:
         objects = args.objects or Path(tempfile.mkdtemp(prefix="sanitize_"))
         return 0 if check_all(args.out, objects, args.commit or checkout_commit()) else 1

@@ -1,5 +1,6 @@
 """What `make sanitize` runs under compute-sanitizer, rehearsed in the PTX emulator."""
 
+import json
 import math
 
 import pytest
@@ -136,3 +137,16 @@ def test_addresses_of_a_kernel_are_those_that_are_reported(tmp_path):
     opcodes = racecheck.opcodes_of(path, tmp_path)
     assert set(opcodes.values()) >= {"UBLKCP.S.G", "LDS.128", "LDS.64"}
     assert all(address % 16 == 0 for address in opcodes)
+
+
+def test_kept_hazards_are_judged_again(tmp_path):
+    found = racecheck.hazards(report((0x10, 0x20, 31), (0x10, 0x30, 4), (0x40, 0x20, 7)), OPCODES)
+    clean = {"tool": "memcheck", "unexplained": []}
+    runs = [clean, {"case": "4-rows fc1", "hazards": found, "unexplained": []}]
+    path = tmp_path / "sanitize.json"
+    path.write_text(sanitize.json_text({"runs": runs}))
+    assert len(path.read_text().splitlines()) < 30
+    assert not sanitize.explain_again(path)
+    kept = json.loads(path.read_text())["runs"][1]
+    assert kept["unexplained"] == [["Write at 0x40", "Read at 0x20", 7, ["STS.128", "LDS.128"]]]
+    assert kept["hazards"][0] == ["Write at 0x10", "Read at 0x20", 31, ["UBLKCP.S.G", "LDS.128"]]
