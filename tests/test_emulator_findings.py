@@ -83,6 +83,47 @@ _WGMMA = f"""
 _DESCRIPTOR = 2048 >> 4 | 128 >> 4 << 16 | 256 >> 4 << 32
 
 
+# One column of tensor memory, in the lanes of the warp that executes it.
+_ST = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r40], {lane}; "
+_LD = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r50}, [%r40]; tcgen05.wait::ld.sync.aligned; "
+_LD_OF_WARP = """
+    shr.u32 %r42, lane, 5; shl.b32 %r42, %r42, 21; add.u32 %r42, %r40, %r42;
+    tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r50}, [%r42]; tcgen05.wait::ld.sync.aligned;
+"""
+_WAIT_ST = "tcgen05.wait::st.sync.aligned; "
+_BEFORE, _AFTER = "tcgen05.fence::before_thread_sync; ", "tcgen05.fence::after_thread_sync; "
+
+
+def _hand_over(writer: str, reader: str) -> str:
+    """Warp 0 writes column 0; after a barrier warp 4, which owns the same lanes, reads it."""
+    return f"""
+    {_TMEM}
+    setp.ge.u32 %p8, lane, 128;
+    @!%p3 bra WRITTEN; {writer} WRITTEN:
+    bar.sync 0;
+    @!%p8 bra READ; {reader} READ:
+    {_FREE}
+    """
+
+
+def _mma_over(accesses: str, fence: str) -> str:
+    """Warps 0-3 read the accumulator of an MMA that warp 0 then issues again."""
+    return f"""
+    {_TMEM}
+    {_INIT.format(count=1)}
+    mov.b64 %rd1, 0x400800000080;
+    setp.ne.u32 %p5, 0, 0;
+    {accesses}
+    bar.sync 0;
+    @!%p1 bra ISSUED; {fence}
+    tcgen05.mma.cta_group::1.kind::f16 [%r40], %rd1, %rd1, 0x8040490, %p5;
+    tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1];
+    ISSUED:
+    {_WAIT.format(n=0, parity=0)}
+    {_FREE}
+    """
+
+
 class Case(NamedTuple):
     kind: str  # of the Finding
     message: str  # regular expression
@@ -263,6 +304,45 @@ CASES = {
         + "ld.global.b32 %r2, [data];",
         warps=2,
         dependent=True,
+    ),
+    "a store to tensor memory without fence::before_thread_sync": Case(
+        "tensor-order",
+        "tcgen05.ld after warp 0 of CTA 0 wrote there, with no fence::before_thread_sync",
+        _hand_over(_ST + _WAIT_ST, _AFTER + _LD),
+        _hand_over(_ST + _WAIT_ST + _BEFORE, _AFTER + _LD),
+        warps=5,
+    ),
+    "a store to tensor memory told of before its wait": Case(
+        "tensor-order",
+        "with no fence::before_thread_sync, or a wait, on its side",
+        _hand_over(_ST + _BEFORE, _AFTER + _LD),
+        warps=5,
+    ),
+    "a load from tensor memory without fence::after_thread_sync": Case(
+        "tensor-order",
+        "with no tcgen05.fence::after_thread_sync since it was waited for",
+        _hand_over(_ST + _WAIT_ST + _BEFORE, _LD),
+        warps=5,
+    ),
+    "an MMA over what was read, without fence::before_thread_sync": Case(
+        "tensor-order",
+        "tcgen05.mma after warp 1 of CTA 0 read there, with no fence::before_thread_sync",
+        _mma_over(_LD_OF_WARP, _AFTER),
+        _mma_over(_LD_OF_WARP + _BEFORE, _AFTER),
+        warps=4,
+    ),
+    "an MMA over what was read, without fence::after_thread_sync": Case(
+        "tensor-order",
+        "tcgen05.mma after warp 1 of CTA 0 read there, with no tcgen05.fence::after_thread_sync",
+        _mma_over(_LD_OF_WARP + _BEFORE, ""),
+        warps=4,
+    ),
+    "a result of an MMA without fence::after_thread_sync": Case(
+        "tensor-order",
+        "tcgen05.ld after the MMA pipe of CTA 0 wrote there, with no tcgen05.fence::after",
+        _mma_over("", "").replace(_FREE, _LD_OF_WARP + _FREE),
+        _mma_over("", "").replace(_FREE, _AFTER + _LD_OF_WARP + _FREE),
+        warps=4,
     ),
     "a bulk store with no proxy fence": Case(
         "proxy-fence",

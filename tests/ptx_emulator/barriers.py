@@ -46,7 +46,7 @@ class MBarrier:
 
     __slots__ = (
         *("count", "pending", "pending_bytes", "parity", "published", "completions"),
-        "knows_dependence",
+        *("knows_dependence", "tensor_accesses"),
     )
 
     def __init__(self, count: int, num_warps: int):
@@ -57,6 +57,7 @@ class MBarrier:
         self.parity = 0
         self.completions = 0
         self.knows_dependence = False  # see `dependence`
+        self.tensor_accesses: np.ndarray | None = None  # what it tells of, see `tensor_order`
         self.published = np.zeros(num_warps, np.int32)
 
     def arrive(self, count: int = 1) -> None:

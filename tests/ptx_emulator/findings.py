@@ -32,6 +32,8 @@ class Finding(EmulatorError):
         "fence.proxy.async in between",
         "async-wait": "a register touched while an asynchronous instruction still owns it",
         "divergent": "a warp-collective instruction reached by a part of the warp",
+        "tensor-order": "tensor memory touched after another warp or the MMA pipe, with no "
+        "tcgen05.fence between",
         "tmem": "tensor memory allocated, used or freed against the rules",
         "descriptor": "a tensor map, matrix or instruction descriptor that is not valid",
     }

@@ -19,6 +19,7 @@ from tests.ptx_emulator.memory import GlobalMemory
 from tests.ptx_emulator.operands import Binder
 from tests.ptx_emulator.parser import Kernel, parse
 from tests.ptx_emulator.program import BRANCH, COLLECTIVE, EXIT, PLAIN, Signal, Step
+from tests.ptx_emulator.tensor_order import TensorOrder
 from tests.ptx_emulator.threads import CONVERGENCE, WARP, Cta, Gang, Strand
 
 GANG_WARPS = 4
@@ -147,9 +148,12 @@ class Machine:
             index = tuple(cluster_index[a] * launch.cluster[a] + (x, y, z)[a] for a in range(3))
             ctas.append(Cta(self, index, len(ctas), num_warps))
         barrier = ClusterBarrier(num_warps * len(ctas))
+        uses_tensor_memory = any(i.parts[0] == "tcgen05" for i in self.kernel.instructions)
+        order = TensorOrder(num_warps, len(ctas)) if uses_tensor_memory else None
         for cta in ctas:
             cta.cluster = ctas
             cta.cluster_barrier = barrier
+            cta.tensor_order = order
             for first in range(0, num_warps, self.gang_warps):
                 width = min(self.gang_warps, num_warps - first)
                 cta.gangs.append(Gang(cta, first, width, len(self.kernel.registers)))

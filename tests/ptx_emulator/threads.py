@@ -18,6 +18,7 @@ from tests.ptx_emulator.memory import (
     TensorMemory,
 )
 from tests.ptx_emulator.starvation import victim
+from tests.ptx_emulator.tensor_order import TensorOrder
 
 if TYPE_CHECKING:
     from tests.ptx_emulator.program import Step
@@ -129,6 +130,7 @@ class Cta:
         self.gangs: list[Gang] = []
         self.cluster: list[Cta] = []
         self.cluster_barrier: ClusterBarrier | None = None
+        self.tensor_order: TensorOrder | None = None  # the cluster's, where tcgen05 is used
         self.dependence: Dependence | None = None  # None once every warp knows
         if machine.is_dependent:
             self.dependence = Dependence(num_warps, machine.produced)

@@ -200,6 +200,8 @@ def _arrive_named(
     for warp in barrier.warps:
         cta.visibility.acquire(warp, joined)
     share(cta, barrier.warps)
+    if cta.tensor_order is not None:
+        cta.tensor_order.meet([cta.tensor_order.warp(cta.rank, w) for w in barrier.warps])
     for waiting in barrier.waiting:
         waiting.blocked = None
     del cta.barriers[number]
@@ -241,6 +243,10 @@ def _complete_cluster(barrier: ClusterBarrier, gang: Gang) -> None:
     for strand in barrier.waiting:
         strand.blocked = None
     barrier.waiting.clear()
+    order = gang.cta.tensor_order
+    if order is not None:
+        every = [(cta.rank, w) for cta in gang.cta.cluster for w in range(cta.num_warps)]
+        order.meet([order.warp(*place) for place in every])
     # A CTA without a record knows.
     knows = any(c.dependence is None or c.dependence.knows.any() for c in gang.cta.cluster)
     for cta in gang.cta.cluster:

@@ -8,6 +8,7 @@ from tests.ptx_emulator.findings import Finding
 from tests.ptx_emulator.memory import MBARRIER_STAMP, OFFSET_MASK
 from tests.ptx_emulator.operands import Binder, is_literal
 from tests.ptx_emulator.program import CONTROL, PLAIN, Signal, Step
+from tests.ptx_emulator.tensor_order import hear, tell
 from tests.ptx_emulator.threads import WARP
 
 
@@ -85,6 +86,7 @@ def _compile_arrive(binder: Binder, form: str) -> Step:
                     published = gang.cta.visibility.release(warp)
                     np.maximum(barrier.published, published, out=barrier.published)
                 publish(gang, barrier)
+                tell(gang.cta, gang.first_warp + int(lane) // WARP, barrier)
                 barrier.arrive(1 if expects else int(amounts[lane]))
         if write is not None:
             write(gang, np.zeros(gang.lanes, np.uint64), mask)
@@ -115,6 +117,7 @@ def _compile_wait(binder: Binder) -> Step:
             warps = [gang.first_warp + warp for warp in gang.warps_of(mask)]
             for warp in warps:
                 gang.cta.visibility.acquire(warp, barrier.published)
+                hear(gang.cta, warp, barrier)
             learn(gang.cta, warps, barrier.knows_dependence)
             return None
         results = np.zeros(gang.lanes, bool)
@@ -125,6 +128,7 @@ def _compile_wait(binder: Binder) -> Step:
             if results[lane]:
                 warp = gang.first_warp + lane // WARP
                 gang.cta.visibility.acquire(warp, barrier.published)
+                hear(gang.cta, warp, barrier)
                 learn(gang.cta, [warp], barrier.knows_dependence)
             else:
                 failed = barrier

@@ -14,6 +14,7 @@ from tests.ptx_emulator.memory import OFFSET_MASK, RANK_SHIFT
 from tests.ptx_emulator.numerics import E4M3, UE8M0, from_bf16, from_f16, unpack_e2m1
 from tests.ptx_emulator.operands import Binder
 from tests.ptx_emulator.program import COLLECTIVE, PLAIN, Step
+from tests.ptx_emulator.tensor_order import add
 from tests.ptx_emulator.threads import WARP, AsyncResult, Cta, Gang, InFlight
 
 
@@ -93,9 +94,14 @@ def _compile_relinquish(binder: Binder) -> Step:
 
 def _compile_fence(binder: Binder) -> Step:
     name = ".".join(binder.parts)
+    before = "before_thread_sync" in name
 
     def action(gang, mask):
-        gang.machine.counts[name] += len(gang.warps_of(mask))
+        order, cta = gang.cta.tensor_order, gang.cta
+        for warp in gang.warps_of(mask):
+            gang.machine.counts[name] += 1
+            fence = order.before_sync if before else order.after_sync
+            fence(order.warp(cta.rank, gang.first_warp + warp))
 
     return Step(PLAIN, action, None)
 
@@ -111,8 +117,17 @@ def _compile_wait(binder: Binder) -> Step:
                 if result is not None:
                     result.settle(gang.warp_lanes(warp))
             pending.clear()
+            order, rank = gang.cta.tensor_order, gang.cta.rank
+            order.wait(order.warp(rank, gang.first_warp + warp), rank, not loads)
 
     return Step(COLLECTIVE, action, None)
+
+
+def _order(gang: Gang, lane: int, cta: Cta, columns: slice, what: str, write: bool = True) -> None:
+    """A lane issues what the pipe of its CTA will do to a CTA's columns."""
+    order, rank = gang.cta.tensor_order, gang.cta.rank
+    by = order.warp(rank, gang.first_warp + lane // WARP)
+    order.issue(by, order.pipe(rank), cta.rank, columns, what, write)
 
 
 def _compile_cp(binder: Binder) -> Step:
@@ -128,7 +143,9 @@ def _compile_cp(binder: Binder) -> Step:
             moves = []
             for cta in _ctas(gang, paired):
                 operand = Operand(cta.shared, tcgen05_descriptor(bits), 32, 16, "tcgen05.cp")
-                moves.append((cta, operand, cta.tensor.columns(address, 4, "tcgen05.cp")))
+                columns = cta.tensor.columns(address, 4, "tcgen05.cp")
+                moves.append((cta, operand, columns))
+                _order(gang, int(lane), cta, columns, "tcgen05.cp")
             gang.machine.counts["tcgen05.cp"] += 1
 
             def copy(moves=moves):
@@ -160,9 +177,14 @@ def _compile_commit(binder: Binder) -> Step:
                 (c, gang.cta.mbarrier(c.rank << RANK_SHIFT | at & OFFSET_MASK)) for c in receivers
             ]
 
-            def arrive(targets=targets, cta=gang.cta):
+            order, rank = gang.cta.tensor_order, gang.cta.rank
+            warp = order.warp(rank, gang.first_warp + int(lane) // WARP)
+            told = order.commit(warp, order.pipe(rank))
+
+            def arrive(targets=targets, cta=gang.cta, told=told):
                 for receiver, barrier in targets:
                     cta.check_alive(receiver)
+                    add(barrier, told)
                     barrier.arrive()
                 machine.events += 1
 
@@ -221,7 +243,9 @@ def _compile_mma(binder: Binder) -> Step:
             gang.machine.counts["tcgen05.mma"] += 1
             values = [int(read(gang)[lane]) for read in (target, a, b, shape, *scales)]
             issue = _issue_scaled if block_scaled else _issue_half
-            work = issue(_ctas(gang, paired), values, bool(accumulate(gang)[lane]), block)
+            work, touched = issue(_ctas(gang, paired), values, bool(accumulate(gang)[lane]), block)
+            for cta, columns, write in touched:
+                _order(gang, int(lane), cta, columns, "tcgen05.mma", write)
             gang.machine.engine.submit_in_order(gang.cta.tensor_queue, work)
         gang.machine.events += 1
 
@@ -279,7 +303,12 @@ def _issue_scaled(ctas: tuple[Cta, ...], values: list[int], accumulate: bool, bl
                 product = -product
             _accumulate(cta, d, product, accumulate)
 
-    return multiply
+    touched = [
+        (cta, columns, write)
+        for cta, of_cta in zip(ctas, slices, strict=True)
+        for columns, write in zip(of_cta, (True, False, False), strict=True)
+    ]
+    return multiply, touched
 
 
 def _issue_half(ctas: tuple[Cta, ...], values: list[int], accumulate: bool, block: int):
@@ -318,7 +347,7 @@ def _issue_half(ctas: tuple[Cta, ...], values: list[int], accumulate: bool, bloc
                 product = -product
             _accumulate(cta, d, product, accumulate)
 
-    return multiply
+    return multiply, [(cta, d, True) for cta, d in zip(ctas, slices, strict=True)]
 
 
 # Loads and stores.
@@ -360,8 +389,9 @@ def _positions(shape: str, repeat: int) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _access(
-    gang: Gang, warp: int, address: int, shape: str, width: int, what: str
+    gang: Gang, warp: int, address: int, shape: str, width: int, write: bool
 ) -> tuple[int, slice]:
+    what = "tcgen05.st" if write else "tcgen05.ld"
     lane = address >> 16
     quarter = 32 * ((gang.first_warp + warp) % 4)
     allowed = (quarter,) if shape == "32x32b" else (quarter, quarter + 16)
@@ -371,7 +401,11 @@ def _access(
             f"{what} of lanes {lane}.. by warp {gang.first_warp + warp}, which owns "
             f"{quarter}..{quarter + 31}",
         )
-    return lane, gang.cta.tensor.columns(address, width, what)
+    columns = gang.cta.tensor.columns(address, width, what)
+    order, rank = gang.cta.tensor_order, gang.cta.rank
+    by = order.warp(rank, gang.first_warp + warp)
+    order.access(by, rank, slice(quarter // 32, quarter // 32 + 1), columns, write, what)
+    return lane, columns
 
 
 def _compile_load(binder: Binder) -> Step:
@@ -389,7 +423,7 @@ def _compile_load(binder: Binder) -> Step:
         reads = []
         for warp in gang.warps_of(mask):
             at = _per_warp(addresses, gang, warp, "tcgen05.ld")
-            lane, where = _access(gang, warp, at, shape, width, "tcgen05.ld")
+            lane, where = _access(gang, warp, at, shape, width, False)
             reads.append((gang.warp_lanes(warp), lanes + lane, columns + where.start))
 
         def load():
@@ -423,7 +457,7 @@ def _compile_store(binder: Binder) -> Step:
         values = np.stack([read(gang) for read in sources])
         for warp in gang.warps_of(mask):
             at = _per_warp(addresses, gang, warp, "tcgen05.st")
-            lane, where = _access(gang, warp, at, shape, width, "tcgen05.st")
+            lane, where = _access(gang, warp, at, shape, width, True)
 
             def store(warp=warp, lane=lane, first=where.start):
                 written = values[:, gang.warp_lanes(warp)]
