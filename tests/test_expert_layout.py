@@ -7,6 +7,7 @@ from dsv4_kernels.expert_layout import (
     MAX_BLOCKS,
     ONE_LAUNCH_SLOTS,
     choose_config,
+    choose_expert_block,
     expert_layout,
     make_layout,
     scratch_size,
@@ -82,19 +83,33 @@ def test_sizes_around_the_changes_of_plan(num_slots):
     check(ids.int(), 33, local_map(49, list(range(5, 38))), tile=32)
 
 
+@pytest.mark.parametrize("num_local", [20, 200], ids=["parts_of_a_block", "whole_blocks"])
+def test_a_block_that_several_programs_share(num_local):
+    """Experts repeat within a program's slots, within its block, and across blocks."""
+    num_slots = 1300
+    config = choose_config(num_slots, choose_expert_block(num_local))
+    assert config.counted_before and (config.parts > 1) == (num_local == 20)
+    ids = torch.randint(
+        -1, num_local + 9, (num_slots, 1), generator=torch.Generator().manual_seed(0)
+    )
+    check(ids.int(), num_local, local_map(num_local + 9, list(range(num_local))), tile=16)
+
+
 def test_programs_with_several_runs_of_slots():
     num_slots = 128 * MAX_BLOCKS + 100
     ids = torch.randint(0, 40, (num_slots, 1), generator=torch.Generator().manual_seed(0))
-    assert choose_config(num_slots).steps == 2
+    assert choose_config(num_slots, 64).steps == 2
     check(ids.int(), 40, None, tile=8)
 
 
-@pytest.mark.parametrize("num_slots", [1, 6, 4096, 4097, 49152, 6 * 2**16, 8 * 2**20])
-def test_every_slot_has_a_program(num_slots):
-    config = choose_config(num_slots)
-    owned = config.blocks * config.steps * config.step
-    assert num_slots <= owned < num_slots + config.steps * config.step
+@pytest.mark.parametrize("expert_block", [32, 64, 256, 512])
+@pytest.mark.parametrize("num_slots", [1, 6, 1025, 4096, 4097, 49152, 6 * 2**16, 8 * 2**20])
+def test_every_slot_has_a_program(num_slots, expert_block):
+    config = choose_config(num_slots, expert_block)
+    span = config.parts * config.steps * config.step
+    assert num_slots <= config.blocks * span < num_slots + span
     assert config.blocks <= MAX_BLOCKS
+    assert config.parts == 1 or config.steps == 1
 
 
 def test_everything_is_made_when_nothing_is_given():

@@ -7,9 +7,9 @@
 Slots are token * top_k + j. The first programs own `steps` runs of STEP slots each and place them;
 the programs after those write the tiles' experts and the rows that no slot has. What comes before
 its slots every program counts itself up to ONE_LAUNCH_SLOTS slots, in one launch and with nothing
-shared; beyond that, a first launch leaves every block's counts in a scratch buffer. Within a run,
-a slot's rank is counted by comparing it with the run's other slots. No atomics: the order of rows
-is the order of slots, whatever the GPU does first.
+shared; beyond that, a first launch leaves the counts of every block of slots in a scratch buffer.
+Within a block, a slot's rank is counted by comparing it with the slots before it. No atomics: the
+order of rows is the order of slots, whatever the GPU does first.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
+from dsv4_kernels.pdl import release_dependents, supports_pdl, wait_for_inputs
 from dsv4_kernels.types import ExpertLayout, capacity
 
 MAX_LOCAL_EXPERTS = 512
@@ -30,27 +30,38 @@ TILES = 16  # that a filler writes at once
 
 class Config(NamedTuple):
     step: int  # slots that are ranked at once
-    steps: int  # runs of `step` slots per block
-    blocks: int  # programs that own slots
+    steps: int  # runs of `step` slots per program
+    parts: int  # programs per block, whose slots are counted together
+    blocks: int
     num_warps: int
     counted_before: bool  # two launches
 
 
-def choose_config(num_slots: int) -> Config:
-    """Blocks of 32 slots in one launch; beyond, of 128, and 128 blocks at most.
+def choose_config(num_slots: int, expert_block: int) -> Config:
+    """Programs of 32 slots while few experts keep the counts short; else blocks that are fewer.
 
-    Four warps: with eight, barriers cost more than the work they share (H200, 8192 tokens of top 6:
-    8.9 us and 15.3).
+    us on an H200, a hash layer's router included. 512 tokens of top 6: 48 experts 4.3 with 32 slots
+    a program, 5.0 with 128; 256 experts 5.1 and 4.9. 2048 tokens, 256 experts: 6.9 with 96 blocks,
+    6.7 with 48. Four warps: with eight, barriers cost more than the work that they share.
     """
     if num_slots <= ONE_LAUNCH_SLOTS:
-        return Config(32, 1, triton.cdiv(num_slots, 32), num_warps=4, counted_before=False)
-    steps = triton.cdiv(num_slots, 128 * MAX_BLOCKS)
-    return Config(128, steps, triton.cdiv(num_slots, 128 * steps), 4, counted_before=True)
+        return Config(32, 1, 1, triton.cdiv(num_slots, 32), num_warps=4, counted_before=False)
+    if num_slots <= 4096 and expert_block < 256:
+        return Config(32, 1, 4, triton.cdiv(num_slots, 128), num_warps=4, counted_before=True)
+    max_blocks = 64 if 4096 < num_slots <= 16384 and expert_block >= 256 else MAX_BLOCKS
+    steps = triton.cdiv(num_slots, 128 * max_blocks)
+    return Config(128, steps, 1, triton.cdiv(num_slots, 128 * steps), 4, counted_before=True)
 
 
-def counts_at_once(expert_block: int) -> int:
+def choose_expert_block(num_local_experts: int) -> int:
+    return max(32, triton.next_power_of_2(num_local_experts))
+
+
+def counts_at_once(expert_block: int, blocks: int) -> int:
     """Blocks whose counts a program adds up at once: all, while they fit in its registers."""
-    return 16 if expert_block == 512 else min(MAX_BLOCKS, 16384 // expert_block)
+    if expert_block == 512:
+        return 16
+    return min(triton.next_power_of_2(blocks), 16384 // expert_block)
 
 
 def slots_at_once(num_slots: int) -> int:
@@ -59,9 +70,11 @@ def slots_at_once(num_slots: int) -> int:
 
 
 def scratch_size(num_tokens: int, top_k: int, num_local_experts: int) -> int:
-    """int32 elements of scratch that a layout needs; 0 where one launch does it."""
-    config = choose_config(num_tokens * top_k)
-    return config.blocks * num_local_experts if config.counted_before else 0
+    """int32 elements of scratch that a layout needs, or one of fewer tokens; 0 for one launch."""
+    num_slots = num_tokens * top_k
+    if num_slots <= ONE_LAUNCH_SLOTS:
+        return 0
+    return min(triton.cdiv(num_slots, 128), MAX_BLOCKS) * num_local_experts
 
 
 @triton.jit
@@ -76,14 +89,20 @@ def _load_map(map_ptr, map_size, MAP_BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _to_local(experts, expert_map, NUM_LOCAL: tl.constexpr, MAP_BLOCK: tl.constexpr):
+    """int32 local experts of global ids, NUM_LOCAL where there is none."""
+    known = (experts >= 0) & (experts < MAP_BLOCK)
+    local = tl.gather(expert_map, tl.where(known, experts, 0).to(tl.int32), axis=0)
+    return tl.where(known & (local >= 0) & (local < NUM_LOCAL), local, NUM_LOCAL)
+
+
+@triton.jit
 def _local_experts(
     ids_ptr, expert_map, slots, end, NUM_LOCAL: tl.constexpr, MAP_BLOCK: tl.constexpr
 ):
     """int32 local experts of slots below end, NUM_LOCAL where there is none."""
     experts = tl.load(ids_ptr + slots, mask=slots < end, other=-1)
-    known = (experts >= 0) & (experts < MAP_BLOCK)
-    local = tl.gather(expert_map, tl.where(known, experts, 0).to(tl.int32), axis=0)
-    return tl.where(known & (local >= 0) & (local < NUM_LOCAL), local, NUM_LOCAL)
+    return _to_local(experts, expert_map, NUM_LOCAL, MAP_BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_slots", "map_size", "span"])
@@ -133,15 +152,24 @@ def _layout_kernel(
     MAP_BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
     STEP: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     COUNTED: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
     expert_map = _load_map(map_ptr, map_size, MAP_BLOCK)
-    wait_for_inputs(launch_pdl)
+    wait_for_inputs(launch_pdl, not COUNTED)
     program = tl.program_id(0)
     experts = tl.arange(0, EXPERT_BLOCK)
+    index = tl.arange(0, STEP)
+    programs = blocks * PARTS
+    own = program * steps * STEP
+    own_ids = tl.load(ids_ptr + own + index, mask=own + index < num_slots, other=-1)
+    if PARTS > 1:
+        # The block's slots before this program's.
+        others = program // PARTS * PARTS * STEP + tl.arange(0, PARTS * STEP)
+        earlier_ids = tl.load(ids_ptr + others, mask=others < own, other=-1)
 
     # Phase 1: rows of each expert before this program's slots, and in all.
     total = tl.zeros([EXPERT_BLOCK], tl.int32)
@@ -155,14 +183,13 @@ def _layout_kernel(
                 other=0,
             )
             total += tl.sum(counts, axis=0)
-            before += tl.sum(tl.where(block < program, counts, 0), axis=0)
+            before += tl.sum(tl.where(block < program // PARTS, counts, 0), axis=0)
     else:
-        own = program * steps * STEP
         for first in range(0, num_slots, AT_ONCE):
             slots = first + tl.arange(0, AT_ONCE)
             local = _local_experts(ids_ptr, expert_map, slots, num_slots, NUM_LOCAL, MAP_BLOCK)
             total += tl.histogram(local, EXPERT_BLOCK, mask=local < NUM_LOCAL)
-            if (first < own) & (program < blocks):
+            if (first < own) & (program < programs):
                 earlier = (local < NUM_LOCAL) & (slots < own)
                 before += tl.histogram(local, EXPERT_BLOCK, mask=earlier)
 
@@ -171,17 +198,23 @@ def _layout_kernel(
     ends = tl.cumsum(padded, axis=0)
     starts = ends - padded
 
-    if program < blocks:
+    if program < programs:
         # Phase 3: rows of this program's slots.
         running = starts + before
-        index = tl.arange(0, STEP)
         for step in range(0, steps):
-            slots = (program * steps + step) * STEP + index
-            local = _local_experts(ids_ptr, expert_map, slots, num_slots, NUM_LOCAL, MAP_BLOCK)
+            slots = own + step * STEP + index
+            local = _to_local(own_ids, expert_map, NUM_LOCAL, MAP_BLOCK)
+            if step + 1 < steps:
+                following = slots + STEP
+                own_ids = tl.load(ids_ptr + following, mask=following < num_slots, other=-1)
             is_local = local < NUM_LOCAL
             # Summed along axis 0, which a thread mostly has to itself.
             is_earlier = (local[:, None] == local[None, :]) & (index[:, None] < index[None, :])
             rank = tl.sum(is_earlier.to(tl.int32), axis=0)
+            if PARTS > 1:
+                others_local = _to_local(earlier_ids, expert_map, NUM_LOCAL, MAP_BLOCK)
+                same = others_local[:, None] == local[None, :]
+                rank += tl.sum(same.to(tl.int32), axis=0)
             row = rank + tl.gather(running, tl.where(is_local, local, 0), axis=0)
             tl.store(slot_to_row_ptr + slots, tl.where(is_local, row, -1), mask=slots < num_slots)
             tl.store(row_to_slot_ptr + row, slots, mask=is_local)
@@ -190,12 +223,12 @@ def _layout_kernel(
     else:
         # Phase 4: the groups; tiles to experts; -1 to the rows that no slot has.
         num_rows = tl.sum(padded, axis=0)
-        if program == blocks:
+        if program == programs:
             tl.store(counts_ptr + experts, total, mask=experts < NUM_LOCAL)
             tl.store(offsets_ptr + experts, starts, mask=experts < NUM_LOCAL)
             tl.store(offsets_ptr + NUM_LOCAL, num_rows)
-        stride = (tl.num_programs(0) - blocks) * TILES
-        for first in range((program - blocks) * TILES, num_tiles, stride):
+        stride = (tl.num_programs(0) - programs) * TILES
+        for first in range((program - programs) * TILES, num_tiles, stride):
             tiles = first + tl.arange(0, TILES)
             is_live = tiles * TILE < num_rows
             expert = tl.sum((ends[:, None] <= tiles[None, :] * TILE).to(tl.int32), axis=0)
@@ -207,6 +240,8 @@ def _layout_kernel(
             is_padding = in_layout[:, None] & (rows >= live_end[:, None])
             nobody = tl.full([TILES, TILE], -1, tl.int32)
             tl.store(row_to_slot_ptr + rows, nobody, mask=is_padding)
+    if COUNTED:
+        release_dependents(launch_pdl)
 
 
 def make_layout(
@@ -272,8 +307,8 @@ def _launch(
     scratch: torch.Tensor | None,
 ) -> None:
     num_slots, num_tiles = ids.numel(), len(out.tile_to_expert)
-    config = choose_config(num_slots)
-    expert_block = max(32, triton.next_power_of_2(num_local_experts))
+    expert_block = choose_expert_block(num_local_experts)
+    config = choose_config(num_slots, expert_block)
     map_size = num_local_experts if expert_map is None else len(expert_map)
     common = {
         "NUM_LOCAL": num_local_experts,
@@ -287,7 +322,7 @@ def _launch(
         if scratch is None:
             scratch = torch.empty(size, dtype=torch.int32, device=ids.device)
         assert scratch.dtype == torch.int32 and scratch.numel() >= size, (scratch.shape, size)
-        span = config.steps * config.step
+        span = config.parts * config.steps * config.step
         _count_kernel[(config.blocks,)](
             ids,
             expert_map,
@@ -298,11 +333,11 @@ def _launch(
             AT_ONCE=slots_at_once(span),
             **common,
         )
-        at_once = counts_at_once(expert_block)
+        at_once = counts_at_once(expert_block, config.blocks)
     else:
         at_once = slots_at_once(num_slots)
     fillers = min(MAX_FILLERS, triton.cdiv(num_tiles, TILES))
-    _layout_kernel[(config.blocks + fillers,)](
+    _layout_kernel[(config.blocks * config.parts + fillers,)](
         ids,
         expert_map,
         scratch,
@@ -314,6 +349,7 @@ def _launch(
         num_tiles,
         AT_ONCE=at_once,
         STEP=config.step,
+        PARTS=config.parts,
         TILE=tile,
         TILES=TILES,
         COUNTED=config.counted_before,

@@ -4,6 +4,11 @@ Every Triton kernel of this package takes a constexpr `launch_pdl`, which is Tri
 of that name as well, and begins with wait_for_inputs: it waits for the kernel before it, then lets
 the kernel after it be placed. In this order, what runs before a kernel's wait (reads of tensors
 that only loading or EPLB writes) sees everything but what the kernel right before it writes.
+
+A kernel whose blocks take half of every multiprocessor calls release_dependents when it is done
+instead: blocks that are placed beside its own are spread unevenly, and stay so. On an H200, dense
+router and layout of 2048 tokens took 13.1 us with the router placed beside the layout before it,
+9.6 without, and 9.8 are the sum of their times.
 """
 
 import functools
@@ -24,7 +29,14 @@ def supports_pdl(tensor: torch.Tensor) -> bool:
 
 
 @triton.jit
-def wait_for_inputs(launch_pdl: tl.constexpr):
+def wait_for_inputs(launch_pdl: tl.constexpr, releases: tl.constexpr = True):
     if launch_pdl:
         tl.extra.cuda.gdc_wait()
+        if releases:
+            tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def release_dependents(launch_pdl: tl.constexpr):
+    if launch_pdl:
         tl.extra.cuda.gdc_launch_dependents()
