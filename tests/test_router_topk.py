@@ -78,6 +78,19 @@ def test_scores_far_below_zero_keep_their_ratios(level):
     torch.testing.assert_close(ratio, torch.tensor(0.5).exp(), rtol=1e-4, atol=0)
 
 
+def test_below_minus_174_the_bias_selects_and_shares_are_equal():
+    """Such scores are 0 on a GPU, no bias is as small, and one larger score takes all weight."""
+    logits = -176.0 - 29.0 * torch.rand(4, 256, generator=torch.Generator().manual_seed(0))
+    logits[3, 77] = -150.0
+    bias = random(256, seed=1)
+    bias[77] = 9.0
+    ours = run(logits, 6, bias=bias, scaling=1.5)
+    assert torch.equal(ours.ids, bias.topk(6).indices.int().expand(4, 6))
+    assert torch.equal(ours.ids, reference.router_topk(logits, 6, bias=bias).ids)
+    torch.testing.assert_close(ours.weights[:3], torch.full((3, 6), 0.25), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.weights[3], torch.eye(6)[0] * 1.5, rtol=1e-4, atol=1e-4)
+
+
 def test_nan_comes_after_every_number_and_weights_stay_finite():
     logits = random(5, 64)
     logits[0, :60] = torch.nan

@@ -13,6 +13,7 @@ any GPU.
 Block scales are written row-major, or as the 128x4 blocks that tcgen05 reads: the scale of row r
 and block c is at byte ((r // 128) * ceil(K / 64) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4
 + c % 4. Groups of a layout whose tile is a multiple of 128 are swizzled each for itself.
+Of each 32-byte sector of them a row has 4 bytes, which is what makes them slower to write.
 """
 
 from typing import NamedTuple

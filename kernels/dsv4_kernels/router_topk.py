@@ -8,7 +8,9 @@
 
 (DeepSeek-V4 report, section 2.1.) A warp routes one or more tokens: it holds their scores in
 registers and takes the largest top_k times; the selected logits are read again, for the weights,
-so that hash layers read no others. Ids equal the reference's, weights are within a few ulp.
+so that hash layers read no others. Ids equal the reference's, weights are within a few ulp, down to
+logits of -174. Below, scores are subnormal, which a GPU's exp2 makes 0: they tie, where the
+reference tells them apart down to -206, and a token with no other scores weighs its slots equally.
 """
 
 from typing import NamedTuple
