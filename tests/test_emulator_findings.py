@@ -344,6 +344,40 @@ CASES = {
         _mma_over("", "").replace(_FREE, _AFTER + _LD_OF_WARP + _FREE),
         warps=4,
     ),
+    "barrier 16": Case("barrier", "a CTA has 16", "bar.sync 16;", "bar.sync 15;"),
+    "an accumulator at a lane": Case(
+        "tmem",
+        "tcgen05.mma D at lane 32; its data begin at lane 0",
+        _TMEM
+        + "mov.b64 %rd1, 0x400800000080; setp.ne.u32 %p5, 0, 0; add.u32 %r41, %r40, 0x200000;"
+        + "@%p1 tcgen05.mma.cta_group::1.kind::f16 [%r41], %rd1, %rd1, 0x8040490, %p5;"
+        + _FREE,
+    ),
+    "more registers than there are": Case(
+        "launch",
+        "setmaxnreg leaves 66560 registers in use of 65536",
+        "setp.lt.u32 %p2, lane, 128; @%p2 bra UP; setmaxnreg.dec.sync.aligned.u32 56;"
+        "bra.uni DONE; UP: setmaxnreg.inc.sync.aligned.u32 240; DONE:",
+        "setp.lt.u32 %p2, lane, 128; @%p2 bra UP; setmaxnreg.dec.sync.aligned.u32 56;"
+        "bra.uni DONE; UP: setmaxnreg.inc.sync.aligned.u32 232; DONE:",
+        warps=24,
+    ),
+    "registers of half a warpgroup": Case(
+        "launch",
+        r"warps 0\.\. ask for \[40, 40, 0, 0\] registers",
+        "setp.lt.u32 %p2, lane, 64; @%p2 setmaxnreg.dec.sync.aligned.u32 40;",
+        "setmaxnreg.dec.sync.aligned.u32 40;",
+        warps=4,
+    ),
+    "wgmma by three warps": Case(
+        "divergent",
+        r"warps 0\.\. issued \[1, 1, 1, 0\] wgmma",
+        _WGMMA_SETUP.format(descriptor=_DESCRIPTOR)
+        + "setp.ge.u32 %p2, lane, 96; @%p2 bra DONE; wgmma.fence.sync.aligned;"
+        + _WGMMA
+        + "wgmma.wait_group.sync.aligned 0; DONE:",
+        warps=4,
+    ),
     "a bulk store with no proxy fence": Case(
         "proxy-fence",
         "written by warp 0 with no fence.proxy.async",

@@ -26,6 +26,7 @@ class Finding(EmulatorError):
         "mbarrier": "a barrier object used before init, over-arrived, overwritten, or left "
         "with bytes outstanding",
         "barrier": "bar.sync counts that cannot match",
+        "launch": "a launch that the hardware refuses, or registers that it does not have",
         "exited": "shared memory of another CTA of the cluster touched after that CTA has ended",
         "dependence": "a buffer of the kernel before touched before griddepcontrol.wait",
         "proxy-fence": "the asynchronous proxy reads bytes that a thread wrote, with no "

@@ -212,7 +212,12 @@ class TensorMemory:
         self.words[:, first : first + columns] = POISON_WORD
 
     def columns(self, address: int, count: int, what: str) -> slice:
-        """The column slice of an access, which must be allocated."""
+        """The column slice of an access to all lanes, which must be allocated."""
+        if address >> 16:
+            raise Finding("tmem", f"{what} at lane {address >> 16}; its data begin at lane 0")
+        return self.columns_of_a_warp(address, count, what)
+
+    def columns_of_a_warp(self, address: int, count: int, what: str) -> slice:
         first = address & 0xFFFF
         if first + count > TMEM_COLUMNS or not self.owned[first : first + count].all():
             raise Finding(

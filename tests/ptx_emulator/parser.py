@@ -32,6 +32,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # label -> instruction index
     shared: dict[str, int] = field(default_factory=dict)  # static variable -> byte offset
+    directives: dict[str, tuple[int, ...]] = field(default_factory=dict)  # .reqntid and others
     dynamic_shared: set[str] = field(default_factory=set)
     static_shared_bytes: int = 0
 
@@ -61,6 +62,8 @@ def parse(ptx: str) -> dict[str, Kernel]:
     module_text = text[: first_entry.start()] if first_entry else text
     for match in header.finditer(text):
         kernel = Kernel(match.group(1), _parse_params(match.group(2)))
+        for name, values in re.findall(r"\.(\w+)\s+([\d, ]+)", match.group(3)):
+            kernel.directives[name] = tuple(int(value) for value in values.split(","))
         for statement in module_text.split(";"):
             _shared_variable(kernel, statement)
         end = _matching_brace(text, match.end() - 1)

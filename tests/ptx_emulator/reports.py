@@ -1,4 +1,4 @@
-"""What a report says of who was where, and what is checked when CTAs have ended."""
+"""What a report says of who was where."""
 
 from typing import TYPE_CHECKING
 
@@ -52,16 +52,3 @@ def _awaited(cta: Cta, strand: Strand) -> str | None:
         f"mbarrier {next(names, '?')} (pending {barrier.pending} of {barrier.count}, "
         f"{barrier.pending_bytes} bytes, {barrier.completions} phases done)"
     )
-
-
-def check_exit(ctas: list[Cta]) -> None:
-    for cta in ctas:
-        if cta.tensor.allocations:
-            raise Finding("tmem", f"CTA {cta.index} exits owning columns {cta.tensor.allocations}")
-        for offset, barrier in cta.mbarriers.items():
-            if barrier.pending_bytes:
-                raise Finding(
-                    "mbarrier",
-                    f"CTA {cta.index} exits with {barrier.pending_bytes} bytes outstanding "
-                    f"on the mbarrier at shared byte {offset - SHARED_BASE}",
-                )

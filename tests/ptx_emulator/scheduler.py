@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.ptx_emulator import reports
+from tests.ptx_emulator import limits, reports
 from tests.ptx_emulator.async_engine import AsyncEngine
 from tests.ptx_emulator.barriers import ClusterBarrier
 from tests.ptx_emulator.findings import EmulatorError, Finding, Unsupported
@@ -75,9 +75,7 @@ class Machine:
         kernel = self.kernels[launch.kernel]
         self.launch = launch
         self.is_dependent = (PROGRAMMATIC_STREAM_SERIALIZATION, 1) in launch.attributes
-        for axis in range(3):
-            if launch.grid[axis] % launch.cluster[axis]:
-                raise Finding("descriptor", f"grid {launch.grid} in clusters of {launch.cluster}")
+        limits.check_launch(kernel, launch)
         self.dynamic_offset = -(-kernel.static_shared_bytes // 1024) * 1024
         block = self._copy_params(kernel, launch)
         # Nothing that a run throws away is in a cycle, and looking for one takes half its time.
@@ -138,7 +136,7 @@ class Machine:
         with np.errstate(all="ignore"):
             self._schedule([gang for cta in ctas for gang in cta.gangs])
             self.engine.retire_all()
-        reports.check_exit(ctas)
+        limits.check_exit(self.kernel, ctas)
 
     def _make_cluster(self, cluster_index: tuple[int, ...]) -> list[Cta]:
         launch = self.launch

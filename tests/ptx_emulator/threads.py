@@ -123,6 +123,8 @@ class Cta:
         self.dynamic_base = self.shared_base + machine.dynamic_offset
         self.shared = SharedMemory(machine.dynamic_offset + launch.shared_bytes)
         self.tensor = TensorMemory()
+        self.wgmma_counts = np.zeros(num_warps, np.int64)
+        self.registers = np.zeros(num_warps, np.int64)  # by setmaxnreg, or 0
         self.mbarriers: dict[int, MBarrier] = {}
         self.barriers: dict[int, NamedBarrier] = {}
         self.visibility = Visibility(num_warps)

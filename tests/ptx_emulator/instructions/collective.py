@@ -170,7 +170,10 @@ def compile_barrier(binder: Binder) -> Step:
             gang.split(gang.strand, same)
             return Signal(retry=True)
         expected = gang.cta.num_warps * WARP if counts is None else int(counts[0])
-        return _arrive_named(gang, warps, int(number(gang)[mask][0]), expected, waits)
+        chosen = int(number(gang)[mask][0])
+        if chosen > 15:
+            raise Finding("barrier", f"barrier {chosen}; a CTA has 16")
+        return _arrive_named(gang, warps, chosen, expected, waits)
 
     return Step(COLLECTIVE, action, None)
 
@@ -304,7 +307,12 @@ def compile_setmaxnreg(binder: Binder) -> Step:
     registers = int(binder.operands[0])
     if registers % 8 or not 24 <= registers <= 256:
         raise binder.unsupported("(24 to 256, a multiple of 8)")
-    return Step(COLLECTIVE, compile_ordering(binder).action, None)
+
+    def action(gang, mask):
+        for warp in gang.warps_of(mask):
+            gang.cta.registers[gang.first_warp + warp] = registers
+
+    return Step(COLLECTIVE, action, None)
 
 
 def compile_branch(binder: Binder) -> Step:

@@ -401,7 +401,7 @@ def _access(
             f"{what} of lanes {lane}.. by warp {gang.first_warp + warp}, which owns "
             f"{quarter}..{quarter + 31}",
         )
-    columns = gang.cta.tensor.columns(address, width, what)
+    columns = gang.cta.tensor.columns_of_a_warp(address, width, what)
     order, rank = gang.cta.tensor_order, gang.cta.rank
     by = order.warp(rank, gang.first_warp + warp)
     order.access(by, rank, slice(quarter // 32, quarter // 32 + 1), columns, write, what)

@@ -141,6 +141,7 @@ def _compile_mma(binder: Binder) -> Step:
         machine = gang.machine
         warps = gang.warps_of(mask)
         machine.counts["wgmma.mma_async"] += len(warps) / 4
+        gang.cta.wgmma_counts[[gang.first_warp + warp for warp in warps]] += 1
         b_bits, accumulate = form.b(gang)[mask], form.accumulate(gang)[mask]
         if (b_bits != b_bits[0]).any() or (accumulate != accumulate[0]).any():
             raise Finding("divergent", "wgmma with different operands in one warpgroup")
