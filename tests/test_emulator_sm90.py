@@ -56,6 +56,17 @@ def test_the_result_does_not_depend_on_order_or_number_of_blocks(emulation):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
+def test_a_tile_in_more_parts_than_a_warp_has_lanes(emulation, mode, seed):
+    """35 stages of one tile, a stage or none to each of 36 blocks."""
+    problem = Problem("parts", 1, 2, 1, 35 * 64, 64)
+    inputs = make_inputs(problem)
+    emulation.mode, emulation.seed, emulation.num_sms = mode, seed, 36
+    out = run(problem, inputs, "fc1")
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, "fc1")[live])
+
+
 def test_four_experts_and_a_k_of_1024_take_less_than_ten_seconds(emulation):
     problem = Problem("speed", 64, 4, 2, 1024, 512)
     inputs = make_inputs(problem)

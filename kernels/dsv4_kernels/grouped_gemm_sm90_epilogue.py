@@ -16,6 +16,7 @@ from dsv4_kernels.grouped_gemm_sm90_schedule import Sm90Schedule
 from dsv4_kernels.grouped_gemm_sm90_spec import Sm90Config
 
 NOTES = 2  # places
+SUMS_AT_ONCE = 32  # partial sums that a thread asks for together: more would not fit in registers
 STAGING_BYTES = 512  # of a buffer in which a warp turns what it stores; each has two
 UNSCALE = 128.0  # the 2^7 that widened weights lack
 
@@ -129,28 +130,57 @@ class Sm90Epilogue(Sm90Schedule):
         k_first: Int32,
         tables: tuple,
     ):
-        """Adds what the following blocks have of this tile, from stage k_first on."""
+        """Adds what the following blocks have of this tile, from stage k_first on, in their order.
+
+        A lane waits for each, so that all are waited for at once; and of small tiles, the sums of
+        several blocks are asked for together: a tile of a few rows may be cut into a dozen parts.
+        """
         partials, flags = fix_up
         block, _, _ = cute.arch.block_idx()
-        while k_first < self.k_stages:
-            block += 1
-            stages = self._cut(block + 1, tables) - self._cut(block, tables)
-            k_first += stages
-            if stages > 0:
-                flag = flags + (block * 16 + cute.arch.warp_idx())
-                if cute.arch.lane_idx() == 0:
-                    while ptx.get_flag(flag) == 0:
-                        pass
-                cute.arch.sync_warp()
-                for mb in cutlass.range_constexpr(self.config.m_blocks):
-                    source = self._partial(partials, block, mb)
-                    for i in cutlass.range_constexpr(0, n // 2, 4):
-                        values = ptx.load_partial(source + i * 128)
-                        for c in cutlass.range_constexpr(4):
-                            acc[mb][i + c] = acc[mb][i + c] + values[c]
-                cute.arch.sync_warp()
-                if cute.arch.lane_idx() == 0:
-                    flag.store(Int32(0))
+        grid, _, _ = cute.arch.grid_dim()
+        lane = cute.arch.lane_idx()
+        tile_end = self._cut(block + 1, tables) + (self.k_stages - k_first)
+        parts = Int32(0)  # following blocks that begin inside this tile
+        found = Int32(32)
+        while found == 32:
+            other = cutlass.min(block + 1 + parts + lane, grid)
+            begins, ends = self._cut(other, tables), self._cut(other + 1, tables)
+            is_part = other < grid and begins < tile_end
+            if is_part and ends > begins:
+                flag = flags + (other * 16 + cute.arch.warp_idx())
+                while ptx.get_flag(flag) == 0:
+                    pass
+                flag.store(Int32(0))
+            cute.arch.sync_warp()
+            found = cute.arch.popc(cute.arch.vote_ballot_sync(is_part))
+            parts += found
+        at_once = max(1, SUMS_AT_ONCE // (n // 2 * self.config.m_blocks))
+        quads = [
+            (g, mb, i)
+            for g in range(at_once)
+            for mb in range(self.config.m_blocks)
+            for i in range(0, n // 2, 4)
+        ]
+        first = Int32(0)
+        while first < parts:
+            for start in cutlass.range_constexpr(0, len(quads), SUMS_AT_ONCE // 4):
+                batch = quads[start : start + SUMS_AT_ONCE // 4]
+                sums = []
+                for g, mb, i in batch:
+                    other = block + 1 + cutlass.min(first + g, parts - 1)
+                    sums.append(ptx.load_partial(self._partial(partials, other, mb) + i * 128))
+                for (g, mb, i), values in zip(batch, sums, strict=True):
+                    other = block + 1 + first + g
+                    ends, begins = self._cut(other + 1, tables), self._cut(other, tables)
+                    self._add(acc[mb], i, values, first + g < parts and ends > begins)
+            first += at_once
+
+    @cute.jit
+    def _add(self, acc: cute.Tensor, i: cutlass.Constexpr, values: tuple, is_part):
+        """Four partial sums, if they are this tile's."""
+        if is_part:
+            for c in cutlass.range_constexpr(4):
+                acc[i + c] = acc[i + c] + values[c]
 
     @cute.jit
     def _store(
