@@ -150,3 +150,21 @@ def test_kept_hazards_are_judged_again(tmp_path):
     kept = json.loads(path.read_text())["runs"][1]
     assert kept["unexplained"] == [["Write at 0x40", "Read at 0x20", 7, ["STS.128", "LDS.128"]]]
     assert kept["hazards"][0] == ["Write at 0x10", "Read at 0x20", 31, ["UBLKCP.S.G", "LDS.128"]]
+
+
+KEPT = sanitize.ROOT / "kernels/bench/results/sanitize.json"
+
+
+def test_the_kept_results_are_judged_as_the_code_does(tmp_path):
+    copy = tmp_path / KEPT.name
+    copy.write_text(KEPT.read_text())
+    sanitize.explain_again(copy)
+    assert copy.read_text() == KEPT.read_text()
+    kept = json.loads(copy.read_text())
+    assert kept["gpu"].startswith("NVIDIA H") and kept["commit"]
+    assert {(run["tool"], run["work"]) for run in kept["runs"]} == {
+        ("memcheck", "gemms"),
+        ("memcheck", "layer"),
+        ("racecheck", "gemms"),
+    }
+    assert all(run["ran"] for run in kept["runs"])
