@@ -2,6 +2,7 @@
 
 from tests.ptx_emulator.instructions import (
     arithmetic,
+    bits,
     collective,
     conversion,
     copies,
@@ -14,6 +15,7 @@ from tests.ptx_emulator.instructions import (
 
 COMPILERS = {
     **arithmetic.COMPILERS,
+    **bits.COMPILERS,
     **collective.COMPILERS,
     **conversion.COMPILERS,
     **copies.COMPILERS,
