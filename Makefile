@@ -12,7 +12,7 @@ test: setup lint  ## everything that needs no GPU
 
 test-gpu: setup  ## what needs a GPU (mostly compilation, hence processes); kept in test-gpu.json
 	@$(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
-	@$(PYTEST) --silicon $(addprefix tests/test_emulator_,arithmetic.py memory.py matrix.py)
+	@$(PYTEST) --silicon $(addprefix tests/test_emulator_,arithmetic.py memory.py matrix.py findings.py)
 
 sanitize: setup  ## on a Hopper GPU: compute-sanitizer over the kernels; keeps JSON
 	@PYTHONPATH=.:kernels .venv/bin/python tests/sanitize.py all
