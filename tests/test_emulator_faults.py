@@ -207,9 +207,9 @@ SM90_FAULTS = [
 
 
 # Caught where the victim of mode "starved" is behind the others (`ptx_emulator.starvation`).
+THEN_FLAG = r"(?=;[^;]*;[^;]*st\.release\.gpu)"
 SM90_STARVED_FAULTS = [
-    dropped("lanes joined before the flag of partial sums", r"bar\.warp\.sync[^;]*", nth(2)),
-    dropped("lanes joined once the flag is seen", r"bar\.warp\.sync[^;]*", nth(3)),
+    dropped("lanes joined before the flag of partial sums", r"bar\.warp\.sync[^;]*" + THEN_FLAG),
 ]
 
 
