@@ -201,7 +201,6 @@ SM90_FAULTS = [
         r"mov.b32 \1, 1;",
     ),
     dropped("raising the flag of partial sums", r"st\.release\.gpu\.global\.b32[^;]*"),
-    dropped("wait before the staging buffer is read", r"bar\.warp\.sync[^;]*"),
     dropped("wait for the kernel before", r"griddepcontrol\.wait"),
 ]
 
@@ -210,6 +209,7 @@ SM90_FAULTS = [
 THEN_FLAG = r"(?=;[^;]*;[^;]*st\.release\.gpu)"
 SM90_STARVED_FAULTS = [
     dropped("lanes joined before the flag of partial sums", r"bar\.warp\.sync[^;]*" + THEN_FLAG),
+    dropped("lanes joined, anywhere", r"bar\.warp\.sync[^;]*"),
 ]
 
 
