@@ -26,7 +26,7 @@ bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps 
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
-	@.venv/bin/mypy vllm_dsv4_moe kernels/dsv4_kernels
+	@.venv/bin/mypy vllm_dsv4_moe kernels/dsv4_kernels kernels/bench
 
 setup:
 	@sh tests/setup.sh test

@@ -331,7 +331,7 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"| | tokens | floor | {' | '.join(names.values())} | faster than the better |")
     print("|---|---|---|---|---|---|---|")
     for model, per_tokens in by_model.items():
-        for tokens, cells in sorted(per_tokens.items()):
+        for num_tokens, cells in sorted(per_tokens.items()):
             floor = next(iter(cells.values()))["floor_us"]
             shown = [
                 f"{cells[n]['us']:.0f} ({cells[n]['us'] / floor:.2f}×)" if n in cells else "-"
@@ -341,7 +341,7 @@ def report(arguments: argparse.Namespace) -> None:
             gain = (
                 f"{min(others) / cells['sm90']['us']:.2f}×" if others and "sm90" in cells else "-"
             )
-            print(f"| {model} | {tokens} | {floor:.0f} | {' | '.join(shown)} | {gain} |")
+            print(f"| {model} | {num_tokens} | {floor:.0f} | {' | '.join(shown)} | {gain} |")
     if arguments.plot:
         plot(by_model, names, results, Path(arguments.plot))
 

@@ -89,7 +89,8 @@ def _run(tool: str, *arguments) -> str:
 
 def _count(listing: str) -> tuple[int, int, int, int, int]:
     """Of nvdisasm's text: local accesses, instructions, and the loop of MMAs."""
-    opcodes, labels, branches = [], {}, []
+    opcodes: list[str] = []
+    labels, branches = {}, []
     for line in listing.splitlines():
         label = re.match(r"(\.L_x?_?\d+):", line.strip())
         if label:
