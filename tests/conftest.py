@@ -35,31 +35,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class GpuResults:
+    """Written after every test, so that a run that is cut short keeps what it showed."""
+
     def __init__(self, path: Path, commit: str) -> None:
-        self.path = path
-        self.commit = commit
-        self.outcomes: dict[str, dict] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            self.outcomes[report.nodeid] = {
-                "outcome": report.outcome,
-                "seconds": round(report.duration, 3),
-                "measured": dict(report.user_properties),
-            }
-
-    def pytest_sessionfinish(self) -> None:
         import torch
 
         if not torch.cuda.is_available():
             raise pytest.UsageError("--gpu-results needs a CUDA GPU, and torch sees none")
-        results = {
+        self.path = path
+        self.tests: dict[str, dict] = {}
+        self.results = {
             "gpu": torch.cuda.get_device_name(),
-            "commit": self.commit,
+            "commit": commit,
             "torch": torch.__version__,
-            "tests": self.outcomes,
+            "tests": self.tests,
         }
-        self.path.write_text(json.dumps(results, indent=1) + "\n")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.tests[report.nodeid] = {
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 3),
+                "measured": dict(report.user_properties),
+            }
+            self.path.write_text(json.dumps(self.results, indent=1) + "\n")
 
 
 def _commit() -> str:
