@@ -1,5 +1,7 @@
 # Everything runs in .venv, which tests/setup.sh makes with python3, pip and gcc.
 PYTEST = .venv/bin/python -m pytest
+# Tests of the PTX emulator whose few lines of PTX a GPU can run as well.
+SNIPPETS = arithmetic memory barriers matrix findings
 
 .PHONY: demo test test-gpu sanitize bench lint setup
 
@@ -12,7 +14,7 @@ test: setup lint  ## everything that needs no GPU
 
 test-gpu: setup  ## what needs a GPU (mostly compilation, hence processes); kept in test-gpu.json
 	@$(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
-	@$(PYTEST) --silicon $(addprefix tests/test_emulator_,arithmetic.py memory.py matrix.py findings.py)
+	@$(PYTEST) --silicon $(SNIPPETS:%=tests/test_emulator_%.py)
 
 sanitize: setup  ## on a Hopper GPU: compute-sanitizer over the kernels; keeps JSON
 	@PYTHONPATH=.:kernels .venv/bin/python tests/sanitize.py all
