@@ -46,7 +46,7 @@ def compile_launches(target: GPUTarget) -> None:
         aligned = {
             (place,): [["tt.divisibility", 16]]
             for place, kind in enumerate(signature.values())
-            if kind.startswith("*")
+            if kind.startswith("*") and not self.params[place].do_not_specialize_on_alignment
         }
         if "INTERPRETED" in constexprs:  # the tensors are on the CPU here
             constexprs["INTERPRETED"] = False

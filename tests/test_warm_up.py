@@ -23,15 +23,30 @@ OPS = {
 
 
 class Recorder:
-    """Stands where a kernel is, and keeps the options that Triton would compile it for."""
+    """Stands where a kernel is, and keeps what Triton would compile it for."""
 
-    def __init__(self, name: str, variants: set) -> None:
-        self.name, self.variants = name, variants
+    def __init__(self, kernel, variants: set) -> None:
+        self.name, self.variants = kernel.fn.__name__, variants
+        self.parameters = kernel.arg_names
+        given = getattr(kernel, "kwargs", None) or vars(kernel)  # interpreted, or compiled
+        self.any_alignment = given["do_not_specialize_on_alignment"] or ()
 
     def __getitem__(self, grid):
         return lambda *args, **options: self.variants.add(
-            (self.name, tuple(a is None for a in args), tuple(sorted(options.items())))
+            (
+                self.name,
+                tuple(map(self.kind, self.parameters, args)),
+                tuple(sorted(options.items())),
+            )
         )
+
+    def kind(self, parameter: str, value) -> str:
+        if not isinstance(value, torch.Tensor):
+            return str(type(value))
+        if parameter in self.any_alignment:
+            return str(value.dtype)
+        # Every tensor's storage starts at a multiple of 16.
+        return f"{value.dtype} {value.storage_offset() * value.element_size() % 16 == 0}"
 
 
 @pytest.fixture
@@ -39,7 +54,7 @@ def variants(monkeypatch) -> set:
     seen: set = set()
     for module, names in OPS.values():
         for name in names:
-            monkeypatch.setattr(module, name, Recorder(name, seen))
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), seen))
     return seen
 
 
@@ -74,6 +89,21 @@ def test_powers_of_two_reach_every_variant(variants, top_k, num_local):
     for num_tokens in range(1, MOST + 1, 13):
         call_ops(num_tokens, top_k, num_local, tile=8)
     assert variants == reached
+
+
+@pytest.mark.parametrize("route", ["router_topk", "gate_route"])
+def test_a_micro_batch_may_start_at_any_token(variants, route):
+    tokens = torch.empty((64, 32), dtype=torch.bfloat16, device="meta")
+    table = torch.empty((512, 6), dtype=torch.int32, device="meta")
+    token_ids = torch.empty(64, dtype=torch.int32, device="meta")
+    padding = torch.empty(64, dtype=torch.bool, device="meta")
+    for start in (0, 3, 16):
+        given = {"token_ids": token_ids[start:], "padding": padding[start:], "table": table}
+        if route == "router_topk":
+            router_topk.router_topk(tokens[start:], 6, **given)
+        else:
+            gate_route.gate_route(tokens[start:], tokens, 6, **given)
+    assert len(variants) == 1
 
 
 class Gate:

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
 from dsv4_kernels.routing import (
+    SLICED,
     check_routing,
     expert_chunks,
     load_bias,
@@ -108,7 +109,10 @@ def _multiply(
     tl.store(partials_ptr + place, sums, mask=in_range)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "vocab", "first_image_id"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "vocab", "first_image_id"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def _gate_route_kernel(
     x_ptr,
     gate_ptr,

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
 from dsv4_kernels.routing import (
+    SLICED,
     check_routing,
     expert_chunks,
     load_bias,
@@ -50,7 +51,10 @@ def choose_config(num_tokens: int, num_experts: int, selects: bool) -> Config:
     return Config(tokens=1 if num_tokens <= 4096 else 4, num_warps=1)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "vocab", "first_image_id"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "vocab", "first_image_id"],
+    do_not_specialize_on_alignment=SLICED,
+)
 def _router_kernel(
     logits_ptr,
     bias_ptr,

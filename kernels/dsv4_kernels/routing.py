@@ -23,6 +23,10 @@ LOG2_E = tl.constexpr(1.4426950216293335)  # fp32's nearest; LOG2_E_LOW is what 
 LOG2_E_LOW = tl.constexpr(1.925963033500011e-08)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+# Of a micro-batch or of a rank's shard of a sequence these start at any token: a kernel that is
+# compiled for their alignment would be compiled again while serving.
+SLICED = ["token_ids_ptr", "padding_ptr"]
+
 # Selection keys: float bits made to sort as int32. No float maps to the two lowest.
 KEY_NONE = tl.constexpr(-(2**31))
 KEY_NAN = tl.constexpr(-(2**31) + 1)
