@@ -14,6 +14,8 @@ from dsv4_kernels.grouped_gemm_sm90 import (
     unsupported,
 )
 from dsv4_kernels.grouped_gemm_sm90_choice import by_arithmetic
+from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90
+from dsv4_kernels.grouped_gemm_sm90_spec import Gemm, Sm90Config
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
 
@@ -45,6 +47,14 @@ def test_a_likely_count_of_rows_takes_one_tile_that_fits(num_tokens):
     rows = math.ceil(num_tokens * 6 / 384)
     fitting = next(n for n in config.tile_n if n >= rows)
     assert fitting - rows <= 16, (rows, config.tile_n)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 16, 24), (64, 72)], ids=lambda sizes: f"{sizes[-1]}")
+def test_a_largest_size_that_is_no_multiple_of_a_box_is_refused(sizes):
+    """Rows cut by whole boxes would match none of the sizes: the consumers would wait for ever."""
+    gemm = Gemm("fc2", 4, 256, 256, 2, False, Sm90Config(1, 2, sizes, 64))
+    with pytest.raises(AssertionError, match=f"largest tile_n {sizes[-1]}, must be a multiple"):
+        Dsv4GroupedGemmSm90(gemm)
 
 
 def test_what_the_kernels_cannot_run_is_said():

@@ -55,14 +55,17 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         assert m % 64 == 0, f"{m} weight rows, must be a multiple of 64"
         assert k % config.tile_k == 0, f"K = {k}, must be a multiple of tile_k = {config.tile_k}"
         assert config.tile_n == tuple(sorted(config.tile_n)), config.tile_n
+        # Boxes fill a tile, and rows are cut by the largest size: no tile may hold more than it.
+        assert config.tile_n[-1] % TMA_ROWS == 0, (
+            f"largest tile_n {config.tile_n[-1]}, must be a multiple of {TMA_ROWS}"
+        )
         self.config = config
         self.fc1 = fc1
         self.gather = gather
         self.num_experts = num_experts
         self.m, self.k, self.top_k = m, k, top_k
         self.m_out = m // 2 if fc1 else m
-        # A box may reach past the last size's rows.
-        self.tile_n_max = -(-config.tile_n[-1] // TMA_ROWS) * TMA_ROWS
+        self.tile_n_max = config.tile_n[-1]
         self.k_blocks = config.tile_k // 64
         self.k_stages = k // config.tile_k
         self.tile_n_min = config.tile_n[0]
