@@ -100,6 +100,18 @@ def test_what_is_recorded_are_logical_ids():
     assert torch.equal(seen[0], table()[[4, 5]])
 
 
+def test_a_bias_for_image_tokens_that_was_not_loaded_is_refused():
+    from vllm_dsv4_moe.runner import _mark_as_not_loaded
+
+    chosen = router(table(), bias_vl=torch.zeros(EXPERTS), image_sentinel_lo=7)
+    chosen.check_loaded("layers.0.ffn.gate")
+    loaded = chosen.table.clone()
+    _mark_as_not_loaded(chosen)
+    chosen.table.copy_(loaded)
+    with pytest.raises(ValueError, match=r"layers\.0\.ffn\.gate\.bias_vl is missing"):
+        chosen.check_loaded("layers.0.ffn.gate")
+
+
 WHY_NOT = {
     "softmax": ({"scoring_func": "softmax"}, "sqrt"),
     "not renormalised": ({"renormalize": False}, "renormalised"),

@@ -135,8 +135,13 @@ class Dsv4Router(BaseRouter):
 
         gate is the checkpoint's name of the module that holds them.
         """
-        if self.bias is not None and not self.bias.isfinite().all():
-            raise ValueError(f"{gate}.bias is missing from the checkpoint, or it is not finite")
+        image_bias = self._image_bias()
+        biases = {"bias": self.bias, "bias_vl": None if image_bias is None else image_bias.bias}
+        for name, bias in biases.items():
+            if bias is not None and not bias.isfinite().all():
+                raise ValueError(
+                    f"{gate}.{name} is missing from the checkpoint, or it is not finite"
+                )
         if self.table is None:
             return
         if (self.table == -1).all():

@@ -65,7 +65,8 @@ def _our_router(
 
 def _mark_as_not_loaded(router: Dsv4Router) -> None:
     """vLLM fills the table at random; a checkpoint without one would go unnoticed."""
-    for tensor, value in ((router.table, -1), (router.bias, torch.nan)):
+    nan = torch.nan
+    for tensor, value in ((router.table, -1), (router.bias, nan), (router.bias_vl, nan)):
         if tensor is not None:
             tensor.data.fill_(value)
 
