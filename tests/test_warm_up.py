@@ -157,3 +157,16 @@ def test_layers_of_one_shape_are_run_once_at_each_size(monkeypatch, backend, qua
     assert calls == [count for count in (1, 2, 4, 8, 16, 32, 40) for _ in ("fc1", "fc2")]
     warm_up(layer, None, expert_map, torch.int64)
     assert len(calls) == 28
+
+
+def test_layers_whose_routers_launch_other_kernels_are_run_each(monkeypatch, variants):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    layer, _ = layer_of(SM90, quantize=False)
+    expert_map = torch.zeros(16, dtype=torch.int32)
+    warm_up = WarmUp()
+    dense = {"table": None, "uses_token_ids": False, "gate": None, "num_experts": 16}
+    for changes in ({}, {"uses_token_ids": True}, {"gate": Gate()}):
+        first, second = (mock.Mock(**dense | changes) for _ in range(2))
+        warm_up(layer, first, expert_map, torch.int32)
+        warm_up(layer, second, expert_map, torch.int32)
+        assert first.select.called and not second.select.called, changes

@@ -37,8 +37,10 @@ class WarmUp:
         ids_dtype: torch.dtype,
     ) -> None:
         """router None where vLLM's own stays; ids_dtype is what vLLM's dispatch wants."""
-        is_hash = None if router is None else router.table is not None
-        key = (layer.backend.name, layer.shape, layer.limit, is_hash, expert_map is None, ids_dtype)
+        routes = None
+        if router is not None:
+            routes = (router.table is None, router.uses_token_ids, router.gate is None)
+        key = (layer.backend.name, layer.shape, layer.limit, routes, expert_map is None, ids_dtype)
         if key in self.done or layer.backend.fc1 is None:
             return
         self.done.add(key)
