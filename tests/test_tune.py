@@ -212,6 +212,22 @@ def test_an_entry_replaces_the_layers_older_one(tmp_path):
     assert pro.ranges[0].config.fc1 == B and pro.measured[0].arithmetic_us == 10.0
 
 
+@pytest.mark.parametrize("out", ["", "absent/sm90.json"], ids=["a folder", "in no folder"])
+def test_a_table_that_cannot_be_written_is_refused_first(monkeypatch, tmp_path, capsys, out):
+    monkeypatch.setattr(tune_command, "suitable_gpu", lambda: "NVIDIA H200")
+    monkeypatch.setattr(tune_command, "_compile", lambda *_: pytest.fail("compiled"))
+    path = tmp_path / out
+    assert main(["tune", "--model", "pro", "--out", str(path), "--commit", "0123abc"]) == 2
+    assert f"{path} cannot be written" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_table_is_refused_first(tmp_path):
+    path = tmp_path / "notes.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="no table of configs"):
+        tune_command.check_table(path)
+
+
 @pytest.fixture
 def emulation(monkeypatch) -> Emulation:
     emulation = Emulation()

@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, stderr=args.json, width=None if sys.stdout.isatty() else 140)
     shape = _shape(args)
     counts = args.tokens or (QUICK_TOKENS if args.quick else TOKENS)
+    if not args.compile_only:
+        check_table(args.out)
 
     from vllm_dsv4_moe.tune import all_candidates, gemms_of
 
@@ -118,6 +120,18 @@ def suitable_gpu() -> str:
             f"{torch.cuda.get_device_name()} with {major}.{minor}: its kernels have nothing to tune"
         )
     return torch.cuda.get_device_name()
+
+
+def check_table(out: Path | None) -> None:
+    """ValueError before anything is measured if the table could not be written then."""
+    from dsv4_kernels.grouped_gemm_sm90_table import SHIPPED, read_entries
+
+    path = SHIPPED if out is None else out
+    if path.is_file():
+        read_entries(path)
+    place = path if path.is_file() else path.parent
+    if path.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{path} cannot be written: name a file in a folder of yours with --out")
 
 
 def _commit() -> str:
