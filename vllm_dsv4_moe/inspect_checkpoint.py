@@ -183,10 +183,7 @@ def _compare(
     Where the weights are of `another` model, one sentence says so and the differences are counted.
     """
     absent = [name for name in expected if name not in stored]
-    mtp = [name for name in absent if name.startswith("mtp.")]
-    inputs = [name for name in absent if name.endswith(".input_scale")]
-    optional = {*mtp, *inputs}
-    needed = [name for name in absent if name not in optional]
+    needed = [name for name in absent if not _is_optional(name)]
     cast, wrong = differences(stored, expected)
     found.missing = [f"{name}: {_described(*expected[name])}" for name in needed]
     found.mismatched = [
@@ -211,6 +208,17 @@ def _compare(
     if mtp_extra:
         found.notes.append(f"{len(mtp_extra):,} MTP tensors are extra, {mtp_extra[0]} among them")
     _summarise(found.notes, "has", "have", cast, " another dtype, which vLLM casts")
+    _note_absent(found, absent)
+
+
+def _is_optional(name: str) -> bool:
+    return name.startswith("mtp.") or name.endswith(".input_scale")
+
+
+def _note_absent(found: Inspection, absent: list[str]) -> None:
+    """What is not there, and what cannot be done for it."""
+    mtp = [name for name in absent if name.startswith("mtp.")]
+    inputs = [name for name in absent if name.endswith(".input_scale")]
     if mtp:
         found.notes.append(f"{len(mtp):,} MTP tensors are absent: no speculative decoding with MTP")
     words = " absent: the activation-scale policy `checkpoint` cannot be used"
