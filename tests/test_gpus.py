@@ -87,6 +87,7 @@ def test_a_driver_without_gpus(driver, answer):
 PYTHON = """#!/bin/sh
 case "$*" in
 -c*sysconfig*include*) exit ${NO_HEADERS:-0};;
+-c*torch.version.cuda*) exit ${NO_CUDA:-0};;
 -c*|--version) exec %(python)s "$@";;
 "-m pip --version") ;;
 "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python;;
@@ -146,6 +147,14 @@ REFUSED = {
     "no headers": ({}, {"NO_HEADERS": "1"}, "Python.h is missing.*install python3-dev"),
     "no kernels, old CPU": ({"listed": LISTED.splitlines()[0]}, {}, "lacks avx512_bf16"),
 }
+
+
+def test_setup_refuses_a_torch_without_cuda(driver, setup):
+    driver()
+    ran, installed = setup(NO_CUDA="1")
+    assert "install vllm==0.32.0" in installed
+    assert ran.returncode == 1 and "pip chose a torch without CUDA" in ran.stderr
+    assert setup()[1] != "", "what was refused is not taken for ready"
 
 
 @pytest.mark.parametrize("answers, environment, words", REFUSED.values(), ids=REFUSED)
