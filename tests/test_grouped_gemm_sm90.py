@@ -57,6 +57,12 @@ def test_a_largest_size_that_is_no_multiple_of_a_box_is_refused(sizes):
         Dsv4GroupedGemmSm90(gemm)
 
 
+def test_fc2_that_gathers_is_refused():
+    """Its gathering warps would read h before fc1 has written it."""
+    with pytest.raises(AssertionError, match="fc2 gathers no rows"):
+        Dsv4GroupedGemmSm90(Gemm("fc2", 4, 256, 256, 2, True, Sm90Config(1, 2, (8, 16), 64)))
+
+
 def test_what_the_kernels_cannot_run_is_said():
     assert unsupported(FLASH) is None
     assert "288" in unsupported(FLASH_41._replace(intermediate=288))

@@ -214,7 +214,12 @@ def fc2(
     *,
     out: torch.Tensor,
 ) -> None:
-    """Rows for `combine`: h (capacity, intermediate) bf16 -> out (capacity, hidden) bf16."""
+    """Rows for `combine`: h (capacity, intermediate) bf16 -> out (capacity, hidden) bf16.
+
+    Must come right after `fc1` of the same layout: counts and offsets are read before the kernel
+    before it has ended. They are not checked: a layout that another call has overwritten, as one
+    of another size does in the same workspace, sends loads and stores anywhere.
+    """
     assert h.dtype == out.dtype == torch.bfloat16, (h.dtype, out.dtype)
     assert h.is_contiguous() and out.is_contiguous()
     _, gemm = gemms(shape, len(layout.slot_to_row), num_sms(h.device))

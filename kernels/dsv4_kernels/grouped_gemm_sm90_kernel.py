@@ -52,6 +52,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         op, num_experts, m, k, top_k, gather, config = gemm
         fc1 = op == "fc1"
         assert op in ("fc1", "fc2"), op
+        # Who gathers does not wait for the kernel before: fc1 has done so for all of its warps.
+        assert fc1 or not gather, "fc2 gathers no rows"
         assert m % 64 == 0, f"{m} weight rows, must be a multiple of 64"
         assert k % config.tile_k == 0, f"K = {k}, must be a multiple of tile_k = {config.tile_k}"
         assert config.tile_n == tuple(sorted(config.tile_n)), config.tile_n
@@ -443,10 +445,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             for i in cutlass.range_constexpr(row_groups):
                 row = first_row + 8 * i
                 if row < rows:
-                    source = row_start + row
-                    if cutlass.const_expr(self.fc1):
-                        source = (row_to_slot + source).load() // self.top_k
-                    sources[i] = source * (self.k // 8)
+                    token = (row_to_slot + (row_start + row)).load() // self.top_k
+                    sources[i] = token * (self.k // 8)
             for k_stage in cutlass.range(k_first, k_end, unroll=1):
                 column = x + (k_stage * config.tile_k + chunk * 8)
                 target = target_0 + stage * (self.k_blocks * self.tile_n_max * 64)
