@@ -38,7 +38,7 @@ class Emulation:
     def launch(self, gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -> None:
         blocks = self.num_sms * gemm.config.blocks_per_sm
         partials = torch.full((blocks * grouped_gemm_sm90.MOST_PARTIALS,), float("nan"))
-        flags = aligned(torch.zeros(blocks * grouped_gemm_sm90._FLAGS, dtype=torch.int32))
+        flags = aligned(torch.zeros(blocks * grouped_gemm_sm90.FLAGS, dtype=torch.int32))
         limit = math.inf if limit is None else limit
         statistics = emulated(gemm).run(
             *(*tensors, aligned(partials), flags, limit, len(tensors[3]), self.num_sms, None),

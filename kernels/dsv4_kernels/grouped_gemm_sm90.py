@@ -23,13 +23,12 @@ from cutlass.cute.runtime import make_ptr
 from dsv4_kernels.compiled import compiled
 from dsv4_kernels.grouped_gemm_sm90_choice import choose_config
 from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90
-from dsv4_kernels.grouped_gemm_sm90_spec import MOST_PARTIALS, Gemm
+from dsv4_kernels.grouped_gemm_sm90_spec import FLAGS, MOST_PARTIALS, Gemm
 from dsv4_kernels.grouped_gemm_sm90_table import SHIPPED, Table, layer_of, read_entries, table_of
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 
 H200_SMS = 132  # multiprocessors of an H200 or H100 (SXM): what is meant where there is no GPU
 _in_use: list[Table] = []
-_FLAGS = 16  # per thread block: one a consumer warp
 _DTYPES = {
     torch.uint8: Uint8,
     torch.float8_e4m3fn: Uint8,
@@ -156,7 +155,7 @@ def _fix_up(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(partial sums, flags) of the device's thread blocks; every launch leaves the flags zero."""
     blocks = num_sms(device)
     partials = torch.empty(blocks * MOST_PARTIALS, dtype=torch.float32, device=device)
-    return partials, torch.zeros(blocks * _FLAGS, dtype=torch.int32, device=device)
+    return partials, torch.zeros(blocks * FLAGS, dtype=torch.int32, device=device)
 
 
 def launch(gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -> None:

@@ -13,7 +13,7 @@ from cutlass import Float32, Int32, Int64, Uint32
 
 from dsv4_kernels import grouped_gemm_sm90_ptx as ptx
 from dsv4_kernels.grouped_gemm_sm90_schedule import Sm90Schedule
-from dsv4_kernels.grouped_gemm_sm90_spec import Sm90Config
+from dsv4_kernels.grouped_gemm_sm90_spec import FLAGS, Sm90Config
 
 NOTES = 2  # places
 SUMS_AT_ONCE = 32  # partial sums that a thread asks for together: more would not fit in registers
@@ -85,7 +85,7 @@ class Sm90Epilogue(Sm90Schedule):
             self._leave(n, acc, fix_up)
         else:
             if k_stages < self.k_stages:
-                self._gather(n, acc, fix_up, k_stages, tables)
+                self._add_parts(n, acc, fix_up, k_stages, tables)
             warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
             cute.arch.mbarrier_wait(weighed + tile % NOTES, tile // NOTES % 2)
             self._store(
@@ -119,10 +119,10 @@ class Sm90Epilogue(Sm90Schedule):
                 )
         cute.arch.sync_warp()
         if cute.arch.lane_idx() == 0:
-            ptx.set_flag(flags + (bidx * 16 + cute.arch.warp_idx()), Int32(1))
+            ptx.set_flag(flags + (bidx * FLAGS + cute.arch.warp_idx()), Int32(1))
 
     @cute.jit
-    def _gather(
+    def _add_parts(
         self,
         n: cutlass.Constexpr,
         acc: list,
@@ -147,7 +147,7 @@ class Sm90Epilogue(Sm90Schedule):
             begins, ends = self._cut(other, tables), self._cut(other + 1, tables)
             is_part = other < grid and begins < tile_end
             if is_part and ends > begins:
-                flag = flags + (other * 16 + cute.arch.warp_idx())
+                flag = flags + (other * FLAGS + cute.arch.warp_idx())
                 while ptx.get_flag(flag) == 0:
                     pass
                 flag.store(Int32(0))

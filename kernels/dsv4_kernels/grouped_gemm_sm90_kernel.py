@@ -5,10 +5,10 @@
 
 One output tile is 64 * m_blocks * warpgroups weight rows (the M of WGMMA) by at most tile_n[-1]
 rows of one expert (its N); the N that fits the rows at hand is chosen per tile from `tile_n`.
-The live tiles, which a block finds from `counts` and `offsets` alone, times the stages of K are
-one line of work, and each persistent block takes an equal stretch of it: whatever the routing,
-all blocks end together. A stretch that begins inside a tile leaves its sums in `partials`, where
-the block that began the tile adds them, in the order of K: the result does not depend on timing.
+Each persistent block finds its work from `counts` and `offsets` alone: whole tiles, then a stretch
+of the stages of K of the tiles that are left, so that whatever the routing, all blocks end together
+(`Sm90Schedule`). A stretch that begins inside a tile leaves its sums in `partials`, where the block
+that began the tile adds them, in the order of K: the result does not depend on timing.
 
 One producer warpgroup fills a ring of shared-memory stages, each tile_k wide: codes and block
 scales by bulk copies (`weights_sm90.shuffle_sm90` made them contiguous), rows of x by TMA where
@@ -37,7 +37,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from dsv4_kernels import grouped_gemm_sm90_ptx as ptx
 from dsv4_kernels.grouped_gemm_sm90_epilogue import NOTES, STAGING_BYTES, Sm90Epilogue
-from dsv4_kernels.grouped_gemm_sm90_spec import Gemm
+from dsv4_kernels.grouped_gemm_sm90_spec import FLAGS, Gemm
 
 CODE_BLOCK_BYTES = 2048  # codes of a 64 x 64 block of weights
 SCALE_BLOCK_BYTES = 256  # its block scales
@@ -61,6 +61,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         assert config.tile_n[-1] % TMA_ROWS == 0, (
             f"largest tile_n {config.tile_n[-1]}, must be a multiple of {TMA_ROWS}"
         )
+        assert 4 * config.warpgroups <= FLAGS, f"{config.warpgroups} warpgroups"
         self.config = config
         self.fc1 = fc1
         self.gather = gather
@@ -89,7 +90,9 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
     def _fixed_smem(self) -> int:
         warps = 4 * self.config.warpgroups
         notes = NOTES * (16 + 4 * self.factors)
-        return warps * 2 * STAGING_BYTES + notes + self._table_bytes() + 4096
+        barriers_and_alignment = 4096
+        staging = warps * 2 * STAGING_BYTES
+        return staging + notes + self._table_bytes() + barriers_and_alignment
 
     def _num_stages(self) -> int:
         rows = self.tile_n_max * 128 * self.k_blocks
@@ -127,7 +130,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         """codes, block_scales: shuffled, uint8; global_scales (experts, 2) for fc1, (experts,) for
         fc2; x (tokens or rows, k) bf16; out (rows, m_out) bf16; counts (experts,), offsets
         (experts + 1,), row_to_slot (rows,) int32; slot_weights (tokens * top_k,) float32;
-        partials (num_blocks * partial_floats,) float32; flags (num_blocks * 16,) int32, zeros
+        partials (num_blocks * partial_floats,) float32; flags (num_blocks * FLAGS,) int32, zeros
         before and after; limit of SwiGLU, infinity for none; num_rows: of x."""
         tma_atom, tma_x = None, None
         if cutlass.const_expr(not self.gather):
@@ -286,10 +289,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         """One warp asks for every stage's codes and scales, and for its rows if they need no
         gathering; those of the next expert, or past the end as zeros, where a box holds more.
 
-        It also tells the consumers of every tile, so that they never look one up or wait for its
-        factors: a note (rows, stages, first row or -1 where an earlier block stores the tile, m
-        tile), which the first stage hands over, and the factors, which it fetches once all of the
-        tile has been asked for.
+        It also writes every tile's note, which the first stage hands over, and its factors: see
+        `Sm90Epilogue`'s file.
         """
         s_x, s_codes, s_scales = buffers
         s_notes, s_factors, weighed, stored = notes

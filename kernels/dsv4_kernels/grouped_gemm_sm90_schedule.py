@@ -53,7 +53,7 @@ class Sm90Schedule:
     @cute.jit
     def _plan(self, counts: cute.Pointer, offsets: cute.Pointer, tables: tuple):
         """Fills the tables; by all threads of a block."""
-        s_first_tile, s_counts, s_offsets = tables[:3]
+        s_counts, s_offsets = tables[1:3]
         tidx, _, _ = cute.arch.thread_idx()
         for i in cutlass.range_constexpr(math.ceil(self.experts_padded / self.threads)):
             expert = tidx + i * self.threads

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 # Of 256 weight rows by 144 rows of an expert, per thread block: the most sums that a tile may have.
 MOST_PARTIALS = 256 * 144
+FLAGS = 16  # per thread block: one a consumer warp, of which there are not more
 
 
 @dataclass(frozen=True)
