@@ -219,6 +219,37 @@ def test_a_kernel_is_right_in_the_emulator(gemm, monkeypatch):
         sm90.use_table(before)
 
 
+# Of arithmetic's kernels for Pro (EP8, TP8), Flash and Flash 4.1, those that spill.
+SPILLING = {"fc1-48": (2048, 0), "fc2-48": (2048, 1), "fc1-64": (3072, 0)}
+
+
+@pytest.mark.parametrize(("num_tokens", "op"), SPILLING.values(), ids=SPILLING)
+def test_what_arithmetic_s_kernels_spill_is_not_touched_by_a_stage(num_tokens, op, tmp_path):
+    """A few bytes in code that runs once a tile; the loops over K have no local memory."""
+    config = by_arithmetic(PRO_EP8, num_tokens)[1 + op]
+    gemm = sm90.gemms(PRO_EP8, num_tokens)[op]._replace(gather=False, config=config)
+    assert resources(gemm, tmp_path)["spilled"] <= 32
+    command = [cuda_tool("nvdisasm"), "-c", tmp_path / "kernel.cubin"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    loops = wgmma_loops(listing)
+    assert len(loops) == len(gemm.config.tile_n)
+    assert not [line for loop in loops for line in loop if re.search(r"\b(LDL|STL)\b", line)]
+
+
+def wgmma_loops(listing: str) -> list[list[str]]:
+    """Of nvdisasm's text, the innermost loops around WGMMA."""
+    lines = [
+        line for line in listing.splitlines() if re.match(r"\.L\S+:|\s+/\*[0-9a-f]{4,}\*/", line)
+    ]
+    labels = {line.split(":")[0]: at for at, line in enumerate(lines) if line.startswith(".L")}
+    branches = [(at, re.search(r"BRA.*`\((\.L\S+?)\)", line)) for at, line in enumerate(lines)]
+    loops = [(labels[to[1]], at + 1) for at, to in branches if to and labels[to[1]] <= at]
+    wgmmas = [at for at, line in enumerate(lines) if "HGMMA" in line]
+    around = [[loop for loop in loops if loop[0] <= at < loop[1]] for at in wgmmas]
+    innermost = {min(each, key=lambda loop: loop[1] - loop[0]) for each in around}
+    return [lines[start:end] for start, end in sorted(innermost)]
+
+
 def resources(gemm: sm90.Gemm, folder) -> dict[str, int]:
     """ptxas's account of local memory, in bytes a thread."""
     import cutlass.cute as cute
