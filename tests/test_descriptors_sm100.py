@@ -19,7 +19,7 @@ from dsv4_kernels.grouped_gemm_sm100_spec import CONFIGS, Config, Gemm
 from dsv4_kernels.reference import expert_layout
 
 from tests.ptx_emulator.host import Statistics, emulate
-from tests.ptx_emulator.instructions import copies
+from tests.ptx_emulator.instructions import copies, tcgen05_mma
 from tests.ptx_emulator.instructions import tcgen05 as emulator
 from tests.ptx_emulator.memory import TensorMemory
 from tests.ptx_emulator.tensor_map import TensorMap
@@ -58,7 +58,7 @@ def issued(monkeypatch) -> Issued:
     def issue(ctas, values, accumulate, block):
         assert block == 16
         result.mmas.append(Mma(*values, accumulate))
-        return lambda: None
+        return (lambda: None), ()
 
     def descriptor(bits):
         sources.append(bits)
@@ -70,7 +70,7 @@ def issued(monkeypatch) -> Issued:
             result.copies.append(Copy(address, sources[-1]))
         return columns(self, address, count, what)
 
-    monkeypatch.setattr(emulator, "_issue_scaled", issue)
+    monkeypatch.setattr(tcgen05_mma, "_issue_scaled", issue)
     monkeypatch.setattr(emulator, "tcgen05_descriptor", descriptor)
     monkeypatch.setattr(TensorMemory, "columns", record)
     return result
