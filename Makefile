@@ -10,7 +10,7 @@ demo:  ## write a tiny checkpoint, serve it with the plugin, ask it, stop
 	@.venv/bin/dsv4-moe demo
 
 test: setup lint  ## everything that needs no GPU
-	@$(PYTEST) -m "not gpu"
+	@$(PYTEST) -m "not gpu" -n 2 --dist loadfile
 
 test-gpu: setup  ## what needs a GPU (mostly compilation, hence processes); kept in test-gpu.json
 	@$(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
