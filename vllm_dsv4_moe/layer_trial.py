@@ -5,15 +5,16 @@ each with tokens and experts of its own, as fill the L2 cache twice: weights com
 in a model whose layers follow one another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import median
 
 import torch
 from dsv4_kernels.backends import REFERENCE, SM90
 from dsv4_kernels.moe import MoeLayer, moe, prepare_layer, workspace_bytes
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
+
+from vllm_dsv4_moe.graph_timer import time_us
 
 LIMIT = 10.0
 # Of a token's error over its output: what rounding h and top_k rows to bf16 (2^-9) leaves.
@@ -87,30 +88,6 @@ def cold_tokens(shape: MoeShape, num_tokens: int) -> list[Tokens]:
     return found
 
 
-def time_us(calls: Sequence[Callable[[], object]], replays: int = 15) -> float:
-    """Median microseconds of a call, over replays of one CUDA graph that makes each once."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-        for _ in range(2):
-            graph.replay()
-        spans = []
-        for _ in range(replays):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            spans.append((start, end))
-        stream.synchronize()
-    return median(start.elapsed_time(end) for start, end in spans) * 1000 / len(calls)
-
-
 class LayerTrial:
     """The layer on the sm90 backend, what it must compute, and how long a call takes.
 
@@ -182,4 +159,4 @@ class LayerTrial:
     def time_us(self, num_tokens: int) -> float:
         """Of a call, with experts' weights out of the L2 cache."""
         sets = cold_tokens(self.shape, num_tokens)
-        return time_us([partial(self.call, tokens) for tokens in sets])
+        return time_us([partial(self.call, tokens) for tokens in sets], replays=15)

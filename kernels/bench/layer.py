@@ -25,6 +25,8 @@ from dsv4_kernels import reference
 from dsv4_kernels.backends import choose_backend
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
 
+from vllm_dsv4_moe.layer_trial import expert_map
+
 SHAPES = {
     "Pro, EP8 rank": MoeShape(384, 48, 6, 7168, 3072, 8192, False),
     "Flash": MoeShape(256, 256, 6, 4096, 2048, 8192, False),
@@ -69,13 +71,6 @@ def random_weights(shape: MoeShape) -> ExpertWeights:
     )
 
 
-def expert_map(shape: MoeShape) -> torch.Tensor | None:
-    if shape.num_local_experts == shape.num_experts:
-        return None
-    ids = torch.arange(shape.num_experts, dtype=torch.int32, device="cuda")
-    return torch.where(ids < shape.num_local_experts, ids, -1)
-
-
 def make_inputs(shape: MoeShape, num_tokens: int) -> list[Inputs]:
     """As many sets of tokens as touch twice the L2 cache's bytes of weights."""
     expert_bytes = 3 * shape.hidden * shape.intermediate * 9 // 16
@@ -115,7 +110,7 @@ def ours(shape: MoeShape) -> Callable[[Inputs], Call]:
     )
     size = layers.workspace_bytes(backend, shape)
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
-    mapping = expert_map(shape)
+    mapping = expert_map(shape, "cuda")
     out = torch.full((shape.max_num_tokens, shape.hidden), float("nan"), device="cuda").bfloat16()
 
     def call(inputs: Inputs) -> Call:
@@ -222,7 +217,7 @@ def peer(name: str, shape: MoeShape) -> Callable[[Inputs], Call]:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     method.process_weights_after_loading(module)
-    mapping = expert_map(shape)
+    mapping = expert_map(shape, "cuda")
 
     def call(inputs: Inputs) -> Call:
         def run() -> torch.Tensor:
@@ -272,7 +267,7 @@ BACKENDS: dict[str, Callable[[MoeShape], Callable[[Inputs], Call]]] = {
 
 def oracle(shape: MoeShape, inputs: dict[int, list[Inputs]]) -> dict[int, torch.Tensor]:
     """Of the first input set of each number of tokens."""
-    weights, mapping = random_weights(shape), expert_map(shape)
+    weights, mapping = random_weights(shape), expert_map(shape, "cuda")
     return {
         num_tokens: reference.moe(
             sets[0].x, sets[0].routing, weights, expert_map=mapping, limit=LIMIT
