@@ -1,10 +1,13 @@
 """The sm90 grouped GEMMs in the PTX emulator, against the oracle."""
 
+import math
 import time
 
 import pytest
 import torch
 from dsv4_kernels import grouped_gemm_sm90
+from dsv4_kernels.grouped_gemm_sm90_spec import LayerConfig, Sm90Config
+from dsv4_kernels.grouped_gemm_sm90_table import Range, layer_of
 
 from tests.sm90_emulation import Emulation, emulated
 from tests.sm90_problems import (
@@ -54,6 +57,40 @@ def test_the_result_does_not_depend_on_order_or_number_of_blocks(emulation):
     for emulation.mode, emulation.seed in MODES:
         results.append(run(problem, make_inputs(problem), "fc2").nan_to_num())
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+# Each with another number of 64 x 64 blocks a stage, or of steps in a group of WGMMAs.
+TILES = {
+    "one block a stage": Sm90Config(1, 2, (16, 32), 64),
+    "four steps": Sm90Config(1, 2, (16, 32), 128),
+    "two row blocks": Sm90Config(2, 2, (16, 32), 64),
+}
+
+
+@pytest.fixture
+def use_config(emulation):
+    """Runs both GEMMs of a problem by a config, whatever its rows; rows are placed."""
+    before = grouped_gemm_sm90.table_in_use()
+
+    def use(problem: Problem, config: Sm90Config) -> None:
+        layer = layer_of(problem.shape, grouped_gemm_sm90.H200_SMS)
+        any_rows = Range(0.0, math.inf, LayerConfig(False, config, config))
+        grouped_gemm_sm90.use_table({layer: (any_rows,)})
+
+    yield use
+    grouped_gemm_sm90.use_table(before)
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+@pytest.mark.parametrize("config", TILES.values(), ids=TILES)
+def test_registers_are_not_overwritten_under_wgmma(emulation, use_config, config, op):
+    problem = Problem("tiles", 40, 2, 1, 384, 256, counts=(7, 33))
+    use_config(problem, config)
+    inputs = make_inputs(problem)
+    emulation.mode = "lazy"
+    out = run(problem, inputs, op)
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, op)[live])
 
 
 @pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)

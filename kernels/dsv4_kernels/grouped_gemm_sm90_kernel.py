@@ -526,6 +526,13 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                 cute.arch.mbarrier_arrive(stored + tile % NOTES)
             tile += 1
 
+    def _steps(self, n: int) -> int:
+        """Of a group. Two warps a scheduler hide less: theirs is a block of four, where registers
+        allow. Groups take two sets of registers in turn, so a stage must have an even number."""
+        config = self.config
+        is_even = self.k_blocks * config.m_blocks % 2 == 0
+        return 4 if config.warpgroups < 3 and config.m_blocks * n <= 160 and is_even else 2
+
     @cute.jit
     def _multiply(
         self,
@@ -561,8 +568,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         )
         mma.set(warpgroup.Field.ACCUMULATE, True)
         frag_x = self._rows_operand(mma, n, thread, buffers[0])
-        # Two warps a scheduler hide less: theirs is a block of four steps, where registers allow.
-        steps = 4 if config.warpgroups < 3 and config.m_blocks * n <= 160 else 2
+        steps = self._steps(n)
         groups = 4 // steps
         shape_w = mma.partition_shape_A((64, 16 * steps))
         frag_w = [mma.make_fragment_A(shape_w) for _ in range(2)]
