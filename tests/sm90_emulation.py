@@ -41,7 +41,9 @@ class Emulation:
         flags = aligned(torch.zeros(blocks * grouped_gemm_sm90.FLAGS, dtype=torch.int32))
         limit = math.inf if limit is None else limit
         statistics = emulated(gemm).run(
-            *(*tensors, aligned(partials), flags, limit, len(tensors[3]), self.num_sms, None),
+            *(*tensors, aligned(partials), flags, limit, len(tensors[3])),
+            grouped_gemm_sm90.num_blocks(gemm, self.num_sms),
+            None,
             mode=self.mode,
             seed=self.seed,
             num_sms=self.num_sms,

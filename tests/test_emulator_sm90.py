@@ -93,6 +93,27 @@ def test_registers_are_not_overwritten_under_wgmma(emulation, use_config, config
     assert_rounded(out[live], expected(problem, inputs, op)[live])
 
 
+CLUSTERS = {
+    "128 rows": Sm90Config(1, 2, (16, 32, 48), 64, cluster=2),
+    "256 rows": Sm90Config(2, 2, (24, 32), 64, cluster=2),
+}
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+@pytest.mark.parametrize("config", CLUSTERS.values(), ids=CLUSTERS)
+@pytest.mark.parametrize("mode", ["eager", "lazy", "random", "starved"])
+def test_a_cluster_shares_rows(emulation, use_config, config, mode, op):
+    """With 640 weight rows, of which the last tile of a cluster lacks some, and parts of tiles."""
+    problem = Problem("cluster", 75, 4, 1, 384 if op == "fc1" else 640, 320, counts=(33, 0, 41, 1))
+    use_config(problem, config)
+    inputs = make_inputs(problem)
+    emulation.mode, emulation.num_sms = mode, 4
+    out = run(problem, inputs, op)
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, op)[live])
+    assert out[~live].isnan().all(), "padding rows were written"
+
+
 @pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
 def test_a_tile_in_more_parts_than_a_warp_has_lanes(emulation, mode, seed):
     """35 stages of one tile, a stage or none to each of 36 blocks."""

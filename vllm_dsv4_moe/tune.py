@@ -1,9 +1,10 @@
 """Find the configs of the sm90 GEMMs that run one layer fastest, at each number of tokens.
 
 Candidates differ from arithmetic's choice in one respect: the tile of weights, the stages' width,
-the sizes of a row tile, blocks a multiprocessor, or whether fc1 gathers. Each is verified against
-the oracle before it is timed; fc1's best and fc2's best are then verified and timed together, in
-turns with arithmetic's choice, and replace it only where they are faster by `GAIN`.
+the sizes of a row tile, blocks a multiprocessor or a cluster, or whether fc1 gathers. Each is
+verified against the oracle before it is timed; fc1's best and fc2's best are then verified and
+timed together, in turns with arithmetic's choice, and replace it only where they are faster by
+`GAIN`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +74,8 @@ def _variants(config: Sm90Config, thorough: bool) -> Iterator[Sm90Config]:
             if thorough and other.tile_m == 128:
                 yield replace(other, blocks_per_sm=2)
     most = config.tile_n[-1]
+    if most > 64:  # smaller tiles wait for weights, not for rows
+        yield replace(config, cluster=3 - config.cluster)
     for shift in (-16, 16):
         yield replace(config, tile_n=tuple(n + shift for n in config.tile_n))
     yield replace(config, tile_n=(most - 32, most - 16, most))

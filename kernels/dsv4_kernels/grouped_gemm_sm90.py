@@ -158,6 +158,11 @@ def _fix_up(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return partials, torch.zeros(blocks * FLAGS, dtype=torch.int32, device=device)
 
 
+def num_blocks(gemm: Gemm, multiprocessors: int) -> int:
+    """Thread blocks of a launch: whole clusters, all resident at once."""
+    return multiprocessors // gemm.config.cluster * gemm.config.cluster
+
+
 def launch(gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -> None:
     """Run a specialisation on torch tensors, in the order of the kernel's `__call__`."""
     device = tensors[0].device
@@ -166,7 +171,8 @@ def launch(gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -
     stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
     limit = math.inf if limit is None else limit
     num_rows = Int32(len(tensors[3]))
-    compile_gemm(gemm)(*pointers, Float32(limit), num_rows, Int32(num_sms(device)), stream)
+    blocks = Int32(num_blocks(gemm, num_sms(device)))
+    compile_gemm(gemm)(*pointers, Float32(limit), num_rows, blocks, stream)
 
 
 def fc1(

@@ -43,17 +43,31 @@ def _config(rows: float, k: int) -> Sm90Config:
     that work and long stages spread what a stage costs. More rows: fewer, larger tiles spread what
     a tile costs, until the sums leave registers for two warpgroups only. tile_n is four sizes about
     what a tile will hold: with more, ptxas runs out of registers and makes WGMMA wait.
+
+    Most rows: the tensor cores bind, and the power that they and all else draw. Half the weight
+    rows a block leave room for all rows of an expert in one tile, so that weights are widened once,
+    and for more sizes; two blocks of a cluster then share the rows.
     """
     if rows <= GATHERED_ROWS:
         return Sm90Config(1, 4, (8, 16, 24, 32), _tile_k(k, 256))
     if rows <= 36:
         return Sm90Config(1, 4, (24, 32, 40, 48), _tile_k(k, 256))
-    parts = math.ceil((rows + 1.25 * math.sqrt(rows)) / 144)
-    # One and a half standard deviations more than the even share still fit.
-    most = rows / parts + 1.5 * math.sqrt(rows) / parts
-    most = min(144, math.ceil(most / 16) * 16)
+    tile_k = _tile_k(k, 128)
+    parts, most = _even_parts(rows, 224)
+    if most > 144 and _even_parts(rows, 144)[0] > parts:
+        most = math.ceil(most / 32) * 32  # a kernel more for every 16 rows is not worth 2 %
+        return Sm90Config(1, 2, tuple(range(most - 48, most + 8, 8)), tile_k, cluster=2)
+    _, most = _even_parts(rows, 144)
     warpgroups = 3 if most <= 64 else 2
-    return Sm90Config(2, warpgroups, (most - 24, most - 16, most - 8, most), _tile_k(k, 128))
+    return Sm90Config(2, warpgroups, (most - 24, most - 16, most - 8, most), tile_k)
+
+
+def _even_parts(rows: float, limit: int) -> tuple[int, int]:
+    """(tiles of at most `limit` rows that an expert's are cut into, the most rows of one): one
+    and a half standard deviations more than the even share still fit."""
+    parts = math.ceil((rows + 1.25 * math.sqrt(rows)) / limit)
+    most = (rows + 1.5 * math.sqrt(rows)) / parts
+    return parts, min(limit, math.ceil(most / 16) * 16)
 
 
 def _tile_k(k: int, most: int) -> int:

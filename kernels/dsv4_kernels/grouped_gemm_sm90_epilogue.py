@@ -136,8 +136,8 @@ class Sm90Epilogue(Sm90Schedule):
         several blocks are asked for together: a tile of a few rows may be cut into a dozen parts.
         """
         partials, flags = fix_up
-        block, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
+        block, grid = self._this_block()
+        rank = cute.arch.block_idx()[0] - block * self.cluster
         lane = cute.arch.lane_idx()
         tile_end = self._cut(block + 1, tables) + (self.k_stages - k_first)
         parts = Int32(0)  # following blocks that begin inside this tile
@@ -147,7 +147,7 @@ class Sm90Epilogue(Sm90Schedule):
             begins, ends = self._cut(other, tables), self._cut(other + 1, tables)
             is_part = other < grid and begins < tile_end
             if is_part and ends > begins:
-                flag = flags + (other * FLAGS + cute.arch.warp_idx())
+                flag = flags + ((other * self.cluster + rank) * FLAGS + cute.arch.warp_idx())
                 while ptx.get_flag(flag) == 0:
                     pass
                 flag.store(Int32(0))
@@ -168,7 +168,8 @@ class Sm90Epilogue(Sm90Schedule):
                 sums = []
                 for g, mb, i in batch:
                     other = block + 1 + cutlass.min(first + g, parts - 1)
-                    sums.append(ptx.load_partial(self._partial(partials, other, mb) + i * 128))
+                    source = self._partial(partials, other * self.cluster + rank, mb)
+                    sums.append(ptx.load_partial(source + i * 128))
                 for (g, mb, i), values in zip(batch, sums, strict=True):
                     other = block + 1 + first + g
                     ends, begins = self._cut(other + 1, tables), self._cut(other, tables)

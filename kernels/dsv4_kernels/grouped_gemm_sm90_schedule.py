@@ -3,7 +3,8 @@
 Row tiles are numbered expert by expert; times the tiles of weight rows they are all tiles, and a
 tile has k_stages stages. With `grid` thread blocks, whole rounds of `grid` tiles go one tile to a
 block, so that blocks at work together share experts in L2; what is left is one line of stages, cut
-into a stretch for every block.
+into a stretch for every block. The blocks of a cluster do the same stages, each with its own share
+of a tile's weight rows: here they are one block, and its tile is as high as theirs together.
 
 Small tiles take the time of their weights: all the same, so less than a round is left and its
 stretches are equal. Large ones take longer the more rows they have (`by_cost`): a round more is
@@ -35,6 +36,7 @@ class Sm90Schedule:
     k_stages: int
     threads: int
     by_cost: bool
+    cluster: int
 
     def _table_bytes(self) -> int:
         entries = 3 * self.experts_padded + 1
@@ -49,6 +51,13 @@ class Sm90Schedule:
         if self.by_cost:
             sizes += [experts, experts + 1, MOST_BLOCKS + 1]
         return tuple(allocate(size) for size in sizes)
+
+    @cute.jit
+    def _this_block(self):
+        """Its number, and how many there are, those of a cluster counted as one."""
+        bidx, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        return bidx // self.cluster, grid // self.cluster
 
     @cute.jit
     def _plan(self, counts: cute.Pointer, offsets: cute.Pointer, tables: tuple):
@@ -78,7 +87,7 @@ class Sm90Schedule:
             if tidx < 32:
                 self._cut_costs(tables)
             cute.arch.sync_threads()
-            if tidx <= cute.arch.grid_dim()[0]:
+            if tidx <= self._this_block()[1]:
                 self._cut_stages(tables, tidx)
             cute.arch.sync_threads()
 
@@ -137,7 +146,7 @@ class Sm90Schedule:
         """The cost of every block's whole tiles, into the cuts; each thread for a run of tiles."""
         s_first_tile, s_cost, s_cuts = tables[0], tables[3], tables[5]
         tidx, _, _ = cute.arch.thread_idx()
-        grid, _, _ = cute.arch.grid_dim()
+        _, grid = self._this_block()
         tiles = self._rounds(tables) * grid
         run = (tiles + self.threads - 1) // self.threads
         tile = tidx * run
@@ -159,7 +168,7 @@ class Sm90Schedule:
         """Costs of whole tiles -> cost of all tiles before a block's stretch; by one warp."""
         s_cost_before, s_cuts = tables[4:6]
         lane = cute.arch.lane_idx()
-        grid, _, _ = cute.arch.grid_dim()
+        _, grid = self._this_block()
         run = MOST_BLOCKS // 32
         cost = (s_cost_before + self.experts_padded).load() * self.m_tiles
         own = Int32(0)
@@ -208,13 +217,13 @@ class Sm90Schedule:
             tile = (s_first_tile + expert).load() * self.m_tiles + cost // tile_cost
             stages = tile * self.k_stages + cost % tile_cost * self.k_stages // tile_cost
         rounds = self._rounds(tables)
-        grid, _, _ = cute.arch.grid_dim()
+        _, grid = self._this_block()
         (s_cuts + block).store(stages - rounds * (grid - 1) * self.k_stages)
 
     @cute.jit
     def _rounds(self, tables: tuple):
         """Tiles that every block has whole."""
-        grid, _, _ = cute.arch.grid_dim()
+        _, grid = self._this_block()
         rounds = (tables[0] + self.experts_padded).load() * self.m_tiles // grid
         if cutlass.const_expr(self.by_cost):
             rounds = cutlass.max(rounds - 1, Int32(0))
@@ -226,7 +235,7 @@ class Sm90Schedule:
         if cutlass.const_expr(self.by_cost):
             cut = (tables[5] + block).load()
         else:
-            grid, _, _ = cute.arch.grid_dim()
+            _, grid = self._this_block()
             tiles = (tables[0] + self.experts_padded).load() * self.m_tiles
             left = tiles % grid * self.k_stages
             cut = block * (left // grid) + cutlass.min(block, left % grid)
@@ -237,15 +246,14 @@ class Sm90Schedule:
     def _share(self, tables: tuple):
         """This block's work, in stages: whole tiles block, block + grid, ... up to `whole`, then
         the stretch [first, end) of what is left of all tiles. -> (whole, first, end)"""
-        bidx, _, _ = cute.arch.block_idx()
+        bidx, _ = self._this_block()
         whole = self._rounds(tables) * self.k_stages
         return whole, self._cut(bidx, tables), self._cut(bidx + 1, tables)
 
     @cute.jit
     def _tile_at(self, position: Int32, whole: Int32):
         """The tile that a position of this block's work is in."""
-        bidx, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
+        bidx, grid = self._this_block()
         step = position // self.k_stages
         tile = bidx + step * grid
         if position >= whole:

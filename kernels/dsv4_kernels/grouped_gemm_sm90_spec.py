@@ -14,7 +14,9 @@ class Sm90Config:
 
     m_blocks: 64-row blocks of weights a warpgroup owns; warpgroups: consumer warpgroups;
     tile_n: ascending multiples of 8, the row counts a tile may have; tile_k: 64, 128 or 256;
-    blocks_per_sm: thread blocks that share one multiprocessor.
+    blocks_per_sm: thread blocks that share one multiprocessor;
+    cluster: thread blocks that work on one row tile together, each on weights of its own, and get
+    its rows by multicast.
     """
 
     m_blocks: int
@@ -22,6 +24,7 @@ class Sm90Config:
     tile_n: tuple[int, ...]
     tile_k: int
     blocks_per_sm: int = 1
+    cluster: int = 1
 
     @property
     def tile_m(self) -> int:
@@ -58,6 +61,8 @@ def why_unfit(config: Sm90Config, k: int) -> str | None:
     # Tiles are cut by what TMA's boxes of 16 rows hold: a larger one than tile_n would match none.
     if sizes[-1] % 16 or sizes[-1] > 256:
         return f"the largest tile_n, {sizes[-1]}, is not a multiple of 16 up to 256"
+    if config.cluster not in (1, 2):
+        return f"a cluster of {config.cluster} thread blocks: only 1 or 2 are always all resident"
     if config.tile_m * sizes[-1] > MOST_PARTIALS:
         return f"a tile of {config.tile_m} x {sizes[-1]} has more sums than {MOST_PARTIALS}"
     return None

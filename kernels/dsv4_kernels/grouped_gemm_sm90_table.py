@@ -114,6 +114,8 @@ def _range(layer: Layer, fields: dict[str, Any]) -> Range:
         reason = why_unfit(config, k)
         if reason is not None:
             raise ValueError(f"{config} for {layer}: {reason}")
+    if fields["gather"] and fc1.cluster > 1:
+        raise ValueError(f"a cluster that gathers rows: {fc1}")
     return Range(above, up_to, LayerConfig(bool(fields["gather"]), fc1, fc2))
 
 
