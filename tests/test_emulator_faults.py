@@ -11,10 +11,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from dsv4_kernels import grouped_gemm_sm90
+from dsv4_kernels.grouped_gemm_sm90_spec import Sm90Config
 
 from tests import sm90_emulation, sm90_problems, sm100_emulation
 from tests import test_grouped_gemm_sm100 as on_sm100
 from tests.ptx_emulator.findings import EmulatorError
+from tests.sm90_emulation import every_call
 
 Order = tuple[str, int]
 ORDERS: list[Order] = [("lazy", 0), ("random", 1), ("eager", 0)]
@@ -205,6 +207,29 @@ SM90_FAULTS = [
 ]
 
 
+CLUSTER_BARRIER = r"barrier\.cluster\.(?:arrive|wait)"
+SM90_CLUSTER_FAULTS = [
+    *SHARED_FAULTS,
+    dropped("the cluster's meeting at the end", CLUSTER_BARRIER, slice(2, 4)),
+    no_wait("producer, stage empty in both blocks", nth(1)),
+    dropped("arrival of the consumers", r"mbarrier\.arrive\.shared::cluster[^;]*"),
+    Fault(
+        "arrival of the consumers at their own block, twice",
+        r"mapa\.shared::cluster\.u32\s+(%\w+), (%\w+), %\w+;",
+        r"mov.b32 \1, \2;",
+    ),
+    Fault(
+        "rows for one block of the cluster",
+        r"(cp\.async\.bulk\.tensor[^;]*), %rs\d+(, %\w+;)",
+        r"{.reg .b16 one; mov.b16 one, 1; \1, one\2}",
+    ),
+]
+# Caught where the warp that initialises barriers starves in the second block of a cluster.
+FIRST_WARP_OF_THE_SECOND = 14  # after 12 warps and the lanes
+SM90_CLUSTER_STARVED_FAULTS = [
+    dropped("the cluster's meeting at the start", CLUSTER_BARRIER, slice(0, 2))
+]
+
 # Caught where the victim of mode "starved" is behind the others (`ptx_emulator.starvation`).
 THEN_FLAG = r"(?=;[^;]*;[^;]*st\.release\.gpu)"
 SM90_STARVED_FAULTS = [
@@ -226,11 +251,13 @@ def right(out: torch.Tensor, exact: torch.Tensor) -> bool:
     return bool((error <= exact.abs() * 2**-8 + exact.abs().max() * 1e-5).all())
 
 
-def sm90_kernel(monkeypatch, problem: sm90_problems.Problem, orders: list[Order]) -> Kernel:
-    """FC1, which gathers rows, splits tiles and leaves partial sums."""
+def sm90_kernel(
+    monkeypatch, problem: sm90_problems.Problem, orders: list[Order], num_sms: int = 3
+) -> Kernel:
+    """FC1, which splits tiles and leaves partial sums."""
     inputs = sm90_problems.make_inputs(problem)
     exact, live = sm90_problems.expected(problem, inputs, "fc1"), sm90_problems.live_rows(inputs)
-    emulation = sm90_emulation.Emulation(max_instructions=MAX_INSTRUCTIONS)
+    emulation = sm90_emulation.Emulation(num_sms=num_sms, max_instructions=MAX_INSTRUCTIONS)
     monkeypatch.setattr(grouped_gemm_sm90, "launch", emulation.launch)
 
     def run(ptx: str, mode: str, seed: int) -> bool:
@@ -305,6 +332,20 @@ def test_faults_under_a_starved_epilogue(monkeypatch, tile, op):
 def test_faults_in_the_sm90_kernel(monkeypatch):
     problem = sm90_problems.Problem("faults", 11, 4, 2, 576, 256)
     check_all(sm90_kernel(monkeypatch, problem, ORDERS + MORE_ORDERS), SM90_FAULTS)
+
+
+def test_faults_in_the_sm90_kernel_of_a_cluster(monkeypatch):
+    problem = sm90_problems.Problem("faults", 75, 4, 1, 384, 320, counts=(33, 0, 41, 1))
+    before = grouped_gemm_sm90.table_in_use()
+    config = Sm90Config(1, 2, (16, 32, 48), 64, cluster=2)
+    grouped_gemm_sm90.use_table(every_call(problem.shape, config))
+    try:
+        kernel = sm90_kernel(monkeypatch, problem, ORDERS + MORE_ORDERS, num_sms=4)
+        check_all(kernel, SM90_CLUSTER_FAULTS)
+        starved = kernel._replace(orders=[("starved", FIRST_WARP_OF_THE_SECOND)])
+        check_all(starved, SM90_CLUSTER_STARVED_FAULTS)
+    finally:
+        grouped_gemm_sm90.use_table(before)
 
 
 def test_faults_under_starved_lanes_of_the_sm90_kernel(monkeypatch):

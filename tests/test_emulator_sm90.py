@@ -1,15 +1,13 @@
 """The sm90 grouped GEMMs in the PTX emulator, against the oracle."""
 
-import math
 import time
 
 import pytest
 import torch
 from dsv4_kernels import grouped_gemm_sm90
-from dsv4_kernels.grouped_gemm_sm90_spec import LayerConfig, Sm90Config
-from dsv4_kernels.grouped_gemm_sm90_table import Range, layer_of
+from dsv4_kernels.grouped_gemm_sm90_spec import Sm90Config
 
-from tests.sm90_emulation import Emulation, emulated
+from tests.sm90_emulation import Emulation, emulated, every_call
 from tests.sm90_problems import (
     PROBLEMS,
     Problem,
@@ -69,13 +67,11 @@ TILES = {
 
 @pytest.fixture
 def use_config(emulation):
-    """Runs both GEMMs of a problem by a config, whatever its rows; rows are placed."""
+    """Runs both GEMMs of a problem by a config, whatever its rows."""
     before = grouped_gemm_sm90.table_in_use()
 
     def use(problem: Problem, config: Sm90Config) -> None:
-        layer = layer_of(problem.shape, grouped_gemm_sm90.H200_SMS)
-        any_rows = Range(0.0, math.inf, LayerConfig(False, config, config))
-        grouped_gemm_sm90.use_table({layer: (any_rows,)})
+        grouped_gemm_sm90.use_table(every_call(problem.shape, config))
 
     yield use
     grouped_gemm_sm90.use_table(before)
