@@ -60,7 +60,7 @@ SUMMARY = re.compile(
 )
 
 # Rows of an expert for which arithmetic chooses unlike kernels.
-ROWS = (4, 29, 43, 90, 118)
+ROWS = (4, 29, 43, 90, 118, 140)
 SIZES = {"fc1": (768, 192), "fc2": (448, 768)}  # hidden, intermediate: a part of a tile is left
 LAYER = MoeShape(16, 5, 4, 512, 384, 200, False)
 LAYER_TOKENS = (1, 40, 200)

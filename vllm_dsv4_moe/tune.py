@@ -53,8 +53,7 @@ def candidates(shape: MoeShape, num_tokens: int, thorough: bool = True) -> list[
     """Arithmetic's choice first, then what differs from it in one respect of one GEMM."""
     base = by_arithmetic(shape, num_tokens)
     found = [base]
-    if rows_per_expert(shape, num_tokens) <= 64:
-        found.append(base._replace(gather=not base.gather))
+    found.append(base._replace(gather=not base.gather))
     for other in _variants(base.fc1, thorough):
         if why_unfit(other, shape.hidden) is None:
             found.append(base._replace(fc1=other))
