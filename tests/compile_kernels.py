@@ -79,6 +79,8 @@ def launch_everything() -> None:
     saturated = torch.zeros(1, dtype=torch.int64)
     for scale in (None, torch.ones(1), torch.ones(EXPERTS)):
         nvfp4_quantize(x, scale, layout, swizzled=True, saturated=saturated)
+    few = expert_layout(ids[:8], EXPERTS, None, tile=128)
+    nvfp4_quantize(x[:8], torch.ones(1), few, swizzled=True)
     nvfp4_quantize(x, None, live=torch.zeros(8192, dtype=torch.int32), saturated=saturated)
     rows = torch.empty(len(layout.row_to_slot), HIDDEN, dtype=torch.bfloat16)
     for num_tokens in (1, 8192):

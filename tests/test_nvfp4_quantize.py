@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from dsv4_kernels import nvfp4_quantize as op
 from dsv4_kernels import reference
-from dsv4_kernels.nvfp4_quantize import block_scales_shape, nvfp4_quantize
+from dsv4_kernels.nvfp4_quantize import block_scales_shape, choose_config, nvfp4_quantize
 from dsv4_kernels.types import ExpertLayout, QuantizedRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -11,15 +12,15 @@ POISON = 0x7F  # NaN as E4M3
 
 
 def random_rows(num_tokens: int, K: int, seed: int = 0) -> torch.Tensor:
-    """Rows of very different sizes, with zeros of both signs, NaN and infinities in some."""
+    """Rows of very different sizes, three of four with zeros of both signs, NaN or infinities."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.exp2(torch.randint(-14, 14, (num_tokens, 1), generator=generator).float())
     x = torch.randn(num_tokens, K, generator=generator) * scale
-    x[0::3, :16] = 0.0
-    x[0::3, 16:24] = -0.0
-    x[1::3, 3] = torch.nan
-    x[1::3, 20] = -torch.nan
-    x[2::3, 5], x[2::3, 40] = torch.inf, -torch.inf
+    x[0::4, :16] = 0.0
+    x[0::4, 16:24] = -0.0
+    x[1::4, 3] = torch.nan
+    x[1::4, 20] = -torch.nan
+    x[2::4, 5], x[2::4, 40] = torch.inf, -torch.inf
     return x.bfloat16()
 
 
@@ -68,9 +69,19 @@ GLOBAL_SCALES = {
 
 
 @pytest.mark.parametrize("policy", GLOBAL_SCALES)
-@pytest.mark.parametrize("K", [16, 48, 1088, 7168])
+@pytest.mark.parametrize("K", [16, 48, 1088])
 def test_rows_in_place_equal_the_oracle(K, policy):
-    x, global_scale = random_rows(7, max(K, 64))[:, :K].contiguous(), GLOBAL_SCALES[policy]
+    check_in_place(random_rows(7, max(K, 64))[:, :K].contiguous(), GLOBAL_SCALES[policy])
+
+
+@pytest.mark.parametrize("policy", ["own", "layer"])
+def test_rows_of_more_blocks_than_are_loaded_at_once(policy):
+    x = random_rows(4, 2080)
+    assert choose_config(130, len(x)).blocks < 130
+    check_in_place(x, GLOBAL_SCALES[policy])
+
+
+def check_in_place(x, global_scale) -> None:
     ours, saturated = run(x, global_scale)
     expected, expected_saturated = reference.nvfp4_quantize(x, global_scale)
     assert torch.equal(ours.codes, expected.codes)
@@ -80,16 +91,76 @@ def test_rows_in_place_equal_the_oracle(K, policy):
         assert torch.equal(ours.global_scales, expected.global_scales)
 
 
-def test_every_bf16_below_the_largest_gets_the_code_of_its_quotient():
-    """All bf16 numbers of 19 binades, with block scales that are no powers of two."""
-    values = torch.arange(0x3800, 0x4180, dtype=torch.int16).view(torch.bfloat16)
-    x = torch.cat([values, -values]).repeat_interleave(15)
-    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-    x = torch.cat([x.view(-1, 15), torch.full((len(x) // 15, 1), 15.9).bfloat16()], 1).view(2, -1)
-    for scale in (torch.tensor([0.37]), torch.tensor([15.9 / 6 / 448])):
-        ours, _ = run(x, scale)
-        expected, _ = reference.nvfp4_quantize(x, scale)
-        assert torch.equal(ours.codes, expected.codes)
+def test_no_quotient_is_close_to_where_rounding_it_to_float32_matters():
+    """What `_e2m1` stands on: of all scales, and of all bf16 numbers, which have eight bits."""
+    scales = torch.arange(2**23, 2**24)
+    for tie in (1.0, 1.25, 1.5, 1.75):  # of E2M1, times powers of two
+        halfway = int(tie * 2**24)
+        for edge in (halfway - 1 if tie > 1 else 2 * halfway - 1, halfway + 1):
+            product = scales * edge
+            unit = 2 ** (torch.frexp(product.double()).exponent.long() - 8)
+            distance = torch.minimum(product % unit, unit - product % unit)
+            close = distance < product * 2.0**-33
+            expected = [2**24 - 1] if edge == 2**24 + 1 else []
+            assert scales[close].tolist() == expected, (tie, edge)
+
+
+def only_plain(monkeypatch) -> None:
+    """Where the kernel is Python, the way that takes any values is closed."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(op, "_quantize_any", None)
+
+
+def all_at_once(monkeypatch) -> None:
+    """Where the kernel is Python, what a row costs is its steps."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(op, "choose_config", lambda *shape: op.Config(4096, 1, swizzles=False))
+
+
+# Of all float32, those by which bf16 numbers come closest to what rounds to a tie of E2M1 and is
+# none, and to what rounds to another number and is one; and some of four bits and of any.
+SIGNIFICANDS = [16777215, 8432299, 8475989, 16689834, 16602454, 12478055, 12687769]
+SIGNIFICANDS += [8463506, 16627420, 12433115, 12732709, 8388608, 9437184, 11534336, 15728640]
+SIGNIFICANDS += [8388609, 11184811, 14126903, 9586981]
+
+
+def test_every_bf16_gets_the_code_of_its_quotient(monkeypatch):
+    """Those of five binades below the largest of a block; scales are the significands."""
+    only_plain(monkeypatch)
+    gs = torch.tensor(SIGNIFICANDS, dtype=torch.float64).mul(2.0**-35).float()
+    largest = (gs * 6 * 256).bfloat16()
+    steps = torch.arange(0, 43 * 15, dtype=torch.int16)
+    values = (largest.view(torch.int16)[:, None] - steps).view(torch.bfloat16)
+    signs = torch.where(torch.arange(values.numel()) % 3 > 0, 1, -1).view(values.shape)
+    blocks = torch.cat(
+        [(values * signs).view(-1, 43, 15), largest[:, None, None].expand(-1, 43, 1)], 2
+    )
+    x = blocks.reshape(len(gs), -1).contiguous()
+    ours, saturated = run(x, gs)
+    expected, _ = reference.nvfp4_quantize(x, gs)
+    assert (expected.block_scales.float() == 256).all() and saturated == 0
+    assert torch.equal(ours.block_scales, expected.block_scales.view(torch.uint8))
+    wrong = (ours.codes != expected.codes).any(1).nonzero()[:, 0]
+    assert len(wrong) == 0, [SIGNIFICANDS[row] for row in wrong]
+
+
+@pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "any"])
+def test_every_bf16_gets_the_scale_of_its_quotients(monkeypatch, is_plain):
+    """One value a block: from the least normal scale to the largest, or beyond them both."""
+    all_at_once(monkeypatch)
+    if is_plain:
+        only_plain(monkeypatch)
+    gs = torch.tensor([0.011, 1.7e-4, 2.0**-9, 3.1e5])
+    binades = 14 if is_plain else 24
+    last = (gs * 6 * (460 if is_plain else 6000)).bfloat16().view(torch.int16)
+    values = (last[:, None] - torch.arange(128 * binades, dtype=torch.int16)).view(torch.bfloat16)
+    x = torch.nn.functional.pad(values[:, :, None], (3, 12)).flatten(1)
+    ours, saturated = run(x, gs)
+    expected, expected_saturated = reference.nvfp4_quantize(x, gs)
+    assert torch.equal(ours.block_scales, expected.block_scales.view(torch.uint8))
+    assert torch.equal(ours.codes, expected.codes)
+    assert saturated == expected_saturated
+    assert (expected_saturated == 0) == is_plain
 
 
 def layout_of(num_tokens: int, tile: int) -> ExpertLayout:
@@ -102,9 +173,21 @@ def layout_of(num_tokens: int, tile: int) -> ExpertLayout:
     return reference.expert_layout(ids.int(), 12, expert_map, tile)
 
 
-@pytest.mark.parametrize("swizzled", [False, True], ids=["row_major", "swizzled"])
+ORDERS = ["row_major", "swizzled", "swizzled_by_a_second_launch"]
+
+
+def launches_as(monkeypatch, order: str) -> bool:
+    """As of few tokens, or of many; whether scales are swizzled."""
+    swizzles = order == "swizzled_by_a_second_launch"
+    config = lambda *shape: choose_config(*shape)._replace(swizzles=swizzles)  # noqa: E731
+    monkeypatch.setattr(op, "choose_config", config)
+    return order != "row_major"
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("policy", ["own", "layer", "per_expert"])
-def test_rows_of_a_layout_equal_the_oracle_and_others_stay_untouched(policy, swizzled):
+def test_rows_of_a_layout_equal_the_oracle_and_others_stay_untouched(policy, order, monkeypatch):
+    swizzled = launches_as(monkeypatch, order)
     x, layout = random_rows(20, 192), layout_of(20, tile=128)
     per_expert = torch.rand(12, generator=torch.Generator().manual_seed(1)) * 0.01 + 1e-4
     scale = {"own": None, "layer": torch.tensor([0.002]), "per_expert": per_expert}[policy]
@@ -160,10 +243,11 @@ def test_real_sizes(K, policy):
     assert saturated == expected_saturated
 
 
-@pytest.mark.parametrize("swizzled", [False, True], ids=["rows", "blocks"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("policy", ["own", "saturating"])
-def test_rows_that_are_not_live_are_skipped(policy, swizzled):
+def test_rows_that_are_not_live_are_skipped(policy, order, monkeypatch):
     """With row_to_slot, padding costs nothing, and nothing of it is written or counted."""
+    swizzled = launches_as(monkeypatch, order)
     x, global_scale = random_rows(7, 64), GLOBAL_SCALES[policy]
     live = torch.tensor([0, -1, 12, 3, -1, -1, 1], dtype=torch.int32)
     out = poisoned(7, 64, swizzled, own_scales=global_scale is None)

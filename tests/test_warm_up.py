@@ -16,7 +16,7 @@ OPS = {
     "expert_layout": (expert_layout, ("_count_kernel", "_layout_kernel")),
     "combine": (combine, ("_combine_kernel",)),
     "place_rows": (place_rows, ("_place_kernel",)),
-    "nvfp4_quantize": (nvfp4_quantize, ("_quantize_kernel",)),
+    "nvfp4_quantize": (nvfp4_quantize, ("_quantize_kernel", "_swizzle_kernel")),
     "router_topk": (router_topk, ("_router_kernel",)),
     "gate_route": (gate_route, ("_gate_route_kernel",)),
 }
@@ -68,6 +68,9 @@ def call_ops(num_tokens: int, top_k: int, num_local: int, tile: int) -> None:
     rows = torch.empty((len(layout.row_to_slot), hidden), dtype=torch.bfloat16, device="meta")
     combine.combine(rows, layout.slot_to_row, out=x)
     place_rows.place_rows(x, layout.slot_to_row, out=rows)
+    for scale in (torch.empty(1, device="meta"), None):
+        nvfp4_quantize.nvfp4_quantize(x, scale, layout, swizzled=True)
+    nvfp4_quantize.nvfp4_quantize(rows, None, live=layout.row_to_slot, swizzled=True)
     logits = torch.empty((num_tokens, experts), device="meta")
     router_topk.router_topk(logits, top_k, bias=logits[0])
     table = torch.empty((512, top_k), dtype=torch.int32, device="meta")
@@ -85,7 +88,7 @@ def test_powers_of_two_reach_every_variant(variants, top_k, num_local):
     for num_tokens in token_counts(MOST):
         call_ops(num_tokens, top_k, num_local, tile=8)
     reached = set(variants)
-    assert len({name for name, *_ in reached}) == 6
+    assert len({name for name, *_ in reached}) == 8
     for num_tokens in range(1, MOST + 1, 13):
         call_ops(num_tokens, top_k, num_local, tile=8)
     assert variants == reached
