@@ -23,14 +23,14 @@ FORMATS = {
 
 @pytest.mark.parametrize("shape", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("tile", [8, 128])
-@pytest.mark.parametrize("num_tokens", [1, 15, 33, 700])
+@pytest.mark.parametrize("num_tokens", [1, 15, 33, 700, 1024])
 def test_views_are_aligned_and_only_rows_overlap_what_fc2_does_not_read(num_tokens, tile, shape):
     needed = call_bytes(shape, tile, num_tokens)
     workspace = torch.zeros(needed, dtype=torch.uint8)
     buffers = carve(workspace, shape, tile, num_tokens)
     h = [buffers.h] if isinstance(buffers.h, torch.Tensor) else list(buffers.h)
     x, stays = list(buffers.x or ()), [*buffers.layout, buffers.layout_scratch, *h]
-    x += [] if buffers.h_bf16 is None else [buffers.h_bf16]
+    x += [view for view in (buffers.h_bf16, buffers.quantize_scratch) if view is not None]
     for view in [*stays, *x, buffers.rows]:
         assert (view.data_ptr() - workspace.data_ptr()) % ALIGNMENT == 0 or view.numel() == 0
         view.view(torch.uint8).add_(1)
@@ -65,6 +65,20 @@ def test_buffers_have_the_layout_contracts_sizes(shape):
     if shape.scale_per_row:
         assert buffers.h_bf16.shape == (rows, 48) and buffers.h_bf16.dtype == torch.bfloat16
     assert len(buffers.x.global_scales) == (rows if shape.scale_per_row else 0)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 1023, 1024])
+def test_the_quantisers_scratch_is_of_x_and_where_rows_have_scales_of_h(num_tokens):
+    shape = SHAPE._replace(hidden=64, intermediate=2048)
+    rows = capacity(num_tokens, 3, 6, 128)
+    x, h = (num_tokens * 4 if num_tokens >= 1024 else 0), (rows * 128 if rows >= 1024 else 0)
+    for scale_per_row, expected in ((False, x), (True, max(x, h))):
+        shape = shape._replace(scale_per_row=scale_per_row)
+        workspace = torch.empty(call_bytes(shape, 128, num_tokens), dtype=torch.uint8)
+        scratch = carve(workspace, shape, 128, num_tokens).quantize_scratch
+        assert scratch.dtype == torch.uint8 and len(scratch) == expected
+    assert (x > 0, h > 0) == (num_tokens >= 1024, num_tokens > 1)
+    assert carve(workspace, FORMATS["w4a16"], 128, 1).quantize_scratch is None
 
 
 TILES = {

@@ -84,6 +84,7 @@ def run_kernels(
             layout,
             swizzled=True,
             saturated=layer.saturated,
+            scratch=buffers.quantize_scratch,
             out=buffers.x,
         )
     elif backend.places_rows is not None and backend.places_rows(
@@ -101,6 +102,7 @@ def run_kernels(
             live=layout.row_to_slot,
             swizzled=True,
             saturated=layer.saturated,
+            scratch=buffers.quantize_scratch,
             out=buffers.h,
         )
     backend.fc2(h, layout, layer, out=buffers.rows)

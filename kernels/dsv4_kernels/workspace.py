@@ -21,7 +21,8 @@ Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class Buffers(NamedTuple):
     """A workspace, carved: what the steps of the layer hand to one another.
 
-    rows overlap x and h_bf16: nobody reads those any more when FC2 writes the first of rows.
+    rows overlap x, h_bf16 and the quantiser's scratch: nobody reads those any more when FC2 writes
+    the first of rows.
     """
 
     layout: ExpertLayout
@@ -29,6 +30,7 @@ class Buffers(NamedTuple):
     x: QuantizedRows | None  # (capacity, hidden), W4A4 only
     h: QuantizedRows | torch.Tensor  # (capacity, intermediate); bf16 in W4A16
     h_bf16: torch.Tensor | None  # what h is quantised from where each row has its own scale
+    quantize_scratch: torch.Tensor | None  # uint8, W4A4 only; of x, then of h
     rows: torch.Tensor  # (capacity, hidden) bf16, what `combine` sums
 
 
@@ -38,6 +40,7 @@ def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spe
     What FC2 still reads, what it does not, and what it writes: the last two share their bytes.
     """
     from dsv4_kernels.expert_layout import scratch_size
+    from dsv4_kernels.nvfp4_quantize import scratch_size as quantize_scratch_size
 
     local = shape.num_local_experts
     rows = capacity(num_tokens, shape.top_k, local, tile)
@@ -54,8 +57,11 @@ def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spe
     if shape.quantize_activations:
         before_fc2 = _quantized_spec("x", rows, shape.hidden, shape.scale_per_row)
         stays |= _quantized_spec("h", rows, shape.intermediate, shape.scale_per_row)
+        scratch = quantize_scratch_size(num_tokens, shape.hidden)
         if shape.scale_per_row:
             before_fc2["h_bf16"] = h_bf16
+            scratch = max(scratch, quantize_scratch_size(rows, shape.intermediate))
+        before_fc2["quantize_scratch"] = ((scratch,), torch.uint8)
     else:
         stays["h"] = h_bf16
     return stays, before_fc2, {"rows": ((rows, shape.hidden), torch.bfloat16)}
@@ -142,5 +148,6 @@ def carve(workspace: torch.Tensor, shape: MoeShape, tile: int, num_tokens: int) 
         quantized.get("x"),
         quantized["h"] if quantized else views["h"],
         views.get("h_bf16"),
+        views.get("quantize_scratch"),
         views["rows"],
     )
