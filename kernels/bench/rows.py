@@ -4,8 +4,8 @@
 
 Counted is what must move, once: of each token that has rows its row read, each row written
 (quantise: codes and block scales; place_rows: bf16); each row read, each token written (combine).
-Not counted: slot_to_row, a row's own global scale, second reads, sectors of swizzled scales that
-are written in parts, tokens without rows and rows without tokens. The layout is of random ids.
+Not counted: slot_to_row, a row's own global scale, second reads, the scratch that swizzled scales
+go through, tokens without rows and rows without tokens. The layout is of random ids.
 Input sets that together exceed L2 twice take turns, so nothing is found there. Verified before
 they are timed.
 """
@@ -25,7 +25,7 @@ from bench.timing import (
 from dsv4_kernels import reference
 from dsv4_kernels.combine import combine
 from dsv4_kernels.expert_layout import expert_layout
-from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
+from dsv4_kernels.nvfp4_quantize import nvfp4_quantize, scratch_size
 from dsv4_kernels.place_rows import place_rows
 from dsv4_kernels.types import ExpertLayout, QuantizedRows
 
@@ -88,12 +88,14 @@ def bench_quantize(
     sets = [random(len(layout.slot_to_row), hidden) for _ in range(cold_sets(moved))]
     saturated = torch.zeros(1, dtype=torch.int64, device="cuda")
     outs = [nvfp4_quantize(x, scale, layout, swizzled=swizzled) for x in sets]
+    scratch = torch.empty(scratch_size(len(sets[0]), hidden), dtype=torch.uint8, device="cuda")
     live = (layout.row_to_slot >= 0).nonzero()[:512, 0]
     expected, _ = reference.nvfp4_quantize(sets[0][layout.row_to_slot[live] // TOP_K], scale)
     assert torch.equal(outs[0].codes[live], expected.codes)
 
     def call(x: torch.Tensor, out: QuantizedRows) -> None:
-        nvfp4_quantize(x, scale, layout, swizzled=swizzled, saturated=saturated, out=out)
+        options = {"swizzled": swizzled, "saturated": saturated, "scratch": scratch}
+        nvfp4_quantize(x, scale, layout, **options, out=out)
 
     calls = [lambda x=x, out=out: call(x, out) for x, out in zip(sets, outs, strict=True)]
     return time_us(calls), moved
