@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +52,7 @@ from vllm_dsv4_moe.checkout import checkout_commit
 ROOT = Path(__file__).parents[1]
 ARCH = "sm_90a"
 FEW_BLOCKS = 3
+LONGEST = 300  # seconds of a check
 # memcheck would also list each driver function that this driver lacks.
 OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 SUMMARY = re.compile(
@@ -216,7 +217,7 @@ def watched(command: list[str]) -> tuple[str, float]:
     """What a command wrote, and its seconds; ValueError if it failed."""
     start = time.monotonic()
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUTE_DSL_ARCH": ARCH}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONGEST)
     output = done.stdout + done.stderr
     if done.returncode:
         raise ValueError(f"{' '.join(command)} ended with {done.returncode}:\n{output[-6000:]}")
@@ -267,7 +268,10 @@ def opcodes(object_file: Path) -> dict[int, str]:
 
 
 def check_all(out: Path, objects: Path, commit: str) -> bool:
-    """Run every check, several at a time, and write the JSON; whether nothing is unexplained."""
+    """Run every check, several at a time; whether all ended and nothing is unexplained.
+
+    The JSON is written after each, so that a run that is cut short keeps what it showed.
+    """
     program = [sys.executable, __file__]
     if not (objects / compiled.MANIFEST).is_file():
         watched([*program, "compile", str(objects)])
@@ -276,12 +280,26 @@ def check_all(out: Path, objects: Path, commit: str) -> bool:
         watched([*program, "run", work, str(objects)])
     names = json.loads((objects / compiled.MANIFEST).read_text())["objects"]
     files = {case.title: objects / names[repr(gemm_of(case))] for case in cases()}
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
-        runs = list(pool.map(lambda check: run_check(check, objects, files), checks()))
     facts = {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__}
-    results = facts | {"sanitizer": version, "runs": runs}
-    out.write_text(json_text(results))
-    return not any(run["unexplained"] for run in runs)
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
+        pending = {pool.submit(run_check, check, objects, files): check for check in checks()}
+        return keep(pending, facts | {"sanitizer": version}, out)
+
+
+def keep(pending: dict[Future, Check], facts: dict, out: Path) -> bool:
+    """Write what ended, in the order of `checks`, and what outran its time, as each is known."""
+    runs: dict[Check, dict] = {}
+    outran: list[Check] = []
+    for future in as_completed(pending):
+        try:
+            runs[pending[future]] = future.result()
+        except subprocess.TimeoutExpired:
+            outran.append(pending[future])
+            print(f"{' '.join(filter(None, outran[-1]))}: not ended in {LONGEST} s", flush=True)
+        ended = [runs[check] for check in pending.values() if check in runs]
+        names = sorted(" ".join(filter(None, check)) for check in outran)
+        out.write_text(json_text(facts | {"outran": names, "runs": ended}))
+    return not outran and not any(run["unexplained"] for run in runs.values())
 
 
 def explain_again(path: Path) -> bool:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from dsv4_kernels import compiled as objects
@@ -150,6 +152,23 @@ def test_kept_hazards_are_judged_again(tmp_path):
     kept = json.loads(path.read_text())["runs"][1]
     assert kept["unexplained"] == [["Write at 0x40", "Read at 0x20", 7, ["STS.128", "LDS.128"]]]
     assert kept["hazards"][0] == ["Write at 0x10", "Read at 0x20", 31, ["UBLKCP.S.G", "LDS.128"]]
+
+
+def test_what_ended_is_kept_and_what_outran_its_time_is_named(tmp_path):
+    def run(check: sanitize.Check) -> dict:
+        if check.case:
+            raise subprocess.TimeoutExpired("racecheck", 300)
+        return {"tool": check.tool, "unexplained": []}
+
+    ends, outruns = sanitize.Check("memcheck", "layer"), sanitize.Check("racecheck", "gemms", "a")
+    path = tmp_path / "sanitize.json"
+    with ThreadPoolExecutor(1) as pool:
+        pending = {pool.submit(run, check): check for check in (outruns, ends)}
+        assert not sanitize.keep(pending, {"gpu": "H200"}, path)
+        assert sanitize.keep({pool.submit(run, ends): ends}, {}, tmp_path / "other.json")
+    kept = json.loads(path.read_text())
+    assert (kept["gpu"], kept["outran"]) == ("H200", ["racecheck gemms a"])
+    assert kept["runs"] == [{"tool": "memcheck", "unexplained": []}]
 
 
 KEPT = sanitize.ROOT / "kernels/bench/results/sanitize.json"
