@@ -11,7 +11,7 @@ from dsv4_kernels.types import ActivationScales, ExpertLayout, ExpertWeights, Mo
 
 from vllm_dsv4_moe.warm_up import WarmUp, launch_router, token_counts
 
-MOST = 2100
+MOST = 3000
 OPS = {
     "expert_layout": (expert_layout, ("_count_kernel", "_layout_kernel")),
     "combine": (combine, ("_combine_kernel",)),

@@ -5,11 +5,12 @@
     row[slot] = offset[e] + number of earlier slots of the same expert
 
 Slots are token * top_k + j. The first programs own `steps` runs of STEP slots each and place them;
-the programs after those write the tiles' experts and the rows that no slot has. What comes before
-its slots every program counts itself up to ONE_LAUNCH_SLOTS slots, in one launch and with nothing
-shared; beyond that, a first launch leaves the counts of every block of slots in a scratch buffer.
-Within a block, a slot's rank is counted by comparing it with the slots before it. No atomics: the
-order of rows is the order of slots, whatever the GPU does first.
+the programs after those write the tiles' experts and the rows that no slot has. Every program
+counts all slots itself up to one_launch_slots, in one launch and with nothing shared; beyond that,
+a first launch leaves the counts of every block of slots in a scratch buffer, and the programs of
+the second rank their slots in their blocks while it does. A slot's rank is counted by comparing it
+with the slots before it. No atomics: the order of rows is the order of slots, whatever the GPU does
+first.
 """
 
 from typing import NamedTuple
@@ -22,10 +23,9 @@ from dsv4_kernels.pdl import release_dependents, supports_pdl, wait_for_inputs
 from dsv4_kernels.types import ExpertLayout, capacity
 
 MAX_LOCAL_EXPERTS = 512
-ONE_LAUNCH_SLOTS = 1024
 MAX_BLOCKS = 128
 MAX_FILLERS = 128
-TILES = 16  # that a filler writes at once
+UNROLL = tl.constexpr(16)  # loads of counts that do not wait for one another
 
 
 class Config(NamedTuple):
@@ -34,45 +34,53 @@ class Config(NamedTuple):
     parts: int  # programs per block, whose slots are counted together
     blocks: int
     num_warps: int
-    counted_before: bool  # two launches
+    tiles: int  # that a filler writes at once
+    rows: int = 0  # blocks whose counts are read at once; 0 for one launch
 
 
 def choose_config(num_slots: int, expert_block: int) -> Config:
-    """Programs of 32 slots while few experts keep the counts short; else blocks that are fewer.
+    """Few slots per program while they are few, then blocks that are few enough to be added up.
 
-    us on an H200, a hash layer's router included. 512 tokens of top 6: 48 experts 4.3 with 32 slots
-    a program, 5.0 with 128; 256 experts 5.1 and 4.9. 2048 tokens, 256 experts: 6.9 with 96 blocks,
-    6.7 with 48. Four warps: with eight, barriers cost more than the work that they share.
+    us on an H200, a hash layer's router included. 128 tokens of top 6, 256 experts: 3.6 with 8
+    slots a program, 3.8 with 16. 512 tokens: 4.0 with 32 slots in blocks of 256, 4.3 in blocks of
+    128. 2048 tokens: 5.9 with 64 slots in blocks of 256, 6.9 with 32, 6.2 with blocks of 128. One
+    row of counts at a time is added up within threads; 96 short rows are faster read together.
     """
-    if num_slots <= ONE_LAUNCH_SLOTS:
-        return Config(32, 1, 1, triton.cdiv(num_slots, 32), num_warps=4, counted_before=False)
-    if num_slots <= 4096 and expert_block < 256:
-        return Config(32, 1, 4, triton.cdiv(num_slots, 128), num_warps=4, counted_before=True)
-    max_blocks = 64 if 4096 < num_slots <= 16384 and expert_block >= 256 else MAX_BLOCKS
-    steps = triton.cdiv(num_slots, 128 * max_blocks)
-    return Config(128, steps, 1, triton.cdiv(num_slots, 128 * steps), 4, counted_before=True)
+    if num_slots <= one_launch_slots(expert_block):
+        num_warps = 2 if num_slots <= 64 else 8
+        return Config(8, 1, 1, triton.cdiv(num_slots, 8), num_warps, tiles=8)
+    if num_slots <= 4096:
+        return Config(32, 1, 8, triton.cdiv(num_slots, 256), num_warps=4, tiles=16, rows=1)
+    if num_slots <= 16384 and expert_block >= 256:
+        return Config(64, 1, 4, triton.cdiv(num_slots, 256), num_warps=4, tiles=16, rows=1)
+    steps = triton.cdiv(num_slots, 128 * MAX_BLOCKS)
+    blocks = triton.cdiv(num_slots, 128 * steps)
+    rows = 1 if expert_block >= 256 else 512 // expert_block  # 16 bytes a thread
+    return Config(128, steps, 1, blocks, num_warps=4, tiles=16, rows=rows)
+
+
+def one_launch_slots(expert_block: int) -> int:
+    """Slots up to which every program counts them all.
+
+    On an H200, a hash layer's router included, 128 tokens of top 6 and 384 experts take 4.5 us in
+    two launches and 5.8 in one; 8 tokens take 3.5 in one.
+    """
+    return 1024 if expert_block <= 256 else 64
 
 
 def choose_expert_block(num_local_experts: int) -> int:
     return max(32, triton.next_power_of_2(num_local_experts))
 
 
-def counts_at_once(expert_block: int, blocks: int) -> int:
-    """Blocks whose counts a program adds up at once: all, while they fit in its registers."""
-    if expert_block == 512:
-        return 16
-    return min(triton.next_power_of_2(blocks), 16384 // expert_block)
-
-
 def slots_at_once(num_slots: int) -> int:
-    """Slots that are counted at once: of few sizes, each of which is compiled."""
+    """Slots that one launch counts: of few sizes, each of which is compiled."""
     return next((size for size in (64, 128, 512) if num_slots <= size), 1024)
 
 
 def scratch_size(num_tokens: int, top_k: int, num_local_experts: int) -> int:
     """int32 elements of scratch that a layout needs, or one of fewer tokens; 0 for one launch."""
     num_slots = num_tokens * top_k
-    if num_slots <= ONE_LAUNCH_SLOTS:
+    if num_slots <= one_launch_slots(choose_expert_block(num_local_experts)):
         return 0
     return min(triton.cdiv(num_slots, 128), MAX_BLOCKS) * num_local_experts
 
@@ -89,20 +97,69 @@ def _load_map(map_ptr, map_size, MAP_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _to_local(experts, expert_map, NUM_LOCAL: tl.constexpr, MAP_BLOCK: tl.constexpr):
-    """int32 local experts of global ids, NUM_LOCAL where there is none."""
-    known = (experts >= 0) & (experts < MAP_BLOCK)
-    local = tl.gather(expert_map, tl.where(known, experts, 0).to(tl.int32), axis=0)
-    return tl.where(known & (local >= 0) & (local < NUM_LOCAL), local, NUM_LOCAL)
+def _load_ids(ids_ptr, slots, end, CACHE: tl.constexpr):
+    """Ids of slots below end, -1 beyond."""
+    return tl.load(ids_ptr + slots, mask=slots < end, other=-1, cache_modifier=CACHE)
 
 
 @triton.jit
-def _local_experts(
-    ids_ptr, expert_map, slots, end, NUM_LOCAL: tl.constexpr, MAP_BLOCK: tl.constexpr
+def _to_local(ids, map_ptr, expert_map, NUM_LOCAL: tl.constexpr, MAP_BLOCK: tl.constexpr):
+    """int32 local experts of global ids, -1 where there is none."""
+    if map_ptr is None:
+        local = tl.where((ids >= 0) & (ids < NUM_LOCAL), ids, -1).to(tl.int32)
+    else:
+        known = (ids >= 0) & (ids < MAP_BLOCK)
+        local = tl.gather(expert_map, tl.where(known, ids, 0).to(tl.int32), axis=0)
+        local = tl.where(known & (local >= 0) & (local < NUM_LOCAL), local, -1)
+    return local
+
+
+@triton.jit
+def _ranks(earlier_local, earlier_slots, local, slots):
+    """int32: before each of the slots, how many of the others have its expert."""
+    same = earlier_local[:, None] == local[None, :]
+    is_earlier = same & (earlier_slots[:, None] < slots[None, :])
+    return tl.sum(is_earlier.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _place(slot_to_row_ptr, row_to_slot_ptr, slots, end, local, rank, first_rows):
+    """Write each slot's row, the first of its expert plus its rank, and each row's slot."""
+    row = rank + tl.gather(first_rows, tl.maximum(local, 0), axis=0)
+    tl.store(slot_to_row_ptr + slots, tl.where(local >= 0, row, -1), mask=slots < end)
+    tl.store(row_to_slot_ptr + row, slots, mask=local >= 0)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _sum_counts(
+    block_counts_ptr,
+    blocks,
+    own_block,
+    NUM_LOCAL: tl.constexpr,
+    EXPERT_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """int32 local experts of slots below end, NUM_LOCAL where there is none."""
-    experts = tl.load(ids_ptr + slots, mask=slots < end, other=-1)
-    return _to_local(experts, expert_map, NUM_LOCAL, MAP_BLOCK)
+    """(EXPERT_BLOCK,) int32: counts of all blocks, and of those before own_block."""
+    experts = tl.arange(0, EXPERT_BLOCK)[None, :]
+    total = tl.zeros([ROWS, EXPERT_BLOCK], tl.int32)
+    before = tl.zeros([ROWS, EXPERT_BLOCK], tl.int32)
+    rows = tl.arange(0, ROWS)[:, None] + tl.zeros_like(total)
+    for first in range(0, blocks, UNROLL * ROWS):
+        for i in tl.static_range(UNROLL):
+            block = first + i * ROWS + rows
+            in_range = (block < blocks) & (experts < NUM_LOCAL)
+            offsets = block * NUM_LOCAL + experts
+            counts = tl.load(block_counts_ptr + offsets, mask=in_range, other=0)
+            total += counts
+            before += tl.where(block < own_block, counts, 0)
+    if ROWS == 1:
+        return total.reshape([EXPERT_BLOCK]), before.reshape([EXPERT_BLOCK])
+    return tl.reduce((total, before), 0, _add_pairs)
 
 
 @triton.jit(do_not_specialize=["num_slots", "map_size", "span"])
@@ -126,8 +183,9 @@ def _count_kernel(
     counts = tl.zeros([EXPERT_BLOCK], tl.int32)
     for first in range(block * span, end, AT_ONCE):
         slots = first + tl.arange(0, AT_ONCE)
-        local = _local_experts(ids_ptr, expert_map, slots, end, NUM_LOCAL, MAP_BLOCK)
-        counts += tl.histogram(local, EXPERT_BLOCK, mask=local < NUM_LOCAL)
+        ids = _load_ids(ids_ptr, slots, end, "")
+        local = _to_local(ids, map_ptr, expert_map, NUM_LOCAL, MAP_BLOCK)
+        counts += tl.histogram(local, EXPERT_BLOCK, mask=local >= 0)
     experts = tl.arange(0, EXPERT_BLOCK)
     tl.store(block_counts_ptr + block * NUM_LOCAL + experts, counts, mask=experts < NUM_LOCAL)
 
@@ -150,88 +208,87 @@ def _layout_kernel(
     NUM_LOCAL: tl.constexpr,
     EXPERT_BLOCK: tl.constexpr,
     MAP_BLOCK: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # slots of a block, or all in one launch
     STEP: tl.constexpr,
     PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     COUNTED: tl.constexpr,
+    SEVERAL_STEPS: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
     expert_map = _load_map(map_ptr, map_size, MAP_BLOCK)
-    wait_for_inputs(launch_pdl, not COUNTED)
+    if not COUNTED:
+        wait_for_inputs(launch_pdl)
     program = tl.program_id(0)
+    programs = blocks * PARTS
     experts = tl.arange(0, EXPERT_BLOCK)
     index = tl.arange(0, STEP)
-    programs = blocks * PARTS
-    own = program * steps * STEP
-    own_ids = tl.load(ids_ptr + own + index, mask=own + index < num_slots, other=-1)
-    if PARTS > 1:
-        # The block's slots before this program's.
-        others = program // PARTS * PARTS * STEP + tl.arange(0, PARTS * STEP)
-        earlier_ids = tl.load(ids_ptr + others, mask=others < own, other=-1)
-
-    # Phase 1: rows of each expert before this program's slots, and in all.
-    total = tl.zeros([EXPERT_BLOCK], tl.int32)
-    before = tl.zeros([EXPERT_BLOCK], tl.int32)
+    # Ids that are read before the wait come from L2, not from what this multiprocessor has kept.
+    CACHE: tl.constexpr = ".cg" if COUNTED else ""
+    end = tl.minimum((program + 1) * steps * STEP, num_slots)
+    slots = program * steps * STEP + index
+    ids = _load_ids(ids_ptr, slots, end, CACHE)
     if COUNTED:
-        for first in range(0, blocks, AT_ONCE):
-            block = first + tl.arange(0, AT_ONCE)[:, None]
-            counts = tl.load(
-                block_counts_ptr + block * NUM_LOCAL + experts[None, :],
-                mask=(block < blocks) & (experts[None, :] < NUM_LOCAL),
-                other=0,
-            )
-            total += tl.sum(counts, axis=0)
-            before += tl.sum(tl.where(block < program // PARTS, counts, 0), axis=0)
-    else:
-        for first in range(0, num_slots, AT_ONCE):
-            slots = first + tl.arange(0, AT_ONCE)
-            local = _local_experts(ids_ptr, expert_map, slots, num_slots, NUM_LOCAL, MAP_BLOCK)
-            total += tl.histogram(local, EXPERT_BLOCK, mask=local < NUM_LOCAL)
-            if (first < own) & (program < programs):
-                earlier = (local < NUM_LOCAL) & (slots < own)
-                before += tl.histogram(local, EXPERT_BLOCK, mask=earlier)
+        own_block = program // PARTS
+        local = tl.full([STEP], -1, tl.int32)
+        rank = tl.zeros([STEP], tl.int32)
+        # Phase 1: ranks in the block, while the counts are made. In a branch, or the compiler
+        # moves all of it past the wait.
+        if program < programs and not SEVERAL_STEPS:
+            others = own_block * PARTS * steps * STEP + tl.arange(0, AT_ONCE)
+            others_ids = _load_ids(ids_ptr, others, num_slots, CACHE)
+            local = _to_local(ids, map_ptr, expert_map, NUM_LOCAL, MAP_BLOCK)
+            others_local = _to_local(others_ids, map_ptr, expert_map, NUM_LOCAL, MAP_BLOCK)
+            rank = _ranks(others_local, others, local, slots)
 
-    # Phase 2: groups. Experts beyond NUM_LOCAL are empty and end where the last group ends.
+        # Phase 2: rows of each expert in all, and before this program's block.
+        wait_for_inputs(launch_pdl, releases=False)
+        total, before = _sum_counts(
+            block_counts_ptr, blocks, own_block, NUM_LOCAL, EXPERT_BLOCK, ROWS
+        )
+    else:
+        others = tl.arange(0, AT_ONCE)
+        others_ids = _load_ids(ids_ptr, others, num_slots, CACHE)
+        others_local = _to_local(others_ids, map_ptr, expert_map, NUM_LOCAL, MAP_BLOCK)
+        total = tl.histogram(others_local, EXPERT_BLOCK, mask=others_local >= 0)
+        before = tl.zeros([EXPERT_BLOCK], tl.int32)
+
+    # Phase 3: groups. Experts beyond NUM_LOCAL are empty and end where the last group ends.
     padded = (total + TILE - 1) // TILE * TILE
     ends = tl.cumsum(padded, axis=0)
     starts = ends - padded
+    if COUNTED and not SEVERAL_STEPS:
+        release_dependents(launch_pdl)
 
     if program < programs:
-        # Phase 3: rows of this program's slots.
-        running = starts + before
-        for step in range(0, steps):
-            slots = own + step * STEP + index
-            local = _to_local(own_ids, expert_map, NUM_LOCAL, MAP_BLOCK)
-            if step + 1 < steps:
-                following = slots + STEP
-                own_ids = tl.load(ids_ptr + following, mask=following < num_slots, other=-1)
-            is_local = local < NUM_LOCAL
-            # Summed along axis 0, which a thread mostly has to itself.
-            is_earlier = (local[:, None] == local[None, :]) & (index[:, None] < index[None, :])
-            rank = tl.sum(is_earlier.to(tl.int32), axis=0)
-            if PARTS > 1:
-                others_local = _to_local(earlier_ids, expert_map, NUM_LOCAL, MAP_BLOCK)
-                same = others_local[:, None] == local[None, :]
-                rank += tl.sum(same.to(tl.int32), axis=0)
-            row = rank + tl.gather(running, tl.where(is_local, local, 0), axis=0)
-            tl.store(slot_to_row_ptr + slots, tl.where(is_local, row, -1), mask=slots < num_slots)
-            tl.store(row_to_slot_ptr + row, slots, mask=is_local)
-            if step + 1 < steps:
-                running += tl.histogram(local, EXPERT_BLOCK, mask=is_local)
+        # Phase 4: rows of this program's slots.
+        rows = starts + before
+        if SEVERAL_STEPS:
+            for _ in range(0, steps):
+                local = _to_local(ids, map_ptr, expert_map, NUM_LOCAL, MAP_BLOCK)
+                ids = _load_ids(ids_ptr, slots + STEP, end, CACHE)
+                rank = _ranks(local, index, local, index)
+                _place(slot_to_row_ptr, row_to_slot_ptr, slots, end, local, rank, rows)
+                rows += tl.histogram(local, EXPERT_BLOCK, mask=local >= 0)
+                slots += STEP
+        else:
+            if not COUNTED:
+                local = _to_local(ids, map_ptr, expert_map, NUM_LOCAL, MAP_BLOCK)
+                rank = _ranks(others_local, others, local, slots)
+            _place(slot_to_row_ptr, row_to_slot_ptr, slots, end, local, rank, rows)
     else:
-        # Phase 4: the groups; tiles to experts; -1 to the rows that no slot has.
-        num_rows = tl.sum(padded, axis=0)
+        # Phase 5: the groups; tiles to experts; -1 to the rows that no slot has.
         if program == programs:
             tl.store(counts_ptr + experts, total, mask=experts < NUM_LOCAL)
-            tl.store(offsets_ptr + experts, starts, mask=experts < NUM_LOCAL)
-            tl.store(offsets_ptr + NUM_LOCAL, num_rows)
+            tl.store(offsets_ptr, 0)
+            tl.store(offsets_ptr + 1 + experts, ends, mask=experts < NUM_LOCAL)
         stride = (tl.num_programs(0) - programs) * TILES
         for first in range((program - programs) * TILES, num_tiles, stride):
             tiles = first + tl.arange(0, TILES)
-            is_live = tiles * TILE < num_rows
             expert = tl.sum((ends[:, None] <= tiles[None, :] * TILE).to(tl.int32), axis=0)
+            is_live = expert < EXPERT_BLOCK
             expert = tl.where(is_live, expert, 0)
             live_end = tl.where(is_live, tl.gather(starts + total, expert, axis=0), 0)
             in_layout = tiles < num_tiles
@@ -240,8 +297,6 @@ def _layout_kernel(
             is_padding = in_layout[:, None] & (rows >= live_end[:, None])
             nobody = tl.full([TILES, TILE], -1, tl.int32)
             tl.store(row_to_slot_ptr + rows, nobody, mask=is_padding)
-    if COUNTED:
-        release_dependents(launch_pdl)
 
 
 def make_layout(
@@ -317,26 +372,25 @@ def _launch(
         "launch_pdl": supports_pdl(ids),
         "num_warps": config.num_warps,
     }
-    if config.counted_before:
+    at_once = config.parts * config.step
+    if config.rows > 0:
         size = scratch_size(ids.shape[0], ids.shape[1], num_local_experts)
         if scratch is None:
             scratch = torch.empty(size, dtype=torch.int32, device=ids.device)
         assert scratch.dtype == torch.int32 and scratch.numel() >= size, (scratch.shape, size)
-        span = config.parts * config.steps * config.step
         _count_kernel[(config.blocks,)](
             ids,
             expert_map,
             scratch,
             num_slots,
             map_size,
-            span,
-            AT_ONCE=slots_at_once(span),
+            config.steps * at_once,
+            AT_ONCE=at_once,
             **common,
         )
-        at_once = counts_at_once(expert_block, config.blocks)
     else:
         at_once = slots_at_once(num_slots)
-    fillers = min(MAX_FILLERS, triton.cdiv(num_tiles, TILES))
+    fillers = min(MAX_FILLERS, triton.cdiv(num_tiles, config.tiles))
     _layout_kernel[(config.blocks * config.parts + fillers,)](
         ids,
         expert_map,
@@ -350,9 +404,11 @@ def _launch(
         AT_ONCE=at_once,
         STEP=config.step,
         PARTS=config.parts,
+        ROWS=config.rows,
         TILE=tile,
-        TILES=TILES,
-        COUNTED=config.counted_before,
+        TILES=config.tiles,
+        COUNTED=config.rows > 0,
+        SEVERAL_STEPS=config.steps > 1,
         **common,
     )
 
