@@ -41,13 +41,14 @@ class Config(NamedTuple):
 def choose_config(num_tokens: int, num_experts: int, selects: bool) -> Config:
     """One token per warp until the GPU is full of them; selects is False for hash alone.
 
-    On an H200, 8192 tokens of 256 and 384 experts: 1 token per warp 10.5 and 11.4 us, 2 tokens 8.9
-    and 11.9, 4 tokens 9.7 and 10.7; hash 4 tokens 2.9, 16 tokens 1.8.
+    On an H200, 8192 tokens of 256 and 384 experts: 1 token per warp 10.5 and 11.3 us, 2 tokens 8.9
+    and 11.8, 4 tokens 9.8 and 10.7, four warps of 1 token 8.4 and 10.9; 2048 tokens: 1 token 4.3
+    and 3.9, 2 tokens 3.6 and 5.0, four warps 3.3 and 4.0. Hash 4 tokens 2.9, 16 tokens 1.8.
     """
     if not selects:
         return Config(tokens=4 if num_tokens <= 1024 else 16, num_warps=1)
     if num_experts <= 256:
-        return Config(tokens=1 if num_tokens <= 1024 else 2, num_warps=1)
+        return Config(tokens=1, num_warps=1) if num_tokens <= 1024 else Config(4, num_warps=4)
     return Config(tokens=1 if num_tokens <= 4096 else 4, num_warps=1)
 
 
