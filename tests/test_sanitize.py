@@ -113,12 +113,18 @@ def report(*pairs: tuple[int, int, int]) -> str:
     return "\n".join(lines)
 
 
-OPCODES = {0x10: "UBLKCP.S.G", 0x20: "LDS.128", 0x30: "LDS.64", 0x40: "STS.128", 0x50: "LDS.U.64"}
+OPCODES = {0x10: "UBLKCP.S.G", 0x20: "LDS.128", 0x30: "LDS.64", 0x40: "STSM.16", 0x50: "LDS.U.64"}
+OPCODES |= {0x08: "STS", 0x60: "STS", 0x70: "STS.128", 0x80: "STS.128"}
+WEIGHTS = ((0x10, 0x20, 31 * 6), (0x10, 0x30, 4 * 6))
 REPORTS = {
     "the-other-lanes": (report((0x10, 0x20, 31 * 6), (0x10, 0x30, 4 * 6)), 0),
     "lane-0-as-well": (report((0x10, 0x20, 32 * 6), (0x10, 0x30, 4 * 6)), 2),
     "more-codes-than-scales": (report((0x10, 0x20, 31 * 6), (0x10, 0x30, 4 * 5)), 2),
     "another-write": (report((0x40, 0x20, 31)), 1),
+    "notes-and-factors": (report(*WEIGHTS, (0x70, 0x20, 5), (0x60, 0x30, 3)), 0),
+    "two-notes": (report(*WEIGHTS, (0x70, 0x20, 5), (0x80, 0x20, 5)), 2),
+    "a-table": (report(*WEIGHTS, (0x08, 0x30, 4)), 1),
+    "a-note-read-as-factors": (report(*WEIGHTS, (0x70, 0x30, 4)), 1),
     "another-read": (report((0x10, 0x50, 4)), 1),
     "an-unknown-address": (report((0x10, 0x99, 31)), 1),
     "too-many": (report((0x10, 0x20, 31 * 10**6), (0x10, 0x30, 4 * 10**6)), 1),
@@ -150,7 +156,7 @@ def test_kept_hazards_are_judged_again(tmp_path):
     assert len(path.read_text().splitlines()) < 30
     assert not sanitize.explain_again(path)
     kept = json.loads(path.read_text())["runs"][1]
-    assert kept["unexplained"] == [["Write at 0x40", "Read at 0x20", 7, ["STS.128", "LDS.128"]]]
+    assert kept["unexplained"] == [["Write at 0x40", "Read at 0x20", 7, ["STSM.16", "LDS.128"]]]
     assert kept["hazards"][0] == ["Write at 0x10", "Read at 0x20", 31, ["UBLKCP.S.G", "LDS.128"]]
 
 
