@@ -1,5 +1,6 @@
 """The sm_100a grouped GEMM in the PTX emulator, against the oracle on the quantised operands."""
 
+import math
 import os
 from typing import NamedTuple
 
@@ -218,7 +219,10 @@ def check_fc1(run_emulated, problem: Problem, limit: float | None, x_values=None
     same &= (block_scales == expected.block_scales.view(torch.uint8)).repeat_interleave(16, 1)
     print(f"{int((~same).sum())} of {same.numel()} codes are not the oracle's")
     if limit is None:
-        assert same.all()
+        # The sign of an infinity is a sum's, and where that cancels it is one of torch's order.
+        either = allowed(exact_fc1(problem, x, scales.fc1, HIDDEN, math.inf), gs, block_scales)
+        assert either.ambiguous[~same].all()
+        assert int((~same).sum()) <= 4 < int((~exact.isfinite()).sum())
         return
     # The kernel's sums are rounded once a K of 64: every code is one that this can give.
     mine = allowed(exact_fc1(problem, x, scales.fc1, HIDDEN // 64), gs, block_scales)
@@ -243,7 +247,11 @@ def unit_rows(rows: QuantizedRows) -> torch.Tensor:
 
 
 def exact_fc1(
-    problem: Problem, x: QuantizedRows, x_scale: torch.Tensor, roundings: int
+    problem: Problem,
+    x: QuantizedRows,
+    x_scale: torch.Tensor,
+    roundings: int,
+    limit: float = LIMIT,
 ) -> Interval:
     """Of the rows that exist; x_scale (1,) or (capacity,)."""
     x = unit_rows(x)
@@ -253,7 +261,7 @@ def exact_fc1(
         rows = problem.live & (problem.expert == expert)
         scale = x_scale if len(x_scale) == 1 else x_scale[rows]
         interval = fc1_interval(
-            x[rows], scale, problem.weights, expert, weight[rows], LIMIT, roundings
+            x[rows], scale, problem.weights, expert, weight[rows], limit, roundings
         )
         for bound, values in zip(bounds, interval, strict=True):
             bound[rows] = values
