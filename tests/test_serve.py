@@ -40,6 +40,9 @@ TESTS = Path(__file__).parent
 # 0.0006 at most when this was written, and log-probabilities were equal to the last bit.
 LAYER_TOLERANCE = 2.0**-8
 LOGPROB_TOLERANCE = 0.01
+# In another batch the CPU's bf16 products are summed in another order, and logits are bf16: one
+# step of those from 4 to 8.
+BATCH_TOLERANCE = 2.0**-5
 # Two ranks' parts of a layer are rounded to bf16 before they are added: 0.004 was the most.
 PARALLEL_TOLERANCE = 2.0**-7
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2")
@@ -201,7 +204,7 @@ def test_32_requests_at_once_are_answered(crowd):
     _, answers, _, alone, together = crowd
     assert [len(ids) for ids in answers] == [6] * 31
     assert alone[1] == together[1]
-    assert largest_difference(alone[0], together[0]) <= LOGPROB_TOLERANCE
+    assert largest_difference(alone[0], together[0]) <= BATCH_TOLERANCE
 
 
 def test_hash_layers_see_every_token_id_once_in_chunks_and_mixed_batches(crowd):
