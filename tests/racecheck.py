@@ -17,8 +17,8 @@ well, and any other pair of instructions is another matter: both are left unexpl
 
 Lane 0 also says that its warp is done with a tile's note and factors, which the weights' warp then
 writes again: one STS.128, read by LDS.128, and the STS that follow the bulk copies, read by LDS or
-LDS.64. All lanes read the same words there, so no count tells lane 0's reads
-from others': that the wait is there is shown by the emulator's planted faults.
+LDS.64. All lanes read the same words there, so no count tells lane 0's reads from others': that the
+wait is there is shown by the emulator's planted faults.
 """
 
 import math
