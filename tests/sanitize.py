@@ -2,8 +2,7 @@
 
     python tests/sanitize.py all [--out FILE] [--objects FOLDER]    everything below, as JSON
     CUTE_DSL_ARCH=sm_90a python tests/sanitize.py compile FOLDER    the GEMMs; needs no GPU
-    python tests/sanitize.py run {gemms,layer} FOLDER               what the tools watch
-    python tests/sanitize.py explain [--out FILE]                   judge kept hazards again
+    python tests/sanitize.py run {gemms,layer} FOLDER [CASE]        what the tools watch
 
 (with PYTHONPATH=.:kernels, from the repository's root).
 
@@ -11,10 +10,10 @@
 of no row, of one, and of a count in each size of tile_n and past the last; with as many blocks as
 the GPU has, which splits every tile, and with three, which leaves some whole. `layer`: router to
 combine, and the kernels that only W4A4 calls, at a few numbers of tokens. Both compare with the
-oracle. memcheck watches both, racecheck (shared memory) the GEMMs: `racecheck.py` says what it
-reports and why, and only what that does not explain fails. Kernels are compiled before:
-the tools slow a compiler down a hundredfold. Each tensor is an allocation of its own, so that
-memcheck knows where it ends.
+oracle. memcheck watches both; racecheck (shared memory) watches the GEMMs in a variant that it can
+follow, see `racecheck.py`. Whatever a tool reports fails. Kernels are compiled before: the tools
+slow a compiler down a hundredfold. Each tensor is an allocation of its own, so that memcheck knows
+where it ends.
 """
 
 import argparse
@@ -26,8 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ FEW_BLOCKS = 3
 LONGEST = 300  # seconds of a check
 # memcheck would also list each driver function that this driver lacks.
 OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
+# Folders of objects: the kernels that serve, and those that racecheck follows.
+SERVED, FOLLOWED = "served", "followed"
 SUMMARY = re.compile(
     r"========= (?:ERROR SUMMARY: (?P<errors>\d+) error"
     r"|RACECHECK SUMMARY: (?P<hazards>\d+) hazards? displayed)"
@@ -119,10 +122,20 @@ def gemm_of(case: Case) -> sm90.Gemm:
     return sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"]
 
 
-def kernels() -> dict:
-    """Key -> compile function of everything that `run` launches."""
-    gemms = [*sm90.all_gemms(LAYER), *map(gemm_of, cases())]
-    return {repr(gemm): lambda gemm=gemm: sm90.compile_gemm(gemm, ARCH) for gemm in gemms}
+def kernels() -> dict[str, dict[str, Callable]]:
+    """By folder: key -> compile function of everything that `run` launches."""
+    followed = [*map(gemm_of, cases())]
+    served = [*sm90.all_gemms(LAYER), *followed]
+    return {
+        SERVED: {repr(gemm): partial(sm90.compile_gemm, gemm, ARCH) for gemm in served},
+        FOLLOWED: {repr(gemm): partial(racecheck.compile_gemm, gemm, ARCH) for gemm in followed},
+    }
+
+
+def write_kernels(folder: Path) -> int:
+    """Compile all and write them; returns their number."""
+    found = kernels().items()
+    return sum(len(compiled.write_objects(folder / name, ARCH, each)) for name, each in found)
 
 
 def run_gemms(chosen: list[Case], device: str, block_counts: tuple[int, ...]) -> None:
@@ -227,62 +240,47 @@ def watched(command: list[str]) -> tuple[str, float]:
 class Check(NamedTuple):
     tool: str
     work: str
-    case: str | None = None  # racecheck counts to a limit: one process a case
+    case: str | None = None  # so that several run at a time
 
 
 def checks() -> list[Check]:
-    races = [Check("racecheck", "gemms", f"{case.name} {case.op}") for case in cases()]
+    races = [Check("racecheck", "gemms", case.title) for case in cases()]
     return [Check("memcheck", "gemms"), Check("memcheck", "layer"), *races]
 
 
-def run_check(check: Check, objects: Path, files: dict[str, Path]) -> dict:
-    """One tool over one program: what ran, what was found, and what of it is unexplained.
-
-    files: each case's object, by its title.
-    """
+def run_check(check: Check, objects: Path) -> dict:
+    """One tool over one program: what ran and what was found."""
     tool, work, case = check
-    program = [sys.executable, __file__, "run", work, str(objects), *([case] if case else [])]
+    folder = objects / (FOLLOWED if tool == "racecheck" else SERVED)
+    program = [sys.executable, __file__, "run", work, str(folder), *([case] if case else [])]
     output, seconds = watched([sanitizer(), "--tool", tool, *OPTIONS[tool], *program])
     count = findings(tool, output)
+    print(f"{' '.join(filter(None, check))}: {count} found, {seconds:.0f} s", flush=True)
     lines = output.splitlines()
     report = [line for line in lines if line.startswith("=========")]
-    result: dict = {
+    return {
         **check._asdict(),
         "seconds": round(seconds, 1),
         "ran": [line for line in lines if " blocks: " in line or " tokens: " in line],
         "findings": count,
-        "unexplained": report[:400] if count else [],
+        "report": report[:400] if count else [],
     }
-    if case and count:
-        found = racecheck.hazards(output, opcodes(files[case]))
-        assert found, f"hazards that cannot be read: {report[:20]}"
-        result |= {"hazards": found, "unexplained": racecheck.unexplained(found)}
-    counted = f"{count} found, {len(result['unexplained'])} unexplained"
-    print(f"{' '.join(filter(None, check))}: {counted}, {seconds:.0f} s", flush=True)
-    return result
-
-
-def opcodes(object_file: Path) -> dict[int, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        return racecheck.opcodes_of(object_file, Path(folder))
 
 
 def check_all(out: Path, objects: Path, commit: str) -> bool:
-    """Run every check, several at a time; whether all ended and nothing is unexplained.
+    """Run every check, several at a time; whether all ended and nothing was found.
 
     The JSON is written after each, so that a run that is cut short keeps what it showed.
     """
     program = [sys.executable, __file__]
-    if not (objects / compiled.MANIFEST).is_file():
+    if not (objects / FOLLOWED / compiled.MANIFEST).is_file():
         watched([*program, "compile", str(objects)])
     version = watched([sanitizer(), "--version"])[0].strip().splitlines()[-1]
     for work in ("gemms", "layer"):  # right without a tool, and Triton's kernels are compiled now
-        watched([*program, "run", work, str(objects)])
-    names = json.loads((objects / compiled.MANIFEST).read_text())["objects"]
-    files = {case.title: objects / names[repr(gemm_of(case))] for case in cases()}
+        watched([*program, "run", work, str(objects / SERVED)])
     facts = {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__}
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
-        pending = {pool.submit(run_check, check, objects, files): check for check in checks()}
+        pending = {pool.submit(run_check, check, objects): check for check in checks()}
         return keep(pending, facts | {"sanitizer": version}, out)
 
 
@@ -298,36 +296,13 @@ def keep(pending: dict[Future, Check], facts: dict, out: Path) -> bool:
             print(f"{' '.join(filter(None, outran[-1]))}: not ended in {LONGEST} s", flush=True)
         ended = [runs[check] for check in pending.values() if check in runs]
         names = sorted(" ".join(filter(None, check)) for check in outran)
-        out.write_text(json_text(facts | {"outran": names, "runs": ended}))
-    return not outran and not any(run["unexplained"] for run in runs.values())
-
-
-def explain_again(path: Path) -> bool:
-    """Judge kept hazards by `racecheck.py` as it is now; whether nothing is unexplained."""
-    results = json.loads(path.read_text())
-    for run in results["runs"]:
-        if "hazards" in run:
-            kept = [racecheck.Hazard(*fields) for fields in run["hazards"]]
-            run["unexplained"] = racecheck.unexplained(kept)
-            print(f"{run['case']}: {len(kept)} kinds of hazard", end=", ")
-            print(f"{len(run['unexplained'])} unexplained")
-    path.write_text(json_text(results))
-    return not any(run["unexplained"] for run in results["runs"])
-
-
-def json_text(results: dict) -> str:
-    """One line a hazard."""
-    text = json.dumps(results, indent=1)
-    return re.sub(r"\[\s+(\"[^\]]*?\[[^\]]*?\])\s+\]", _one_line, text) + "\n"
-
-
-def _one_line(match: re.Match) -> str:
-    return "[" + re.sub(r"\s*\n\s*", " ", match[1]) + "]"
+        out.write_text(json.dumps(facts | {"outran": names, "runs": ended}, indent=1) + "\n")
+    return not outran and not any(run["findings"] for run in runs.values())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("all", "compile", "run", "explain"))
+    parser.add_argument("what", choices=("all", "compile", "run"))
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--out", type=Path, default=ROOT / "kernels/bench/results/sanitize.json")
     parser.add_argument("--objects", type=Path, help="compiled kernels, or where they go")
@@ -335,7 +310,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.what == "compile":
         assert os.environ.get("CUTE_DSL_ARCH") == ARCH, "CuTe DSL reads it when it is imported"
-        print(len(compiled.write_objects(Path(args.rest[0]), ARCH, kernels())), "kernels")
+        print(write_kernels(Path(args.rest[0])), "kernels")
     elif args.what == "run":
         compiled.load_objects(Path(args.rest[1]), ARCH)
         if args.rest[0] == "gemms":
@@ -345,8 +320,6 @@ def main() -> int:
             run_gemms(chosen, "cuda", (num_sms, FEW_BLOCKS))
         else:
             run_layer(LAYER_TOKENS, "cuda")
-    elif args.what == "explain":
-        return 0 if explain_again(args.out) else 1
     else:
         objects = args.objects or Path(tempfile.mkdtemp(prefix="sanitize_"))
         return 0 if check_all(args.out, objects, args.commit or checkout_commit()) else 1
