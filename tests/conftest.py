@@ -15,6 +15,16 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture
+def keep_sm90_table():
+    """Puts sm90's table of configs back after the test."""
+    from dsv4_kernels import grouped_gemm_sm90
+
+    before = grouped_gemm_sm90.table_in_use()
+    yield
+    grouped_gemm_sm90.use_table(before)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-results", metavar="FILE", help="write outcomes, GPU and commit as JSON")
     parser.addoption(

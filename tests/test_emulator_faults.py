@@ -334,18 +334,14 @@ def test_faults_in_the_sm90_kernel(monkeypatch):
     check_all(sm90_kernel(monkeypatch, problem, ORDERS + MORE_ORDERS), SM90_FAULTS)
 
 
-def test_faults_in_the_sm90_kernel_of_a_cluster(monkeypatch):
+def test_faults_in_the_sm90_kernel_of_a_cluster(monkeypatch, keep_sm90_table):
     problem = sm90_problems.Problem("faults", 75, 4, 1, 384, 320, counts=(33, 0, 41, 1))
-    before = grouped_gemm_sm90.table_in_use()
     config = Sm90Config(1, 2, (16, 32, 48), 64, cluster=2)
     grouped_gemm_sm90.use_table(every_call(problem.shape, config))
-    try:
-        kernel = sm90_kernel(monkeypatch, problem, ORDERS + MORE_ORDERS, num_sms=4)
-        check_all(kernel, SM90_CLUSTER_FAULTS)
-        starved = kernel._replace(orders=[("starved", FIRST_WARP_OF_THE_SECOND)])
-        check_all(starved, SM90_CLUSTER_STARVED_FAULTS)
-    finally:
-        grouped_gemm_sm90.use_table(before)
+    kernel = sm90_kernel(monkeypatch, problem, ORDERS + MORE_ORDERS, num_sms=4)
+    check_all(kernel, SM90_CLUSTER_FAULTS)
+    starved = kernel._replace(orders=[("starved", FIRST_WARP_OF_THE_SECOND)])
+    check_all(starved, SM90_CLUSTER_STARVED_FAULTS)
 
 
 def test_faults_under_starved_lanes_of_the_sm90_kernel(monkeypatch):

@@ -66,15 +66,13 @@ TILES = {
 
 
 @pytest.fixture
-def use_config(emulation):
+def use_config(emulation, keep_sm90_table):
     """Runs both GEMMs of a problem by a config, whatever its rows."""
-    before = grouped_gemm_sm90.table_in_use()
 
     def use(problem: Problem, config: Sm90Config) -> None:
         grouped_gemm_sm90.use_table(every_call(problem.shape, config))
 
-    yield use
-    grouped_gemm_sm90.use_table(before)
+    return use
 
 
 @pytest.mark.parametrize("op", ["fc1", "fc2"])

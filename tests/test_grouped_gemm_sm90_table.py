@@ -48,11 +48,8 @@ TABLE = table_of([ENTRY])
 
 
 @pytest.fixture
-def given_table():
-    before = sm90.table_in_use()
+def given_table(keep_sm90_table):
     sm90.use_table(TABLE)
-    yield
-    sm90.use_table(before)
 
 
 def tokens(rows: float) -> int:
@@ -206,7 +203,7 @@ def test_a_kernel_fits_and_spills_nothing(gemm, tmp_path):
 
 
 @pytest.mark.parametrize("gemm", KERNELS.values(), ids=KERNELS)
-def test_a_kernel_is_right_in_the_emulator(gemm, monkeypatch):
+def test_a_kernel_is_right_in_the_emulator(gemm, monkeypatch, keep_sm90_table):
     """For an expert of no row, of one, and of one more than its largest tile."""
     monkeypatch.setattr(sm90, "launch", Emulation().launch)
     monkeypatch.setattr(sm90, "num_sms", sm90.num_sms)
@@ -214,11 +211,7 @@ def test_a_kernel_is_right_in_the_emulator(gemm, monkeypatch):
     sizes = sanitize.SIZES[gemm.op]
     problem = Problem("shipped", sum(counts), len(counts), 1, *sizes, limit=10.0, counts=counts)
     config = LayerConfig(gemm.gather, gemm.config, gemm.config)
-    before = sm90.table_in_use()
-    try:
-        sanitize.run_gemms([sanitize.Case("shipped", gemm.op, config, problem)], "cpu", (3,))
-    finally:
-        sm90.use_table(before)
+    sanitize.run_gemms([sanitize.Case("shipped", gemm.op, config, problem)], "cpu", (3,))
 
 
 # Of arithmetic's kernels for Pro (EP8, TP8), Flash and Flash 4.1, those that spill.

@@ -16,11 +16,8 @@ CASES = sanitize.cases()
 
 
 @pytest.fixture(autouse=True)
-def as_before():
-    table, num_sms = sm90.table_in_use(), sm90.num_sms
-    yield
-    sm90.use_table(table)
-    sm90.num_sms = num_sms
+def as_before(monkeypatch, keep_sm90_table):
+    monkeypatch.setattr(sm90, "num_sms", sm90.num_sms)
 
 
 @pytest.fixture
