@@ -76,8 +76,8 @@ def test_rows_in_place_equal_the_oracle(K, policy):
 
 @pytest.mark.parametrize("policy", ["own", "layer"])
 def test_rows_of_more_blocks_than_are_loaded_at_once(policy):
-    x = random_rows(4, 2080)
-    assert choose_config(130, len(x)).blocks < 130
+    x = random_rows(4, 4128)
+    assert choose_config(258, len(x)).blocks < 258
     check_in_place(x, GLOBAL_SCALES[policy])
 
 

@@ -3,13 +3,12 @@
     block scale = e4m3(max|block| / 6 / gs)          16 values, gs the global scale
     code        = e2m1(x / (block scale * gs))       both to nearest even; a zero scale: zero codes
 
-gs comes per layer or per expert, or is the row's own, max|row| / 2688 (`token`), for which the
-program reads its row twice, from L1 the second time. A program quantises one token once, a block of
-16 a thread, and writes it to the row of each of its local slots: only tokens that have rows are
-read. Codes and scales equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as
-on any GPU. Rows of finite numbers whose block scales are neither zero nor clipped are plain: few
-instructions a value are enough (`_quantize_plain`). Others are quantised once more
-(`_quantize_any`).
+gs comes per layer or per expert, or is the row's own, max|row| / 2688 (`token`). A program reads
+one token's row into registers, a block of 16 a thread in every chunk, quantises it once, and writes
+it to the row of each of its local slots: only tokens that have rows are read. Codes and scales
+equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as on any GPU. Rows of
+finite numbers whose block scales are neither zero nor clipped are plain: few instructions a value
+are enough (`_quantize_plain`). Others are quantised once more (`_quantize_any`).
 
 Block scales are written row-major, or as the 128x4 blocks that tcgen05 reads: the scale of row r
 and block c is at byte ((r // 128) * ceil(K / 64) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4
@@ -34,7 +33,7 @@ _PER_EXPERT, _PER_ROW, _OWN = tl.constexpr(PER_EXPERT), tl.constexpr(PER_ROW), t
 # Where block scales are written: as rows, swizzled, or to the scratch, as rows of tokens.
 ROWS, SWIZZLED, TOKENS = 0, 1, 2
 _SWIZZLED, _TOKENS = tl.constexpr(SWIZZLED), tl.constexpr(TOKENS)
-WORDS_AT_ONCE = 16  # of four swizzled scales
+SWIZZLE_GROUPS = 4  # of 16 columns of scales, in a program
 # Of float32 as an integer: infinity (NaN is above), the sign, and the bits that bf16 has.
 _INF, _SIGN, _BF16 = tl.constexpr(0x7F800000), tl.constexpr(-0x80000000), tl.constexpr(-0x10000)
 # The global scales of plain rows are from 2^-32 to 2^32.
@@ -48,14 +47,15 @@ class Config(NamedTuple):
 
 
 def choose_config(scale_columns: int, num_tokens: int) -> Config:
-    """Of many tokens 64 blocks at once, of which 4096, 5120 and 7168 columns are multiples.
+    """Few tokens: few blocks a thread. Many: few registers, in up to eight chunks.
 
-    On an H200, 7168 columns, 6 slots, layer scale, swizzled. 8192 tokens, all experts local: 100 us
-    in two launches and 244 in one; one expert in eight local: 36 and 35, and with 128 blocks at
-    once 39. 128 tokens, one in eight local: 4.4 us with 64 blocks, 3.4 with 128.
+    us on an H200, 7168 columns, 6 slots, layer scale, row-major, of 64, 128 and 256 blocks at once,
+    a thread each. 8192 tokens, all experts local: 84.0, 84.2, 86.4; one in eight local: 30.0, 28.9,
+    35.4. 512 tokens, one in eight local: 5.9, 4.9, 4.1; 128 tokens: 3.6, 3.0, 2.8.
     """
     many = num_tokens >= 1024
-    blocks = min(64 if many else 128, triton.next_power_of_2(scale_columns))
+    blocks = max(128 if many else 256, triton.next_power_of_2(triton.cdiv(scale_columns, 8)))
+    blocks = min(blocks, triton.next_power_of_2(scale_columns))
     return Config(blocks, num_warps=max(1, blocks // 32), swizzles=many)
 
 
@@ -90,28 +90,16 @@ def _load_blocks(row_ptr, block, NUM_BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _without_signs(word):
-    """Both columns shifted left past the sign, where they compare as unsigned integers.
-
-    An even column is still under the odd one, where it decides only between equals.
-    """
-    word = word.to(tl.uint32, bitcast=True)
-    return word << 17, word << 1
-
-
-@triton.jit
-def _larger_bits(even, odd):
-    return (tl.maximum(even, odd & 0xFFFE0000) >> 1).to(tl.int32, bitcast=True)
-
-
-@triton.jit
 def _largest_bits(words):
-    """The largest magnitude of every block as float32 bits; of NaN, bits above infinity's."""
-    even, odd = _without_signs(words[0])
-    for i in tl.static_range(1, 8):
-        next_even, next_odd = _without_signs(words[i])
-        even, odd = tl.maximum(even, next_even), tl.maximum(odd, next_odd)
-    return _larger_bits(even, odd)
+    """The largest magnitude of every block as float32 bits; of NaN, bits above infinity's.
+
+    Magnitudes of bf16 compare as integers: two words at once, where a GPU has that.
+    """
+    largest = tl.zeros(words[0].shape, tl.uint16)
+    for i in tl.static_range(8):
+        pair = words[i] & 0x7FFF7FFF
+        largest = tl.maximum(tl.maximum(largest, pair.to(tl.uint16)), (pair >> 16).to(tl.uint16))
+    return largest.to(tl.int32) << 16
 
 
 @triton.jit
@@ -196,12 +184,13 @@ def _sixteen_codes(words, inverse, rest):
 
 
 @triton.jit
-def _quantize_plain(words, gs, gs_inverse):
+def _quantize_plain(words, largest, gs, gs_inverse):
     """Blocks -> codes, scales' bits, and whether they are right: the block is plain.
 
-    gs is from _LEAST_GS to _MOST_GS, gs_inverse its inverse, correctly rounded.
+    largest is the words' _largest_bits. gs is from _LEAST_GS to _MOST_GS, gs_inverse its inverse,
+    correctly rounded.
     """
-    amax = _largest_bits(words).to(tl.float32, bitcast=True)
+    amax = largest.to(tl.float32, bitcast=True)
     # Both quotients are IEEE's: amax times both parts of 1 / 6; that by gs, corrected once by its
     # exact remainder (Markstein).
     sixth = tl.fma(amax, 0.16666667163372039794921875, amax * -4.967053731282552e-09)
@@ -247,19 +236,14 @@ def _quantize_any(words, gs):
 
 
 @triton.jit
-def _own_scale(row_ptr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr):
-    """max|row| / 2688; NaN counts as 0."""
-    words = tl.arange(0, BLOCKS * 8)
-    even = tl.zeros([BLOCKS * 8], tl.uint32)
-    odd = tl.zeros([BLOCKS * 8], tl.uint32)
-    for chunk in tl.static_range(CHUNKS):
-        exists = chunk * BLOCKS * 8 + words < NUM_BLOCKS * 8
-        word = tl.load(row_ptr + chunk * BLOCKS * 8 + words, mask=exists, other=0)
-        next_even, next_odd = _without_signs(word)
-        even, odd = tl.maximum(even, next_even), tl.maximum(odd, next_odd)
-    largest = tl.max(_larger_bits(even, odd), axis=0)
-    amax = largest.to(tl.float32, bitcast=True)
-    if largest > _INF:
+def _own_scale(row_ptr, largest, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
+    """max|row| / 2688, of the _largest_bits of its chunks; NaN counts as 0."""
+    of_row = largest[0]
+    for i in tl.static_range(1, len(largest)):
+        of_row = tl.maximum(of_row, largest[i])
+    of_row = tl.max(of_row, axis=0)
+    amax = of_row.to(tl.float32, bitcast=True)
+    if of_row > _INF:
         numbers = tl.zeros([BLOCKS], tl.float32)
         for first in range(0, NUM_BLOCKS, BLOCKS):
             blocks = _load_blocks(row_ptr, first + tl.arange(0, BLOCKS), NUM_BLOCKS)
@@ -270,19 +254,60 @@ def _own_scale(row_ptr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: 
 
 
 @triton.jit
-def _store_scales(scales_ptr, row, block, scales, SCALE_COLUMNS: tl.constexpr, ORDER: tl.constexpr):
-    if ORDER == _SWIZZLED:
-        place = (row // 128) * (SCALE_COLUMNS * 128) + row % 32 * 16 + row % 128 // 32 * 4
-        place = place + block // 4 * 512 + block % 4
-    else:
-        place = row * SCALE_COLUMNS + block
-    tl.store(scales_ptr + place, scales.to(tl.uint8), mask=block < SCALE_COLUMNS)
+def _plain_row(words, largest, gs, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
+    """A row's chunks -> their codes, their scales' bits, and whether they are right."""
+    gs_inverse = tl.div_rn(1.0, gs)
+    exceptions = tl.zeros([BLOCKS], tl.int32)
+    codes = ()
+    scales = ()
+    for i in tl.static_range(len(words)):
+        chunk_codes, chunk_scales, plain = _quantize_plain(words[i], largest[i], gs, gs_inverse)
+        block = i * BLOCKS + tl.arange(0, BLOCKS)
+        exceptions = tl.where(plain | (block >= NUM_BLOCKS), exceptions, 1)
+        codes = codes + (chunk_codes,)
+        scales = scales + (chunk_scales,)
+    is_plain = tl.max(exceptions, axis=0) == 0
+    return codes, scales, is_plain & (gs >= _LEAST_GS) & (gs <= _MOST_GS)
 
 
 @triton.jit
-def _store_codes(codes_ptr, row, block, codes, NUM_BLOCKS: tl.constexpr):
-    place = row * NUM_BLOCKS + block
-    tl.store(codes_ptr + place, codes, mask=block < NUM_BLOCKS, cache_modifier=".cs")
+def _any_row(row_ptr, gs, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr):
+    """A row -> its chunks' codes, their scales' bits, and how many blocks are saturated."""
+    codes = ()
+    scales = ()
+    for _ in tl.static_range(CHUNKS):
+        codes = codes + (tl.zeros([BLOCKS], tl.int64),)
+        scales = scales + (tl.zeros([BLOCKS], tl.int32),)
+    num_saturated = tl.zeros([BLOCKS], tl.int32)
+    for chunk in range(CHUNKS):  # not unrolled: rows are seldom quantised here
+        words = _load_blocks(row_ptr, chunk * BLOCKS + tl.arange(0, BLOCKS), NUM_BLOCKS)
+        chunk_codes, chunk_scales, saturated = _quantize_any(words, gs)
+        codes = codes[1:] + (chunk_codes,)
+        scales = scales[1:] + (chunk_scales,)
+        num_saturated += saturated
+    return codes, scales, tl.sum(num_saturated, axis=0)
+
+
+@triton.jit
+def _store_codes(codes_ptr, row, codes, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
+    for i in tl.static_range(len(codes)):
+        block = i * BLOCKS + tl.arange(0, BLOCKS)
+        place = codes_ptr + row * NUM_BLOCKS + block
+        tl.store(place, codes[i], mask=block < NUM_BLOCKS, cache_modifier=".cs")
+
+
+@triton.jit
+def _store_scales(
+    scales_ptr, row, scales, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr
+):
+    for i in tl.static_range(len(scales)):
+        block = i * BLOCKS + tl.arange(0, BLOCKS)
+        if ORDER == _SWIZZLED:
+            place = (row // 128) * (COLUMNS * 128) + row % 32 * 16 + row % 128 // 32 * 4
+            place = place + block // 4 * 512 + block % 4
+        else:
+            place = row * COLUMNS + block
+        tl.store(scales_ptr + place, scales[i].to(tl.uint8), mask=block < COLUMNS)
 
 
 @triton.jit
@@ -304,91 +329,65 @@ def _quantize_kernel(
     CHUNKS: tl.constexpr,  # of so many blocks, in a row of block scales
     POLICY: tl.constexpr,
     ORDER: tl.constexpr,
-    HAS_LAYOUT: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
-    COUNTS_SATURATED: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
     wait_for_inputs(launch_pdl)
     token = tl.program_id(0).to(tl.int64)
+    row_ptr = x_ptr + token * (NUM_BLOCKS * 8)
 
-    # Phase 1: the rows to write; none, and the token is not read.
-    rows = ()
-    num_rows = tl.zeros([], tl.int32)
-    for slot in tl.static_range(TOP_K):
-        row = token
-        if HAS_LAYOUT:
-            row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
-        elif HAS_LIVE:
-            row = tl.where(tl.load(live_ptr + token) >= 0, token, -1)
-        rows = rows + (row,)
-        num_rows += (row >= 0).to(tl.int32)
+    # Phase 1: how many rows to write; none, and the token is not read.
+    num_rows = 1
+    if slot_to_row_ptr is not None:
+        num_rows = 0
+        for i in tl.static_range(TOP_K):
+            num_rows += (tl.load(slot_to_row_ptr + token * TOP_K + i) >= 0).to(tl.int32)
+    elif live_ptr is not None:
+        num_rows = (tl.load(live_ptr + token) >= 0).to(tl.int32)
     if num_rows > 0:
-        # Phase 2: the global scale, where it is the layer's or the row's.
-        row_ptr = x_ptr + token * (NUM_BLOCKS * 8)
-        if POLICY == _OWN:
-            gs = _own_scale(row_ptr, NUM_BLOCKS, BLOCKS, CHUNKS)
-            for slot in tl.static_range(TOP_K):
-                if rows[slot] >= 0:
-                    tl.store(gs_out_ptr + rows[slot], gs)
-        elif POLICY == _PER_ROW:
-            gs = tl.load(gs_in_ptr + token)
-        elif POLICY != _PER_EXPERT:
-            gs = tl.load(gs_in_ptr)
-
-        # Phase 3: quantise as if the row were plain, and write.
-        is_plain = POLICY != _PER_EXPERT
+        # Phase 2: load all of the row, unless every slot quantises it by a scale of its own.
+        num_saturated = tl.zeros([], tl.int32)
         if POLICY != _PER_EXPERT:
-            gs_inverse = tl.div_rn(1.0, gs)
-            exceptions = tl.zeros([BLOCKS], tl.int32)
-            block = tl.arange(0, BLOCKS)
-            words = _load_blocks(row_ptr, block, NUM_BLOCKS)
-            for _ in range(CHUNKS):
-                # Loaded while the blocks before are quantised.
-                following = _load_blocks(row_ptr, block + BLOCKS, NUM_BLOCKS)
-                codes, scales, plain = _quantize_plain(words, gs, gs_inverse)
-                exceptions = tl.where(plain | (block >= NUM_BLOCKS), exceptions, 1)
-                if ORDER == _TOKENS:
-                    _store_scales(scales_ptr, token, block, scales, SCALE_COLUMNS, ORDER)
-                for slot in tl.static_range(TOP_K):
-                    if rows[slot] >= 0:
-                        _store_codes(codes_ptr, rows[slot], block, codes, NUM_BLOCKS)
-                        if ORDER != _TOKENS:
-                            _store_scales(
-                                scales_ptr, rows[slot], block, scales, SCALE_COLUMNS, ORDER
-                            )
-                words = following
-                block += BLOCKS
-            is_plain = tl.max(exceptions, axis=0) == 0
-            is_plain = is_plain & (gs >= _LEAST_GS) & (gs <= _MOST_GS)
+            words = ()
+            largest = ()
+            for i in tl.static_range(CHUNKS):
+                block = i * BLOCKS + tl.arange(0, BLOCKS)
+                words = words + (_load_blocks(row_ptr, block, NUM_BLOCKS),)
+            for i in tl.static_range(CHUNKS):
+                largest = largest + (_largest_bits(words[i]),)
 
-        # Phase 4: if it is not, quantise again and write over it.
-        if not is_plain:
-            num_saturated = tl.zeros([BLOCKS], tl.int32)
-            for chunk in range(CHUNKS):
-                block = chunk * BLOCKS + tl.arange(0, BLOCKS)
-                words = _load_blocks(row_ptr, block, NUM_BLOCKS)
-                if POLICY != _PER_EXPERT:
-                    codes, scales, saturated = _quantize_any(words, gs)
-                    num_saturated += num_rows * saturated
-                if ORDER == _TOKENS:
-                    _store_scales(scales_ptr, token, block, scales, SCALE_COLUMNS, ORDER)
-                for slot in tl.static_range(TOP_K):
-                    row = rows[slot]
-                    if row >= 0:
-                        if POLICY == _PER_EXPERT:
-                            expert = tl.load(tile_to_expert_ptr + row // TILE)
-                            codes, scales, saturated = _quantize_any(
-                                words, tl.load(gs_in_ptr + expert)
-                            )
-                            num_saturated += saturated
-                        _store_codes(codes_ptr, row, block, codes, NUM_BLOCKS)
-                        if ORDER != _TOKENS:
-                            _store_scales(scales_ptr, row, block, scales, SCALE_COLUMNS, ORDER)
-            if COUNTS_SATURATED:
-                count = tl.sum(num_saturated, axis=0)
-                if count > 0:
-                    tl.atomic_add(saturated_ptr, count.to(tl.int64), sem="relaxed")
+            # Phase 3: quantise as if the row were plain; if it is not, once more.
+            if POLICY == _OWN:
+                gs = _own_scale(row_ptr, largest, NUM_BLOCKS, BLOCKS)
+            elif POLICY == _PER_ROW:
+                gs = tl.load(gs_in_ptr + token)
+            else:
+                gs = tl.load(gs_in_ptr)
+            codes, scales, is_plain = _plain_row(words, largest, gs, NUM_BLOCKS, BLOCKS)
+            if not is_plain:
+                codes, scales, saturated = _any_row(row_ptr, gs, NUM_BLOCKS, BLOCKS, CHUNKS)
+                num_saturated = saturated * num_rows
+            if ORDER == _TOKENS:
+                _store_scales(scales_ptr, token, scales, SCALE_COLUMNS, BLOCKS, ORDER)
+
+        # Phase 4: write, one row after the other: chunk after chunk took 7 % longer on an H200.
+        for slot in range(TOP_K):
+            row = token
+            if slot_to_row_ptr is not None:
+                row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
+            if row >= 0:
+                if POLICY == _PER_EXPERT:
+                    expert = tl.load(tile_to_expert_ptr + row // TILE)
+                    gs = tl.load(gs_in_ptr + expert)
+                    codes, scales, saturated = _any_row(row_ptr, gs, NUM_BLOCKS, BLOCKS, CHUNKS)
+                    num_saturated += saturated
+                elif POLICY == _OWN:
+                    tl.store(gs_out_ptr + row, gs)
+                _store_codes(codes_ptr, row, codes, NUM_BLOCKS, BLOCKS)
+                if ORDER != _TOKENS:
+                    _store_scales(scales_ptr, row, scales, SCALE_COLUMNS, BLOCKS, ORDER)
+        if saturated_ptr is not None:
+            if num_saturated > 0:
+                tl.atomic_add(saturated_ptr, num_saturated.to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -399,27 +398,60 @@ def _swizzle_kernel(
     num_rows,
     TOP_K: tl.constexpr,
     WORDS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # of words, at once
+    GROUPS: tl.constexpr,  # of four words, in a program
     HAS_LAYOUT: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
-    """128x4 blocks of the scales of 128 rows; those of rows that no slot has are left."""
-    wait_for_inputs(launch_pdl)
-    tile = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, 128)  # of a word in a 128x4 block
-    row = tile * 128 + place % 4 * 32 + place // 4
-    slot = tl.load(row_to_slot_ptr + row, mask=row < num_rows, other=-1)
-    if tl.max(slot, axis=0) >= 0:
-        token = row
+    """128x4 blocks of the scales of 128 rows; those of rows that no slot has are left.
+
+    A thread has four words of each of four rows, 32 apart: of a word, the rows' are half a sector.
+    Sectors that only some of their rows have are read and written as a whole: on an H200, 8192
+    tokens of 7168, all experts local, quantise in 91 us so, and in 95 with parts of them written.
+    """
+    tile = tl.program_id(1).to(tl.int64)
+    place = tl.arange(0, 32 * GROUPS)
+    row, group = place // GROUPS, tl.program_id(0) * GROUPS + place % GROUPS
+    word = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    to = scales_ptr + tile * (WORDS * 128) + group * 512 + row * 4
+    to = to[:, None] + tl.arange(0, 4)[None, :]
+
+    # Phase 1: what the launch before this one does not write.
+    tokens = ()
+    of_sector = tl.full([32 * GROUPS], -1, tl.int32)
+    for i in tl.static_range(4):
+        token = tile * 128 + i * 32 + row
+        slot = _load_slot(row_to_slot_ptr, token, num_rows)
+        beside = _load_slot(row_to_slot_ptr, tile * 128 + i * 32 + (row ^ 1), num_rows)
+        of_sector = tl.maximum(of_sector, tl.maximum(slot, beside))
         if HAS_LAYOUT:
             token = (slot // TOP_K).to(tl.int64)
-        word = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        exists = (slot >= 0)[:, None] & (word < WORDS)[None, :]
-        words = token[:, None] * WORDS + word[None, :]
-        scales = tl.load(per_token_ptr + words, mask=exists, other=0)
-        # A word a thread: four, where not all have to exist, were four writes to parts of sectors.
-        words = tl.max_contiguous(word[None, :] * 128 + place[:, None], [1, 1])
-        tl.store(scales_ptr + tile * (WORDS * 128) + words, scales, mask=exists)
+        tokens = tokens + (tl.where(slot >= 0, token, -1),)
+    least = tl.minimum(tl.minimum(tokens[0], tokens[1]), tl.minimum(tokens[2], tokens[3]))
+    before = ()
+    for i in tl.static_range(4):
+        needed = (of_sector >= 0) & (least < 0) & (group * 4 + i < WORDS)
+        before = before + (_four_columns(tl.load(to + i * 128, mask=needed[:, None], other=0)),)
+    wait_for_inputs(launch_pdl)
+
+    # Phase 2: from four words of each row to four rows of each word.
+    rows = ()
+    for i in tl.static_range(4):
+        exists = (tokens[i][:, None] >= 0) & (word < WORDS)
+        words = tl.load(per_token_ptr + tokens[i][:, None] * WORDS + word, mask=exists, other=0)
+        rows = rows + (_four_columns(words),)
+    for i in tl.static_range(4):
+        first = tl.where(tokens[0] >= 0, rows[0][i], before[i][0])
+        second = tl.where(tokens[1] >= 0, rows[1][i], before[i][1])
+        third = tl.where(tokens[2] >= 0, rows[2][i], before[i][2])
+        fourth = tl.where(tokens[3] >= 0, rows[3][i], before[i][3])
+        four = tl.join(tl.join(first, third), tl.join(second, fourth))
+        written = (of_sector >= 0) & (group * 4 + i < WORDS)
+        tl.store(to + i * 128, tl.reshape(four, (32 * GROUPS, 4)), mask=written[:, None])
+
+
+@triton.jit
+def _load_slot(row_to_slot_ptr, row, num_rows):
+    return tl.load(row_to_slot_ptr + row, mask=row < num_rows, other=-1)
 
 
 def scratch_size(num_tokens: int, K: int) -> int:
@@ -507,25 +539,22 @@ def nvfp4_quantize(
         CHUNKS=triton.cdiv(scales_shape[1], config.blocks),
         POLICY=policy,
         ORDER=order,
-        HAS_LAYOUT=layout is not None,
-        HAS_LIVE=live is not None,
-        COUNTS_SATURATED=saturated is not None,
         launch_pdl=has_pdl,
         num_warps=config.num_warps,
     )
     if swizzles:
         words = scales_shape[1] // SWIZZLE_COLUMNS
-        _swizzle_kernel[(scales_shape[0] // SWIZZLE_ROWS, triton.cdiv(words, WORDS_AT_ONCE))](
+        _swizzle_kernel[(triton.cdiv(words, 4 * SWIZZLE_GROUPS), scales_shape[0] // SWIZZLE_ROWS)](
             scales.view(torch.int32),
             row_to_slot,
             out.block_scales.view(torch.int32),
             rows,
             TOP_K=top_k,
             WORDS=words,
-            COLUMNS=WORDS_AT_ONCE,
+            GROUPS=SWIZZLE_GROUPS,
             HAS_LAYOUT=layout is not None,
             launch_pdl=has_pdl,
-            num_warps=4,
+            num_warps=SWIZZLE_GROUPS,
         )
     return out
 
