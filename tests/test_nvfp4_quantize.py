@@ -185,19 +185,18 @@ def launches_as(monkeypatch, order: str) -> bool:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("policy", ["own", "layer", "per_expert"])
+@pytest.mark.parametrize("policy", ["own", "layer", "per_token"])
 def test_rows_of_a_layout_equal_the_oracle_and_others_stay_untouched(policy, order, monkeypatch):
     swizzled = launches_as(monkeypatch, order)
     x, layout = random_rows(20, 192), layout_of(20, tile=128)
-    per_expert = torch.rand(12, generator=torch.Generator().manual_seed(1)) * 0.01 + 1e-4
-    scale = {"own": None, "layer": torch.tensor([0.002]), "per_expert": per_expert}[policy]
+    per_token = torch.rand(20, generator=torch.Generator().manual_seed(1)) * 0.01 + 1e-4
+    scale = {"own": None, "layer": torch.tensor([0.002]), "per_token": per_token}[policy]
     ours, saturated = run(x, scale, layout, swizzled)
 
     live = layout.row_to_slot >= 0
-    experts = layout.tile_to_expert.repeat_interleave(128)[live].long()
-    gathered = x[layout.row_to_slot[live].long() // 6]
-    row_scale = per_expert[experts] if policy == "per_expert" else scale
-    expected, expected_saturated = reference.nvfp4_quantize(gathered, row_scale)
+    tokens = layout.row_to_slot[live].long() // 6
+    row_scale = per_token[tokens] if policy == "per_token" else scale
+    expected, expected_saturated = reference.nvfp4_quantize(x[tokens], row_scale)
     assert torch.equal(ours.codes[live], expected.codes)
     assert torch.equal(ours.block_scales[live], expected.block_scales.view(torch.uint8))
     assert saturated == expected_saturated > 0

@@ -3,7 +3,7 @@
     block scale = e4m3(max|block| / 6 / gs)          16 values, gs the global scale
     code        = e2m1(x / (block scale * gs))       both to nearest even; a zero scale: zero codes
 
-gs comes per layer or per expert, or is the row's own, max|row| / 2688 (`token`). A program reads
+gs comes per layer or per row, or is the row's own, max|row| / 2688 (`token`). A program reads
 one token's row into registers, a block of 16 a thread in every chunk, quantises it once, and writes
 it to the row of each of its local slots: only tokens that have rows are read. Codes and scales
 equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as on any GPU. Rows of
@@ -28,8 +28,8 @@ from dsv4_kernels.types import NVFP4_BLOCK, ExpertLayout, QuantizedRows
 
 SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4
 # Where the global scale of a row is.
-PER_LAYER, PER_EXPERT, PER_ROW, OWN = 0, 1, 2, 3
-_PER_EXPERT, _PER_ROW, _OWN = tl.constexpr(PER_EXPERT), tl.constexpr(PER_ROW), tl.constexpr(OWN)
+PER_LAYER, PER_ROW, OWN = 0, 1, 2
+_PER_ROW, _OWN = tl.constexpr(PER_ROW), tl.constexpr(OWN)
 # Where block scales are written: as rows, swizzled, or to the scratch, as rows of tokens.
 ROWS, SWIZZLED, TOKENS = 0, 1, 2
 _SWIZZLED, _TOKENS = tl.constexpr(SWIZZLED), tl.constexpr(TOKENS)
@@ -315,7 +315,6 @@ def _quantize_kernel(
     x_ptr,  # (tokens, K // 2) int32: two bf16, the even column in the low half
     slot_to_row_ptr,
     live_ptr,
-    tile_to_expert_ptr,
     gs_in_ptr,
     codes_ptr,  # int64: a block each
     scales_ptr,
@@ -324,7 +323,6 @@ def _quantize_kernel(
     NUM_BLOCKS: tl.constexpr,  # K // 16
     SCALE_COLUMNS: tl.constexpr,  # of a row of block scales, padding included
     TOP_K: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,  # of so many blocks, in a row of block scales
     POLICY: tl.constexpr,
@@ -344,50 +342,44 @@ def _quantize_kernel(
     elif live_ptr is not None:
         num_rows = (tl.load(live_ptr + token) >= 0).to(tl.int32)
     if num_rows > 0:
-        # Phase 2: load all of the row, unless every slot quantises it by a scale of its own.
-        num_saturated = tl.zeros([], tl.int32)
-        if POLICY != _PER_EXPERT:
-            words = ()
-            largest = ()
-            for i in tl.static_range(CHUNKS):
-                block = i * BLOCKS + tl.arange(0, BLOCKS)
-                words = words + (_load_blocks(row_ptr, block, NUM_BLOCKS),)
-            for i in tl.static_range(CHUNKS):
-                largest = largest + (_largest_bits(words[i]),)
+        # Phase 2: load all of the row.
+        words = ()
+        largest = ()
+        for i in tl.static_range(CHUNKS):
+            block = i * BLOCKS + tl.arange(0, BLOCKS)
+            words = words + (_load_blocks(row_ptr, block, NUM_BLOCKS),)
+        for i in tl.static_range(CHUNKS):
+            largest = largest + (_largest_bits(words[i]),)
 
-            # Phase 3: quantise as if the row were plain; if it is not, once more.
-            if POLICY == _OWN:
-                gs = _own_scale(row_ptr, largest, NUM_BLOCKS, BLOCKS)
-            elif POLICY == _PER_ROW:
-                gs = tl.load(gs_in_ptr + token)
-            else:
-                gs = tl.load(gs_in_ptr)
-            codes, scales, is_plain = _plain_row(words, largest, gs, NUM_BLOCKS, BLOCKS)
-            if not is_plain:
-                codes, scales, saturated = _any_row(row_ptr, gs, NUM_BLOCKS, BLOCKS, CHUNKS)
-                num_saturated = saturated * num_rows
-            if ORDER == _TOKENS:
-                _store_scales(scales_ptr, token, scales, SCALE_COLUMNS, BLOCKS, ORDER)
+        # Phase 3: quantise as if it were plain; if it is not, once more.
+        if POLICY == _OWN:
+            gs = _own_scale(row_ptr, largest, NUM_BLOCKS, BLOCKS)
+        elif POLICY == _PER_ROW:
+            gs = tl.load(gs_in_ptr + token)
+        else:
+            gs = tl.load(gs_in_ptr)
+        codes, scales, is_plain = _plain_row(words, largest, gs, NUM_BLOCKS, BLOCKS)
+        num_saturated = tl.zeros([], tl.int32)
+        if not is_plain:
+            codes, scales, num_saturated = _any_row(row_ptr, gs, NUM_BLOCKS, BLOCKS, CHUNKS)
+        if saturated_ptr is not None:
+            if num_saturated > 0:
+                count = (num_saturated * num_rows).to(tl.int64)
+                tl.atomic_add(saturated_ptr, count, sem="relaxed")
 
         # Phase 4: write, one row after the other: chunk after chunk took 7 % longer on an H200.
+        if ORDER == _TOKENS:
+            _store_scales(scales_ptr, token, scales, SCALE_COLUMNS, BLOCKS, ORDER)
         for slot in range(TOP_K):
             row = token
             if slot_to_row_ptr is not None:
                 row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
             if row >= 0:
-                if POLICY == _PER_EXPERT:
-                    expert = tl.load(tile_to_expert_ptr + row // TILE)
-                    gs = tl.load(gs_in_ptr + expert)
-                    codes, scales, saturated = _any_row(row_ptr, gs, NUM_BLOCKS, BLOCKS, CHUNKS)
-                    num_saturated += saturated
-                elif POLICY == _OWN:
+                if POLICY == _OWN:
                     tl.store(gs_out_ptr + row, gs)
                 _store_codes(codes_ptr, row, codes, NUM_BLOCKS, BLOCKS)
                 if ORDER != _TOKENS:
                     _store_scales(scales_ptr, row, scales, SCALE_COLUMNS, BLOCKS, ORDER)
-        if saturated_ptr is not None:
-            if num_saturated > 0:
-                tl.atomic_add(saturated_ptr, num_saturated.to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -488,18 +480,17 @@ def nvfp4_quantize(
     x (num_tokens, K) bf16, contiguous, K a multiple of 16. With a layout, token t's codes and
     scales go to every row slot_to_row[t, j] >= 0, and rows that no slot has are left as they are;
     without, row i goes to row i, unless live (num_tokens,) int32 is negative there: row_to_slot as
-    live quantises rows that are in their place and skips the padding. global_scale float32: (1,),
-    or (num_local_experts,) with a layout, or (num_tokens,) without; None for each row's own, which
-    is then written to out.global_scales (rows,). saturated, a (1,) int64, grows by the blocks, of
-    written rows, that did not fit. out is (rows, K // 2) uint8 codes and E4M3 block scales of
-    block_scales_shape; scratch uint8, scratch_size bytes for swizzled scales; both made here if
-    None.
+    live quantises rows that are in their place and skips the padding. global_scale float32: (1,) or
+    (num_tokens,); None for each row's own, which is then written to out.global_scales (rows,).
+    saturated, a (1,) int64, grows by the blocks, of written rows, that did not fit. out is
+    (rows, K // 2) uint8 codes and E4M3 block scales of block_scales_shape; scratch uint8,
+    scratch_size bytes for swizzled scales; both made here if None.
     """
     num_tokens, K = x.shape
     assert x.dtype == torch.bfloat16 and x.is_contiguous(), (x.dtype, x.stride())
     assert K % NVFP4_BLOCK == 0, f"K {K} is not a multiple of {NVFP4_BLOCK}"
     rows = num_tokens if layout is None else len(layout.row_to_slot)
-    policy = _policy(global_scale, layout, num_tokens)
+    policy = _policy(global_scale, num_tokens)
     if out is None:
         out = _make_out(rows, K, swizzled, global_scale, x.device)
     scales_shape = block_scales_shape(rows, K, swizzled)
@@ -515,7 +506,7 @@ def nvfp4_quantize(
     config = choose_config(scales_shape[1], num_tokens)
     order, scales = SWIZZLED if swizzled else ROWS, out.block_scales.view(torch.uint8)
     row_to_slot = live if layout is None else layout.row_to_slot
-    swizzles = swizzled and config.swizzles and policy != PER_EXPERT and row_to_slot is not None
+    swizzles = swizzled and config.swizzles and row_to_slot is not None
     if swizzles:
         if scratch is None:
             scratch = torch.empty(scratch_size(num_tokens, K), dtype=torch.uint8, device=x.device)
@@ -525,7 +516,6 @@ def nvfp4_quantize(
         x.view(torch.int32),
         layout.slot_to_row if layout else None,
         live,
-        layout.tile_to_expert if layout else None,
         global_scale,
         out.codes.view(torch.int64),
         scales,
@@ -534,7 +524,6 @@ def nvfp4_quantize(
         NUM_BLOCKS=K // NVFP4_BLOCK,
         SCALE_COLUMNS=scales_shape[1],
         TOP_K=top_k,
-        TILE=1 if layout is None else rows // max(1, len(layout.tile_to_expert)),
         BLOCKS=config.blocks,
         CHUNKS=triton.cdiv(scales_shape[1], config.blocks),
         POLICY=policy,
@@ -559,17 +548,14 @@ def nvfp4_quantize(
     return out
 
 
-def _policy(global_scale: torch.Tensor | None, layout: ExpertLayout | None, num_tokens: int) -> int:
+def _policy(global_scale: torch.Tensor | None, num_tokens: int) -> int:
     if global_scale is None:
         return OWN
     assert global_scale.dtype == torch.float32, global_scale.dtype
     if global_scale.numel() == 1:
         return PER_LAYER
-    if layout is None:
-        assert global_scale.shape == (num_tokens,), (global_scale.shape, num_tokens)
-        return PER_ROW
-    assert global_scale.shape == layout.counts.shape, (global_scale.shape, layout.counts.shape)
-    return PER_EXPERT
+    assert global_scale.shape == (num_tokens,), (global_scale.shape, num_tokens)
+    return PER_ROW
 
 
 def _make_out(
