@@ -188,7 +188,7 @@ def launches_as(monkeypatch, order: str) -> bool:
 @pytest.mark.parametrize("policy", ["own", "layer", "per_token"])
 def test_rows_of_a_layout_equal_the_oracle_and_others_stay_untouched(policy, order, monkeypatch):
     swizzled = launches_as(monkeypatch, order)
-    x, layout = random_rows(20, 192), layout_of(20, tile=128)
+    x, layout = random_rows(20, 1104), layout_of(20, tile=128)
     per_token = torch.rand(20, generator=torch.Generator().manual_seed(1)) * 0.01 + 1e-4
     scale = {"own": None, "layer": torch.tensor([0.002]), "per_token": per_token}[policy]
     ours, saturated = run(x, scale, layout, swizzled)
