@@ -292,8 +292,7 @@ def _any_row(row_ptr, gs, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS
 def _store_codes(codes_ptr, row, codes, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
     for i in tl.static_range(len(codes)):
         block = i * BLOCKS + tl.arange(0, BLOCKS)
-        place = codes_ptr + row * NUM_BLOCKS + block
-        tl.store(place, codes[i], mask=block < NUM_BLOCKS, cache_modifier=".cs")
+        tl.store(codes_ptr + row * NUM_BLOCKS + block, codes[i], mask=block < NUM_BLOCKS)
 
 
 @triton.jit
@@ -367,7 +366,7 @@ def _quantize_kernel(
                 count = (num_saturated * num_rows).to(tl.int64)
                 tl.atomic_add(saturated_ptr, count, sem="relaxed")
 
-        # Phase 4: write, one row after the other: chunk after chunk took 7 % longer on an H200.
+        # Phase 4: write, one row after the other: chunk after chunk took 5 % longer on an H200.
         if ORDER == _TOKENS:
             _store_scales(scales_ptr, token, scales, SCALE_COLUMNS, BLOCKS, ORDER)
         for slot in range(TOP_K):
