@@ -108,6 +108,21 @@ CASES = {
         3,
         Problem("prefill", 85, 2, 2, 128, 256),
     ),
+    # Two blocks share an expert's rows; the second has no weight rows of the last tile.
+    "fc1-cluster": Case(
+        "fc1",
+        False,
+        Sm90Config(1, 2, (16, 32, 48), 64, cluster=2),
+        4,
+        Problem("cluster", 75, 4, 1, 384, 320, counts=(33, 0, 41, 1)),
+    ),
+    "fc2-cluster": Case(
+        "fc2",
+        False,
+        Sm90Config(1, 2, (112, 120, 128, 136, 144, 152, 160), 128, cluster=2),
+        4,
+        Problem("cluster", 256, 3, 1, 256, 512, counts=(115, 0, 141)),
+    ),
 }
 
 
