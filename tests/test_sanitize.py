@@ -131,3 +131,14 @@ def test_what_ended_is_kept_and_what_outran_its_time_is_named(tmp_path):
     kept = json.loads(path.read_text())
     assert (kept["gpu"], kept["outran"]) == ("H200", ["racecheck gemms a"])
     assert kept["runs"] == [{"tool": "memcheck", "findings": 0}]
+
+
+KEPT = sanitize.ROOT / "kernels/bench/results/sanitize.json"
+
+
+def test_the_kept_results_are_of_every_check():
+    kept = json.loads(KEPT.read_text())
+    assert kept["gpu"].startswith("NVIDIA H") and kept["commit"] and not kept["outran"]
+    ran = [sanitize.Check(run["tool"], run["work"], run["case"]) for run in kept["runs"]]
+    assert ran == sanitize.checks()
+    assert all(run["ran"] and not run["findings"] for run in kept["runs"])
