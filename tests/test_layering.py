@@ -19,9 +19,9 @@ FILES = {
     for package, folder in PACKAGES.items()
     for path in sorted(folder.rglob("*.py"))
 }
-# What several ops share, besides the contract itself: programmatic launch, routing's device code,
-# objects compiled ahead of time.
-SHARED = {"types", "pdl", "routing", "compiled"}
+# What ops stand on, besides the contract itself: programmatic launch, device code of routing and of
+# NVFP4, objects compiled ahead of time.
+SHARED = {"types", "pdl", "routing", "nvfp4_blocks", "compiled"}
 ABOVE_OPS = {"moe", "backends", "weights", "workspace"}
 # Everything else that the kernels may import is Python's own.
 KERNEL_LIBRARIES = {"torch", "triton", "cutlass", "cuda"}

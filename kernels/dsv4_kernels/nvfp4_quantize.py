@@ -6,9 +6,8 @@
 gs comes per layer or per row, or is the row's own, max|row| / 2688 (`token`). A program reads
 one token's row into registers, a block of 16 a thread in every chunk, quantises it once, and writes
 it to the row of each of its local slots: only tokens that have rows are read. Codes and scales
-equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as on any GPU. Rows of
-finite numbers whose block scales are neither zero nor clipped are plain: few instructions a value
-are enough (`_quantize_plain`). Others are quantised once more (`_quantize_any`).
+equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as on any GPU. Rows with
+blocks that are not plain (`nvfp4_blocks`) are quantised once more.
 
 Block scales are written row-major, or as the 128x4 blocks that tcgen05 reads: the scale of row r
 and block c is at byte ((r // 128) * ceil(K / 64) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4
@@ -23,6 +22,17 @@ import torch
 import triton
 import triton.language as tl
 
+from dsv4_kernels.nvfp4_blocks import (
+    INF,
+    LEAST_GS,
+    MOST_GS,
+    four_columns,
+    largest_bits,
+    largest_number,
+    load_blocks,
+    quantize_any,
+    quantize_plain,
+)
 from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
 from dsv4_kernels.types import NVFP4_BLOCK, ExpertLayout, QuantizedRows
 
@@ -34,10 +44,6 @@ _PER_ROW, _OWN = tl.constexpr(PER_ROW), tl.constexpr(OWN)
 ROWS, SWIZZLED, TOKENS = 0, 1, 2
 _SWIZZLED, _TOKENS = tl.constexpr(SWIZZLED), tl.constexpr(TOKENS)
 SWIZZLE_GROUPS = 4  # of 16 columns of scales, in a program
-# Of float32 as an integer: infinity (NaN is above), the sign, and the bits that bf16 has.
-_INF, _SIGN, _BF16 = tl.constexpr(0x7F800000), tl.constexpr(-0x80000000), tl.constexpr(-0x10000)
-# The global scales of plain rows are from 2^-32 to 2^32.
-_LEAST_GS, _MOST_GS = tl.constexpr(2.3283064365386963e-10), tl.constexpr(4294967296.0)
 
 
 class Config(NamedTuple):
@@ -60,194 +66,18 @@ def choose_config(scale_columns: int, num_tokens: int) -> Config:
 
 
 @triton.jit
-def _even(word):
-    """The bf16 of an even column, as float32."""
-    return (word << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _odd(word):
-    return (word & _BF16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _four_columns(x):
-    """(blocks, 4) -> 4 times (blocks,)."""
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _load_blocks(row_ptr, block, NUM_BLOCKS: tl.constexpr):
-    """(blocks,) numbers -> 8 words of two bf16 each, each (blocks,) int32; 0 beyond the last."""
-    words = row_ptr + block[:, None] * 8 + tl.arange(0, 4)[None, :]
-    exists = block[:, None] < NUM_BLOCKS
-    first = tl.load(words, mask=exists, other=0)
-    second = tl.load(words + 4, mask=exists, other=0)
-    return _four_columns(first) + _four_columns(second)
-
-
-@triton.jit
-def _largest_bits(words):
-    """The largest magnitude of every block as float32 bits; of NaN, bits above infinity's.
-
-    Magnitudes of bf16 compare as integers: two words at once, where a GPU has that.
-    """
-    largest = tl.zeros(words[0].shape, tl.uint16)
-    for i in tl.static_range(8):
-        pair = words[i] & 0x7FFF7FFF
-        largest = tl.maximum(tl.maximum(largest, pair.to(tl.uint16)), (pair >> 16).to(tl.uint16))
-    return largest.to(tl.int32) << 16
-
-
-@triton.jit
-def _largest_number(words):
-    """The largest magnitude that is not NaN."""
-    largest = tl.maximum(tl.abs(_even(words[0])), tl.abs(_odd(words[0])))
-    for i in tl.static_range(1, 8):
-        # maximum() takes the number where the other is NaN.
-        pair = tl.maximum(tl.abs(_even(words[i])), tl.abs(_odd(words[i])))
-        largest = tl.maximum(largest, pair)
-    return tl.where(largest == largest, largest, 0.0)
-
-
-@triton.jit
-def _e4m3(x):
-    """0 <= x to the nearest E4M3, to even, 448 at most: its bits and its value."""
-    x = tl.minimum(x, 448.0)
-    # Added to 2^20 times its power of two, 2^-6 at least, a number is rounded to three bits after
-    # its leading one, or to multiples of 2^-9.
-    power = tl.maximum(x.to(tl.int32, bitcast=True) & _INF, (127 - 6) << 23) + (20 << 23)
-    power = power.to(tl.float32, bitcast=True)
-    value = (x + power) - power
-    # Times 2^-120 the exponent is E4M3's, and subnormal numbers are.
-    return (value * 7.52316384526264e-37).to(tl.int32, bitcast=True) >> 20, value
-
-
-@triton.jit
-def _inverse(scale):
-    """1 / scale in two parts, of which the second makes up for the first's error.
-
-    Their sum is too large, by 2^-39 of it at most: what rests is known to 2^-43 and has 2^-40
-    added.
-    """
-    scale = tl.maximum(scale, 1e-30)  # under 0 there are zeros only, or what is not plain
-    inverse = 1.0 / scale
-    return inverse, inverse * (tl.fma(-inverse, scale, 1.0) + 9.094947017729282e-13)
-
-
-@triton.jit
-def _e2m1(x, inverse, rest):
-    """|x| / scale, below 7, to the nearest E2M1, to even: its 3 bits and 0x4AC00000.
-
-    The quotient is rounded to float32 first, as the oracle's is. Of all bf16 and all scales none
-    comes closer than 2^-33 of itself to where that makes it a tie of E2M1, or no longer one, but
-    for 2^k / (1 - 2^-24): by 2^-48 it is no tie. So an inverse too large by 2^-39 is exact enough.
-    The codes of 0, 0.5, 1, 1.5, 2 | 3, 4 | 6 are a concave function of them, the least of three
-    lines, and what is added to each makes its steps the last bits.
-    """
-    quotient = tl.abs(tl.fma(x, inverse, x * rest))
-    halves = (quotient + 6291456.0).to(tl.int32, bitcast=True)  # 1.5 * 2^22
-    ones = (quotient + 12582914.0).to(tl.int32, bitcast=True)  # 1.5 * 2^23, and 2 steps
-    twos = (quotient + 25165832.0).to(tl.int32, bitcast=True)  # 1.5 * 2^24, and 4 steps
-    return tl.minimum(tl.minimum(halves, ones - (1 << 23)), twos - (2 << 23))
-
-
-@triton.jit
-def _eight_codes(w0, w1, w2, w3, inverse, rest):
-    """8 values in 4 words -> their codes in one, the first in the lowest bits."""
-    codes = _e2m1(_odd(w3), inverse, rest)
-    codes = codes * 16 + _e2m1(_even(w3), inverse, rest)
-    codes = codes * 16 + _e2m1(_odd(w2), inverse, rest)
-    codes = codes * 16 + _e2m1(_even(w2), inverse, rest)
-    codes = codes * 16 + _e2m1(_odd(w1), inverse, rest)
-    codes = codes * 16 + _e2m1(_even(w1), inverse, rest)
-    codes = codes * 16 + _e2m1(_odd(w0), inverse, rest)
-    codes = codes * 16 + _e2m1(_even(w0), inverse, rest)
-    codes += 0x49400000  # that takes away 0x4AC00000 from each
-    # Bytes with the signs, of the even columns and of the odd ones.
-    first = ((w0 >> 8) & 0x00FF00FF) | (w1 & ~0x00FF00FF)
-    second = ((w2 >> 8) & 0x00FF00FF) | (w3 & ~0x00FF00FF)
-    even = (first & 0xFFFF) | (second << 16)
-    odd = ((first >> 16) & 0xFFFF) | (second & _BF16)
-    return codes | ((even >> 4) & 0x08080808) | (odd & ~0x7F7F7F7F)
-
-
-@triton.jit
-def _sixteen_codes(words, inverse, rest):
-    """The first four bits are the first value's."""
-    low = _eight_codes(words[0], words[1], words[2], words[3], inverse, rest)
-    high = _eight_codes(words[4], words[5], words[6], words[7], inverse, rest)
-    return (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
-
-
-@triton.jit
-def _quantize_plain(words, largest, gs, gs_inverse):
-    """Blocks -> codes, scales' bits, and whether they are right: the block is plain.
-
-    largest is the words' _largest_bits. gs is from _LEAST_GS to _MOST_GS, gs_inverse its inverse,
-    correctly rounded.
-    """
-    amax = largest.to(tl.float32, bitcast=True)
-    # Both quotients are IEEE's: amax times both parts of 1 / 6; that by gs, corrected once by its
-    # exact remainder (Markstein).
-    sixth = tl.fma(amax, 0.16666667163372039794921875, amax * -4.967053731282552e-09)
-    near = sixth * gs_inverse
-    quotient = tl.fma(tl.fma(-near, gs, sixth), gs_inverse, near)
-    scale, value = _e4m3(quotient)
-    inverse, rest = _inverse(value * gs)
-    # NaN compares false. Infinity leaves NaN in the quotient.
-    is_plain = (scale > 0) & (quotient <= 464.0) & (amax * inverse < 6.99)
-    return _sixteen_codes(words, inverse, rest), scale, is_plain
-
-
-@triton.jit
-def _clamp_bf16(bits, up, limit):
-    """bf16 in the high half of an int32, times up, to limit; NaN to limit. All 0 if limit is."""
-    x = bits.to(tl.float32, bitcast=True)
-    magnitude = tl.minimum(tl.abs(x) * up, limit).to(tl.int32, bitcast=True) & _BF16
-    sign = tl.where(x == x, bits & _SIGN, 0)
-    return tl.where(limit > 0, magnitude | sign, 0)
-
-
-@triton.jit
-def _quantize_any(words, gs):
-    """Blocks -> codes, scales' bits, saturated: of any values, and of any gs."""
-    amax = _largest_number(words)
-    quotient = tl.div_rn(tl.div_rn(amax, 6.0), gs)
-    scale, value = _e4m3(quotient)
-    # Tiny and huge scales and their values are multiplied to where their inverses are normal.
-    up = tl.where(gs < _LEAST_GS, 1.8446744073709552e19, 1.0)  # 2^64
-    up = tl.where(gs > _MOST_GS, 5.421010862427522e-20, up)
-    scaled = (value * gs) * up
-    # A bf16 above 5 and below 7 times the scale has the code of all that is larger.
-    limit = ((scaled * 6.5).to(tl.int32, bitcast=True) & _BF16).to(tl.float32, bitcast=True)
-    clamped = ()
-    for i in tl.static_range(8):
-        low = _clamp_bf16(words[i] << 16, up, limit)
-        high = _clamp_bf16(words[i] & _BF16, up, limit)
-        clamped = clamped + (high | ((low >> 16) & 0xFFFF),)
-    inverse, rest = _inverse(scaled)
-    # 464 is the tie between 448 and the next E4M3 step, and goes to 448.
-    saturated = (quotient > 464.0) | (_largest_bits(words) >= _INF)
-    return _sixteen_codes(clamped, inverse, rest), scale, saturated.to(tl.int32)
-
-
-@triton.jit
 def _own_scale(row_ptr, largest, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
-    """max|row| / 2688, of the _largest_bits of its chunks; NaN counts as 0."""
+    """max|row| / 2688, of the largest_bits of its chunks; NaN counts as 0."""
     of_row = largest[0]
     for i in tl.static_range(1, len(largest)):
         of_row = tl.maximum(of_row, largest[i])
     of_row = tl.max(of_row, axis=0)
     amax = of_row.to(tl.float32, bitcast=True)
-    if of_row > _INF:
+    if of_row > INF:
         numbers = tl.zeros([BLOCKS], tl.float32)
         for first in range(0, NUM_BLOCKS, BLOCKS):
-            blocks = _load_blocks(row_ptr, first + tl.arange(0, BLOCKS), NUM_BLOCKS)
-            numbers = tl.maximum(numbers, _largest_number(blocks))
+            blocks = load_blocks(row_ptr, first + tl.arange(0, BLOCKS), NUM_BLOCKS)
+            numbers = tl.maximum(numbers, largest_number(blocks))
         amax = tl.max(numbers, axis=0)
     gs = tl.maximum(tl.div_rn(tl.minimum(amax, 3.4e38), 2688.0), 7.888609052210118e-31)
     return tl.where(amax > 0, gs, 1.0)
@@ -261,13 +91,13 @@ def _plain_row(words, largest, gs, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexp
     codes = ()
     scales = ()
     for i in tl.static_range(len(words)):
-        chunk_codes, chunk_scales, plain = _quantize_plain(words[i], largest[i], gs, gs_inverse)
+        chunk_codes, chunk_scales, plain = quantize_plain(words[i], largest[i], gs, gs_inverse)
         block = i * BLOCKS + tl.arange(0, BLOCKS)
         exceptions = tl.where(plain | (block >= NUM_BLOCKS), exceptions, 1)
         codes = codes + (chunk_codes,)
         scales = scales + (chunk_scales,)
     is_plain = tl.max(exceptions, axis=0) == 0
-    return codes, scales, is_plain & (gs >= _LEAST_GS) & (gs <= _MOST_GS)
+    return codes, scales, is_plain & (gs >= LEAST_GS) & (gs <= MOST_GS)
 
 
 @triton.jit
@@ -280,8 +110,8 @@ def _any_row(row_ptr, gs, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS
         scales = scales + (tl.zeros([BLOCKS], tl.int32),)
     num_saturated = tl.zeros([BLOCKS], tl.int32)
     for chunk in range(CHUNKS):  # not unrolled: rows are seldom quantised here
-        words = _load_blocks(row_ptr, chunk * BLOCKS + tl.arange(0, BLOCKS), NUM_BLOCKS)
-        chunk_codes, chunk_scales, saturated = _quantize_any(words, gs)
+        words = load_blocks(row_ptr, chunk * BLOCKS + tl.arange(0, BLOCKS), NUM_BLOCKS)
+        chunk_codes, chunk_scales, saturated = quantize_any(words, gs)
         codes = codes[1:] + (chunk_codes,)
         scales = scales[1:] + (chunk_scales,)
         num_saturated += saturated
@@ -346,9 +176,9 @@ def _quantize_kernel(
         largest = ()
         for i in tl.static_range(CHUNKS):
             block = i * BLOCKS + tl.arange(0, BLOCKS)
-            words = words + (_load_blocks(row_ptr, block, NUM_BLOCKS),)
+            words = words + (load_blocks(row_ptr, block, NUM_BLOCKS),)
         for i in tl.static_range(CHUNKS):
-            largest = largest + (_largest_bits(words[i]),)
+            largest = largest + (largest_bits(words[i]),)
 
         # Phase 3: quantise as if it were plain; if it is not, once more.
         if POLICY == _OWN:
@@ -421,7 +251,7 @@ def _swizzle_kernel(
     before = ()
     for i in tl.static_range(4):
         needed = (of_sector >= 0) & (least < 0) & (group * 4 + i < WORDS)
-        before = before + (_four_columns(tl.load(to + i * 128, mask=needed[:, None], other=0)),)
+        before = before + (four_columns(tl.load(to + i * 128, mask=needed[:, None], other=0)),)
     wait_for_inputs(launch_pdl)
 
     # Phase 2: from four words of each row to four rows of each word.
@@ -429,7 +259,7 @@ def _swizzle_kernel(
     for i in tl.static_range(4):
         exists = (tokens[i][:, None] >= 0) & (word < WORDS)
         words = tl.load(per_token_ptr + tokens[i][:, None] * WORDS + word, mask=exists, other=0)
-        rows = rows + (_four_columns(words),)
+        rows = rows + (four_columns(words),)
     for i in tl.static_range(4):
         first = tl.where(tokens[0] >= 0, rows[0][i], before[i][0])
         second = tl.where(tokens[1] >= 0, rows[1][i], before[i][1])
