@@ -77,8 +77,9 @@ def launch_everything() -> None:
     hashed = {"table": table, "token_ids": token_ids[:64], "hash_weights": "uniform"}
     gate_route(x[:64], gate, TOP_K, image_bias=image_bias, **hashed)
     saturated = torch.zeros(1, dtype=torch.int64)
-    for scale in (None, torch.ones(1), torch.ones(len(x))):
+    for scale in (None, torch.ones(1)):
         nvfp4_quantize(x, scale, layout, swizzled=True, saturated=saturated)
+    nvfp4_quantize(x, torch.ones(len(x)), saturated=saturated)
     few = expert_layout(ids[:8], EXPERTS, None, tile=128)
     nvfp4_quantize(x[:8], torch.ones(1), few, swizzled=True)
     nvfp4_quantize(x, None, live=torch.zeros(8192, dtype=torch.int32), saturated=saturated)

@@ -10,6 +10,8 @@ from dsv4_kernels.router_topk import router_topk
 from dsv4_kernels.types import MoeShape, Routing
 from dsv4_kernels.workspace import call_bytes, carve
 
+from tests.test_nvfp4_quantize import unswizzle
+
 TILE, TOP_K, NUM_EXPERTS, NUM_LOCAL, HIDDEN = 128, 6, 384, 48, 1024
 SHAPE = MoeShape(
     num_experts=NUM_EXPERTS,
@@ -52,7 +54,7 @@ class Lane:
             scratch=self.buffers.layout_scratch,
         )
         nvfp4_quantize(self.x, self.scale, layout, swizzled=True, out=self.buffers.x)
-        self.codes = self.buffers.x.codes.clone()
+        self.codes, self.scales = (each.clone() for each in self.buffers.x[:2])
         tokens = layout.row_to_slot.clamp(min=0) // TOP_K
         torch.index_select(self.x, 0, tokens, out=self.buffers.rows)
         combine(self.buffers.rows, layout.slot_to_row, out=self.out)
@@ -93,6 +95,8 @@ class Lane:
         gathered = x[layout.row_to_slot[live].long() // TOP_K]
         quantized, _ = reference.nvfp4_quantize(gathered, self.scale.cpu())
         assert torch.equal(self.codes.cpu()[live], quantized.codes)
+        scales = unswizzle(self.scales.cpu().view(torch.uint8), len(live), HIDDEN // 16)
+        assert torch.equal(scales[live], quantized.block_scales.view(torch.uint8))
         rows = x[layout.row_to_slot.clamp(min=0).long() // TOP_K]
         assert torch.equal(self.out.cpu(), reference.combine(rows, layout.slot_to_row))
 

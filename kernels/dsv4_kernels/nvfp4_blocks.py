@@ -2,8 +2,9 @@
 
 Codes and scales equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as on any
 GPU. A block is eight int32 words of two bf16, the even column in the low half, in eight tensors
-(blocks,). Blocks of finite numbers whose scales are neither zero nor clipped are plain: few
-instructions a value are enough (`quantize_plain`). `quantize_any` takes any.
+(blocks,). Plain are blocks of finite numbers whose scales are neither zero nor clipped, nor so
+small that a value is 7 times its scale, with a global scale from 2^-32 to 2^32: few instructions a
+value are enough (`quantize_plain`). `quantize_any` takes any.
 """
 
 import triton

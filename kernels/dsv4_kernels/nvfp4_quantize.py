@@ -6,14 +6,14 @@
 gs comes per layer or per row, or is the row's own, max|row| / 2688 (`token`). A program reads
 one token's row into registers, a block of 16 a thread in every chunk, quantises it once, and writes
 it to the row of each of its local slots: only tokens that have rows are read. Codes and scales
-equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as on any GPU. Rows with
-blocks that are not plain (`nvfp4_blocks`) are quantised once more.
+equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as on any GPU. Rows that
+are not plain (`nvfp4_blocks`) are quantised once more.
 
 Block scales are written row-major, or as the 128x4 blocks that tcgen05 reads: the scale of row r
 and block c is at byte ((r // 128) * ceil(K / 64) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4
 + c % 4. Groups of a layout whose tile is a multiple of 128 are swizzled each for itself. Of each
-32-byte sector of them a row has 4 bytes: of many tokens the scales therefore go to a scratch
-buffer, once a token, and a second launch writes whole sectors from there.
+32-byte sector of them a row has 4 bytes: with many tokens in a layout the scales therefore go to a
+scratch buffer, once a token, and a second launch writes whole sectors from there.
 """
 
 from typing import NamedTuple
@@ -47,16 +47,16 @@ SWIZZLE_GROUPS = 4  # of 16 columns of scales, in a program
 
 
 class Config(NamedTuple):
-    blocks: int  # of 16 values, at once
+    blocks: int  # of 16 values, in a chunk: one a thread
     num_warps: int
     swizzles: bool  # scales in a launch of its own
 
 
 def choose_config(scale_columns: int, num_tokens: int) -> Config:
-    """Few tokens: few blocks a thread. Many: few registers, in up to eight chunks.
+    """Few tokens: many threads a row. Many: fewer. A row has up to eight chunks.
 
-    us on an H200, 7168 columns, 6 slots, layer scale, row-major, of 64, 128 and 256 blocks at once,
-    a thread each. 8192 tokens, all experts local: 84.0, 84.2, 86.4; one in eight local: 30.0, 28.9,
+    us on an H200, 7168 columns, 6 slots, layer scale, row-major, with chunks of 64, 128 and 256
+    blocks. 8192 tokens, all experts local: 84.0, 84.2, 86.4; one in eight local: 30.0, 28.9,
     35.4. 512 tokens, one in eight local: 5.9, 4.9, 4.1; 128 tokens: 3.6, 3.0, 2.8.
     """
     many = num_tokens >= 1024
@@ -238,20 +238,22 @@ def _swizzle_kernel(
 
     # Phase 1: what the launch before this one does not write.
     tokens = ()
-    of_sector = tl.full([32 * GROUPS], -1, tl.int32)
+    sector_slot = tl.full([32 * GROUPS], -1, tl.int32)
     for i in tl.static_range(4):
         token = tile * 128 + i * 32 + row
         slot = _load_slot(row_to_slot_ptr, token, num_rows)
-        beside = _load_slot(row_to_slot_ptr, tile * 128 + i * 32 + (row ^ 1), num_rows)
-        of_sector = tl.maximum(of_sector, tl.maximum(slot, beside))
+        neighbour = _load_slot(row_to_slot_ptr, tile * 128 + i * 32 + (row ^ 1), num_rows)
+        sector_slot = tl.maximum(sector_slot, tl.maximum(slot, neighbour))
         if HAS_LAYOUT:
             token = (slot // TOP_K).to(tl.int64)
         tokens = tokens + (tl.where(slot >= 0, token, -1),)
     least = tl.minimum(tl.minimum(tokens[0], tokens[1]), tl.minimum(tokens[2], tokens[3]))
+    written = ()
     before = ()
     for i in tl.static_range(4):
-        needed = (of_sector >= 0) & (least < 0) & (group * 4 + i < WORDS)
-        before = before + (four_columns(tl.load(to + i * 128, mask=needed[:, None], other=0)),)
+        written = written + ((sector_slot >= 0) & (group * 4 + i < WORDS),)
+        kept = (written[i] & (least < 0))[:, None]
+        before = before + (four_columns(tl.load(to + i * 128, mask=kept, other=0)),)
     wait_for_inputs(launch_pdl)
 
     # Phase 2: from four words of each row to four rows of each word.
@@ -266,8 +268,7 @@ def _swizzle_kernel(
         third = tl.where(tokens[2] >= 0, rows[2][i], before[i][2])
         fourth = tl.where(tokens[3] >= 0, rows[3][i], before[i][3])
         four = tl.join(tl.join(first, third), tl.join(second, fourth))
-        written = (of_sector >= 0) & (group * 4 + i < WORDS)
-        tl.store(to + i * 128, tl.reshape(four, (32 * GROUPS, 4)), mask=written[:, None])
+        tl.store(to + i * 128, tl.reshape(four, (32 * GROUPS, 4)), mask=written[i][:, None])
 
 
 @triton.jit
@@ -309,8 +310,9 @@ def nvfp4_quantize(
     x (num_tokens, K) bf16, contiguous, K a multiple of 16. With a layout, token t's codes and
     scales go to every row slot_to_row[t, j] >= 0, and rows that no slot has are left as they are;
     without, row i goes to row i, unless live (num_tokens,) int32 is negative there: row_to_slot as
-    live quantises rows that are in their place and skips the padding. global_scale float32: (1,) or
-    (num_tokens,); None for each row's own, which is then written to out.global_scales (rows,).
+    live quantises rows that are in their place and skips the padding. global_scale float32, finite
+    and positive: (1,) or, without a layout, (num_tokens,); None for each row's own, which is then
+    written to out.global_scales (rows,).
     saturated, a (1,) int64, grows by the blocks, of written rows, that did not fit. out is
     (rows, K // 2) uint8 codes and E4M3 block scales of block_scales_shape; scratch uint8,
     scratch_size bytes for swizzled scales; both made here if None.
@@ -319,7 +321,7 @@ def nvfp4_quantize(
     assert x.dtype == torch.bfloat16 and x.is_contiguous(), (x.dtype, x.stride())
     assert K % NVFP4_BLOCK == 0, f"K {K} is not a multiple of {NVFP4_BLOCK}"
     rows = num_tokens if layout is None else len(layout.row_to_slot)
-    policy = _policy(global_scale, num_tokens)
+    policy = _policy(global_scale, layout, num_tokens)
     if out is None:
         out = _make_out(rows, K, swizzled, global_scale, x.device)
     scales_shape = block_scales_shape(rows, K, swizzled)
@@ -377,12 +379,15 @@ def nvfp4_quantize(
     return out
 
 
-def _policy(global_scale: torch.Tensor | None, num_tokens: int) -> int:
+def _policy(global_scale: torch.Tensor | None, layout: ExpertLayout | None, num_tokens: int) -> int:
     if global_scale is None:
         return OWN
     assert global_scale.dtype == torch.float32, global_scale.dtype
     if global_scale.numel() == 1:
         return PER_LAYER
+    assert layout is None, (
+        f"{len(global_scale)} global scales of rows, which a layout has elsewhere"
+    )
     assert global_scale.shape == (num_tokens,), (global_scale.shape, num_tokens)
     return PER_ROW
 

@@ -5,7 +5,7 @@ of that name as well, and begins with wait_for_inputs: it waits for the kernel b
 the kernel after it be placed. In this order, what runs before a kernel's wait sees everything but
 what the kernel right before it writes: it may read what only loading or EPLB writes,
 expert_layout's second kernel the ids that its first has read, and nvfp4_quantize's the layout and
-the rows' scales, neither of which its first writes.
+the swizzled block scales, neither of which its first writes.
 
 A kernel that is right before a large one lets it in later, by release_dependents or by its end:
 blocks that are placed beside its own are spread unevenly, and stay so. On an H200, dense router and
