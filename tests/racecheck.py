@@ -4,8 +4,9 @@ Racecheck counts an arrival on an mbarrier for the lane that makes it. A warp gi
 its first lane, once all lanes have waited for the WGMMA that consumed what they read; racecheck
 then reports the next copy into the stage against the reads of the 31 others, to the last one, and a
 barrier of the warp before the arrival changes nothing (bar.warp.sync and barrier.sync, tried on an
-H200). Here every lane arrives for itself: all else is the kernel that serves, and what racecheck
-reports is a race.
+H200). Here every lane arrives for itself in its own block, which alone writes what lanes read; the
+rows, which another block of a cluster may write, only WGMMA reads. All else is the kernel that
+serves, and what racecheck reports is a race.
 """
 
 import functools

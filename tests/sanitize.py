@@ -68,6 +68,7 @@ ROWS = (4, 29, 43, 90, 118, 140)
 SIZES = {"fc1": (768, 192), "fc2": (448, 768)}  # hidden, intermediate: a part of a tile is left
 LAYER = MoeShape(16, 5, 4, 512, 384, 200, False)
 LAYER_TOKENS = (1, 40, 200)
+MANY_TOKENS, MANY_COLUMNS = 1100, 4128  # to quantise, in two launches and several chunks
 LIMIT = 10.0
 
 
@@ -177,6 +178,17 @@ def run_layer(token_counts: tuple[int, ...], device: str) -> None:
             assert error < 2**-8 and out.isfinite().all(), (num_tokens, error)
             print(f"layer of {num_tokens} tokens: {error:.1e}", flush=True)
         quantize(x, expert_layout(routing.ids, LAYER.num_local_experts, mapping.to(device), 128))
+
+
+def run_quantize(num_tokens: int, columns: int, device: str) -> None:
+    """As for a layer of so many tokens, of which some have no local expert."""
+    ids = torch.rand(num_tokens, LAYER.num_experts).argsort(1)[:, :2].int().to(device)
+    x = torch.randn(num_tokens, columns).bfloat16().to(device)
+    mapping = torch.arange(LAYER.num_experts, dtype=torch.int32, device=device) - 4
+    mapping[mapping >= LAYER.num_local_experts] = -1
+    mapping.clamp_(min=-1)
+    quantize(x, expert_layout(ids, LAYER.num_local_experts, mapping, 128))
+    print(f"rows of {num_tokens} tokens: quantised", flush=True)
 
 
 def route(num_tokens: int, device: str) -> tuple[torch.Tensor, tuple[Routing, Routing]]:
@@ -320,6 +332,7 @@ def main() -> int:
             run_gemms(chosen, "cuda", (num_sms, FEW_BLOCKS))
         else:
             run_layer(LAYER_TOKENS, "cuda")
+            run_quantize(MANY_TOKENS, MANY_COLUMNS, "cuda")
     else:
         objects = args.objects or Path(tempfile.mkdtemp(prefix="sanitize_"))
         return 0 if check_all(args.out, objects, args.commit or checkout_commit()) else 1

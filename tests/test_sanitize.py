@@ -93,6 +93,11 @@ def test_the_layer_runs_and_is_right(emulation, capsys):
     assert capsys.readouterr().out.count("layer of 3 tokens") == 2
 
 
+def test_many_rows_are_quantised(capsys):
+    sanitize.run_quantize(1030, 64, "cpu")
+    assert "rows of 1030 tokens" in capsys.readouterr().out
+
+
 MEMCHECK = "========= COMPUTE-SANITIZER\n3 blocks: 1e-3\n========= ERROR SUMMARY: {} errors\n"
 RACECHECK = "========= RACECHECK SUMMARY: {} hazards displayed ({} errors, 0 warnings)\n"
 

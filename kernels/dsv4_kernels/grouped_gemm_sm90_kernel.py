@@ -541,7 +541,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                         n, k_stages, buffers, full, empty, stage, phase
                     )
                     self._finish(n, acc, out, fix_up, limit, notes, buffers[3], tile, tables)
-            cute.arch.sync_warp()
+            cute.arch.sync_warp()  # the next tile begins with a staging buffer of this one
             cute.arch.mbarrier_arrive(stored + tile % NOTES)
             tile += 1
 
