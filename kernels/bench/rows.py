@@ -12,6 +12,7 @@ they are timed.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,6 @@ def bench_place(layout: ExpertLayout, hidden: int) -> tuple[float, int]:
 def bench_quantize(
     layout: ExpertLayout, hidden: int, scale: torch.Tensor | None, swizzled: bool
 ) -> tuple[float, int]:
-    torch.cuda.empty_cache()  # in pieces of what another case had, a case took 10 % longer
     rows, tokens = row_counts(layout)
     moved = 2 * hidden * tokens + (hidden // 2 + hidden // 16) * rows
     sets = [random(len(layout.slot_to_row), hidden) for _ in range(cold_sets(moved))]
@@ -118,15 +118,17 @@ def main() -> None:
         layout = make_layout(num_tokens, ranks)
         layer_scale = torch.full((1,), 0.01, device="cuda")
         cases = {
-            "combine": bench_combine(layout, hidden),
-            "place_rows": bench_place(layout, hidden),
+            "combine": partial(bench_combine, layout, hidden),
+            "place_rows": partial(bench_place, layout, hidden),
         }
         for policy, scale in (("layer", layer_scale), ("token", None)):
             for swizzled in (False, True):
                 order = "swizzled" if swizzled else "row-major"
                 name = f"quantise, {policy} scale, {order}"
-                cases[name] = bench_quantize(layout, hidden, scale, swizzled)
-        for name, (us, moved) in cases.items():
+                cases[name] = partial(bench_quantize, layout, hidden, scale, swizzled)
+        for name, bench in cases.items():
+            torch.cuda.empty_cache()  # in pieces of what another had, a case took 10 % longer
+            us, moved = bench()
             percent = 100 * moved / (us * 1e-6) / bandwidth
             rows.append(
                 {
