@@ -184,16 +184,12 @@ def test_the_first_range_begins_at_nothing_and_equal_neighbours_are_one():
     assert a.up_to == b.above and tokens(b.up_to) == pytest.approx(192, rel=1e-3)
 
 
-def test_every_measured_number_gets_what_was_found_there():
+def test_every_measured_number_gets_what_was_found_there(keep_sm90_table):
     found = found_at((1, A), (8, B), (16, None), (32, B), (512, A), (8192, B))
     table = {Layer(132, 48, 7168, 3072): ranges(PRO_EP8, found)}
-    before = sm90.table_in_use()
     sm90.use_table(table)
-    try:
-        for each in found:
-            assert chosen_now(PRO_EP8, each.num_tokens) == each.config
-    finally:
-        sm90.use_table(before)
+    for each in found:
+        assert chosen_now(PRO_EP8, each.num_tokens) == each.config
 
 
 def test_arithmetic_alone_makes_no_range():
