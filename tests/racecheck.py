@@ -9,8 +9,6 @@ rows, which another block of a cluster may write, only WGMMA reads. All else is 
 serves, and what racecheck reports is a race.
 """
 
-import functools
-
 from cutlass import Boolean, Int32, cute
 from dsv4_kernels.grouped_gemm_sm90 import example_arguments
 from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90
@@ -28,7 +26,6 @@ class EveryLaneArrives(Dsv4GroupedGemmSm90):
         Dsv4GroupedGemmSm90._give_back(self, empty, lane, is_read)
 
 
-@functools.cache
 def compile_gemm(gemm: Gemm, arch: str):
     options = f"--gpu-arch={arch}"
     return cute.compile(EveryLaneArrives(gemm), *example_arguments(gemm), options=options)

@@ -9,11 +9,11 @@
 `gemms`: fc1 and fc2 in every config that arithmetic and the shipped table can choose, on experts
 of no row, of one, and of a count in each size of tile_n and past the last; with as many blocks as
 the GPU has, which splits every tile, and with three, which leaves some whole. `layer`: router to
-combine, and the kernels that only W4A4 calls, at a few numbers of tokens. Both compare with the
-oracle. memcheck watches both; racecheck (shared memory) watches the GEMMs in a variant that it can
-follow, see `racecheck.py`. Whatever a tool reports fails. Kernels are compiled before: the tools
-slow a compiler down a hundredfold. Each tensor is an allocation of its own, so that memcheck knows
-where it ends.
+combine at a few numbers of tokens, and the kernels that only W4A4 calls. GEMMs and layers are
+compared with the oracle. memcheck watches both; racecheck (shared memory) watches the GEMMs in a
+variant that it can follow, see `racecheck.py`. Whatever a tool reports fails. Kernels are compiled
+before: the tools slow a compiler down a hundredfold. Each tensor is an allocation of its own, so
+that memcheck knows where it ends.
 """
 
 import argparse
@@ -163,8 +163,7 @@ def run_layer(token_counts: tuple[int, ...], device: str) -> None:
     layer = prepare_layer(as_it_is, LAYER, prepared, limit=LIMIT, activation_scales=None)
     size = workspace_bytes(layer.backend, LAYER)
     workspace = sm90_problems.aligned(torch.full((size,), 0xFF, dtype=torch.uint8)).to(device)
-    mapping = torch.full((LAYER.num_experts,), -1, dtype=torch.int32)
-    mapping[4 : 4 + LAYER.num_local_experts] = torch.arange(LAYER.num_local_experts)
+    mapping = expert_map()
     for num_tokens in token_counts:
         x, routings = route(num_tokens, device)
         for routing in routings:
@@ -182,13 +181,18 @@ def run_layer(token_counts: tuple[int, ...], device: str) -> None:
 
 def run_quantize(num_tokens: int, columns: int, device: str) -> None:
     """As for a layer of so many tokens, of which some have no local expert."""
-    ids = torch.rand(num_tokens, LAYER.num_experts).argsort(1)[:, :2].int().to(device)
-    x = torch.randn(num_tokens, columns).bfloat16().to(device)
-    mapping = torch.arange(LAYER.num_experts, dtype=torch.int32, device=device) - 4
-    mapping[mapping >= LAYER.num_local_experts] = -1
-    mapping.clamp_(min=-1)
-    quantize(x, expert_layout(ids, LAYER.num_local_experts, mapping, 128))
+    _, (routing, _) = route(num_tokens, device)
+    x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layout = expert_layout(routing.ids, LAYER.num_local_experts, expert_map().to(device), 128)
+    quantize(x.to(device), layout)
     print(f"rows of {num_tokens} tokens: quantised", flush=True)
+
+
+def expert_map() -> torch.Tensor:
+    """Local are experts from the fifth on."""
+    mapping = torch.full((LAYER.num_experts,), -1, dtype=torch.int32)
+    mapping[4 : 4 + LAYER.num_local_experts] = torch.arange(LAYER.num_local_experts)
+    return mapping
 
 
 def route(num_tokens: int, device: str) -> tuple[torch.Tensor, tuple[Routing, Routing]]:

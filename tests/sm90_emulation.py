@@ -28,9 +28,9 @@ def every_call(shape: MoeShape, config: Sm90Config) -> Table:
 
 
 @functools.cache
-def emulated(gemm: Gemm) -> EmulatedFunction:
+def emulated(gemm: Gemm, kernel: type = Dsv4GroupedGemmSm90) -> EmulatedFunction:
     arguments = grouped_gemm_sm90.example_arguments(gemm)
-    return emulate(Dsv4GroupedGemmSm90(gemm), *arguments, arch="sm_90a")
+    return emulate(kernel(gemm), *arguments, arch="sm_90a")
 
 
 @dataclass

@@ -9,7 +9,6 @@ import pytest
 from dsv4_kernels import grouped_gemm_sm90 as sm90
 
 from tests import racecheck, sanitize, sm90_emulation
-from tests.ptx_emulator.host import emulate
 from tests.sm90_emulation import Emulation
 
 CASES = sanitize.cases()
@@ -80,8 +79,7 @@ def test_the_gemms_run_and_are_right(emulation, case):
 def test_what_racecheck_follows_is_right(emulation, monkeypatch, case):
     case = smaller(case)
     gemm = sanitize.gemm_of(case)
-    arguments = sm90.example_arguments(gemm)
-    followed = emulate(racecheck.EveryLaneArrives(gemm), *arguments, arch="sm_90a")
+    followed = sm90_emulation.emulated(gemm, racecheck.EveryLaneArrives)
     arrive = "mbarrier.arrive"
     assert followed.ptx.count(arrive) > sm90_emulation.emulated(gemm).ptx.count(arrive)
     monkeypatch.setattr(sm90_emulation, "emulated", lambda gemm: followed)
