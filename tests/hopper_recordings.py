@@ -108,7 +108,7 @@ CASES = {
         3,
         Problem("prefill", 85, 2, 2, 128, 256),
     ),
-    # Two blocks share an expert's rows; the second has no weight rows of the last tile.
+    # Two blocks share an expert's rows; fc1's second has no weight rows of the last tile.
     "fc1-cluster": Case(
         "fc1",
         False,

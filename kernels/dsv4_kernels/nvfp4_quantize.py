@@ -55,9 +55,9 @@ class Config(NamedTuple):
 def choose_config(scale_columns: int, num_tokens: int) -> Config:
     """Few tokens: many threads a row. Many: fewer. A row has up to eight chunks.
 
-    us on an H200, 7168 columns, 6 slots, layer scale, row-major, with chunks of 64, 128 and 256
-    blocks. 8192 tokens, all experts local: 84.0, 84.2, 86.4; one in eight local: 30.0, 28.9,
-    35.4. 512 tokens, one in eight local: 5.9, 4.9, 4.1; 128 tokens: 3.6, 3.0, 2.8.
+    us on an H200 (Triton 3.9), 7168 columns, 6 slots, layer scale, row-major, with chunks of 64,
+    128 and 256 blocks. 8192 tokens, all experts local: 84.0, 84.2, 86.4; one in eight local: 30.0,
+    28.9, 35.4. 512 tokens, one in eight local: 5.9, 4.9, 4.1; 128 tokens: 3.6, 3.0, 2.8.
     """
     many = num_tokens >= 1024
     blocks = max(128 if many else 256, triton.next_power_of_2(triton.cdiv(scale_columns, 8)))
@@ -226,8 +226,9 @@ def _swizzle_kernel(
     """128x4 blocks of the scales of 128 rows; those of rows that no slot has are left.
 
     A thread has four words of each of four rows, 32 apart: of a word, the rows' are half a sector.
-    Sectors that only some of their rows have are read and written as a whole: on an H200, 8192
-    tokens of 7168, all experts local, quantise in 91 us so, and in 95 with parts of them written.
+    Sectors that only some of their rows have are read and written as a whole: on an H200 (Triton
+    3.9), 8192 tokens of 7168, all experts local, quantise in 91 us so, and in 95 with parts of them
+    written.
     """
     tile = tl.program_id(1).to(tl.int64)
     place = tl.arange(0, 32 * GROUPS)
@@ -312,10 +313,10 @@ def nvfp4_quantize(
     without, row i goes to row i, unless live (num_tokens,) int32 is negative there: row_to_slot as
     live quantises rows that are in their place and skips the padding. global_scale float32, finite
     and positive: (1,) or, without a layout, (num_tokens,); None for each row's own, which is then
-    written to out.global_scales (rows,).
-    saturated, a (1,) int64, grows by the blocks, of written rows, that did not fit. out is
-    (rows, K // 2) uint8 codes and E4M3 block scales of block_scales_shape; scratch uint8,
-    scratch_size bytes for swizzled scales; both made here if None.
+    written to out.global_scales (rows,). saturated, a (1,) int64, grows by the blocks, of written
+    rows, that did not fit. out is (rows, K // 2) uint8 codes and E4M3 block scales of
+    block_scales_shape; scratch uint8, scratch_size bytes for swizzled scales; both made here if
+    None.
     """
     num_tokens, K = x.shape
     assert x.dtype == torch.bfloat16 and x.is_contiguous(), (x.dtype, x.stride())

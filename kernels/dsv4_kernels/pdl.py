@@ -1,7 +1,7 @@
 """Programmatic dependent launch: a kernel's blocks are placed while the kernel before it drains.
 
 Every Triton kernel of this package takes a constexpr `launch_pdl`, which is Triton's launch option
-of that name as well, and begins with wait_for_inputs: it waits for the kernel before it, then lets
+of that name as well, and calls wait_for_inputs: it waits for the kernel before it, then lets
 the kernel after it be placed. In this order, what runs before a kernel's wait sees everything but
 what the kernel right before it writes: it may read what only loading or EPLB writes,
 expert_layout's second kernel the ids that its first has read, and nvfp4_quantize's the layout and
