@@ -16,13 +16,14 @@ if shutil.which("nvidia-smi") is None:
 
 
 @pytest.fixture
-def keep_sm90_table():
-    """Puts sm90's table of configs back after the test."""
-    from dsv4_kernels import grouped_gemm_sm90
+def keep_sm90_choice():
+    """Puts sm90's own choice of configs back after the test."""
+    from dsv4_kernels.grouped_gemm_sm90_choice import choose_config
 
-    before = grouped_gemm_sm90.table_in_use()
+    from tests.sm90_problems import use_choice
+
     yield
-    grouped_gemm_sm90.use_table(before)
+    use_choice(choose_config)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

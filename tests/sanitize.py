@@ -6,12 +6,12 @@
 
 (with PYTHONPATH=.:kernels, from the repository's root).
 
-`gemms`: fc1 and fc2 in every config that arithmetic and the shipped table can choose, on experts
-of no row, of one, and of a count in each size of tile_n and past the last; with as many blocks as
-the GPU has, which splits every tile, and with three, which leaves some whole. `layer`: router to
-combine at a few numbers of tokens, and the kernels that only W4A4 calls. GEMMs and layers are
-compared with the oracle. memcheck watches both; racecheck (shared memory) watches the GEMMs in a
-variant that it can follow, see `racecheck.py`. Whatever a tool reports fails. Kernels are compiled
+`gemms`: fc1 and fc2 in every config that can be chosen, on experts of no row, of one, and of a
+count in each size of tile_n and past the last; with as many blocks as the GPU has, which splits
+every tile, and with three, which leaves some whole. `layer`: router to combine at a few numbers of
+tokens, and the kernels that only W4A4 calls. GEMMs and layers are compared with the oracle.
+memcheck watches both; racecheck (shared memory) watches the GEMMs in a variant that it can follow,
+see `racecheck.py`. Whatever a tool reports fails. Kernels are compiled
 before: the tools slow a compiler down a hundredfold. Each tensor is an allocation of its own, so
 that memcheck knows where it ends.
 """
@@ -38,9 +38,8 @@ from dsv4_kernels import grouped_gemm_sm90 as sm90
 from dsv4_kernels.backends import SM90
 from dsv4_kernels.expert_layout import expert_layout
 from dsv4_kernels.gate_route import gate_route
-from dsv4_kernels.grouped_gemm_sm90_choice import by_arithmetic
+from dsv4_kernels.grouped_gemm_sm90_choice import choose_config
 from dsv4_kernels.grouped_gemm_sm90_spec import LayerConfig
-from dsv4_kernels.grouped_gemm_sm90_table import SHIPPED, Range, layer_of, read_entries
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
 from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
 from dsv4_kernels.router_topk import router_topk
@@ -63,7 +62,7 @@ SUMMARY = re.compile(
     r"|RACECHECK SUMMARY: (?P<hazards>\d+) hazards? displayed)"
 )
 
-# Rows of an expert for which arithmetic chooses unlike kernels.
+# Rows of an expert for which unlike kernels are chosen.
 ROWS = (4, 29, 43, 90, 118, 140)
 SIZES = {"fc1": (768, 192), "fc2": (448, 768)}  # hidden, intermediate: a part of a tile is left
 LAYER = MoeShape(16, 5, 4, 512, 384, 200, False)
@@ -84,13 +83,9 @@ class Case(NamedTuple):
 
 
 def configs() -> dict[str, LayerConfig]:
-    """What can be chosen, by name: arithmetic's, for K = 768, and the shipped table's."""
+    """What can be chosen, by name, for K = 768."""
     shape = MoeShape(1, 1, 1, 768, 768, 1, False)
-    found = {f"{rows}-rows": by_arithmetic(shape, rows) for rows in ROWS}
-    for entry in read_entries(SHIPPED):
-        for each in entry.ranges:
-            found[f"hidden-{entry.layer.hidden}-to-{each.up_to:g}-rows"] = each.config
-    return found
+    return {f"{rows}-rows": choose_config(shape, rows) for rows in ROWS}
 
 
 def row_counts(tile_n: tuple[int, ...]) -> tuple[int, ...]:
@@ -113,8 +108,7 @@ def cases() -> list[Case]:
 
 def choose(case: Case, num_blocks: int) -> None:
     """Have sm90 run the case's config on that many blocks."""
-    layer = layer_of(case.problem.shape, num_blocks)
-    sm90.use_table({layer: (Range(0.0, float("inf"), case.config),)})
+    sm90_problems.use_choice(lambda shape, num_tokens: case.config)
     sm90.num_sms = lambda device: num_blocks
 
 
@@ -125,8 +119,9 @@ def gemm_of(case: Case) -> sm90.Gemm:
 
 def kernels() -> dict[str, dict[str, Callable]]:
     """By folder: key -> compile function of everything that `run` launches."""
+    of_layer = sm90.all_gemms(LAYER)
     followed = [*map(gemm_of, cases())]
-    served = [*sm90.all_gemms(LAYER), *followed]
+    served = [*of_layer, *followed]
     return {
         SERVED: {repr(gemm): partial(sm90.compile_gemm, gemm, ARCH) for gemm in served},
         FOLLOWED: {repr(gemm): partial(racecheck.compile_gemm, gemm, ARCH) for gemm in followed},

@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from dsv4_kernels import grouped_gemm_sm90
 from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90, Gemm
-from dsv4_kernels.grouped_gemm_sm90_spec import LayerConfig, Sm90Config
-from dsv4_kernels.grouped_gemm_sm90_table import Range, Table, layer_of
-from dsv4_kernels.types import MoeShape
 
 from tests.ptx_emulator.host import EmulatedFunction, Statistics, emulate
 from tests.sm90_problems import aligned
@@ -19,12 +16,6 @@ PRODUCED = {
     "fc1": ("x", "counts", "offsets", "row_to_slot", "slot_weights"),
     "fc2": ("x", "partials", "flags"),
 }
-
-
-def every_call(shape: MoeShape, config: Sm90Config) -> Table:
-    """A table by which both GEMMs of a layer run by one config, whatever the rows; none gathers."""
-    layer = layer_of(shape, grouped_gemm_sm90.H200_SMS)
-    return {layer: (Range(0.0, math.inf, LayerConfig(False, config, config)),)}
 
 
 @functools.cache

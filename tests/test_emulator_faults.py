@@ -11,12 +11,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from dsv4_kernels import grouped_gemm_sm90
-from dsv4_kernels.grouped_gemm_sm90_spec import Sm90Config
+from dsv4_kernels.grouped_gemm_sm90_spec import LayerConfig, Sm90Config
 
 from tests import sm90_emulation, sm90_problems, sm100_emulation
 from tests import test_grouped_gemm_sm100 as on_sm100
 from tests.ptx_emulator.findings import EmulatorError
-from tests.sm90_emulation import every_call
 
 Order = tuple[str, int]
 ORDERS: list[Order] = [("lazy", 0), ("random", 1), ("eager", 0)]
@@ -334,10 +333,10 @@ def test_faults_in_the_sm90_kernel(monkeypatch):
     check_all(sm90_kernel(monkeypatch, problem, ORDERS + MORE_ORDERS), SM90_FAULTS)
 
 
-def test_faults_in_the_sm90_kernel_of_a_cluster(monkeypatch, keep_sm90_table):
+def test_faults_in_the_sm90_kernel_of_a_cluster(monkeypatch, keep_sm90_choice):
     problem = sm90_problems.Problem("faults", 75, 4, 1, 384, 320, counts=(33, 0, 41, 1))
     config = Sm90Config(1, 2, (16, 32, 48), 64, cluster=2)
-    grouped_gemm_sm90.use_table(every_call(problem.shape, config))
+    sm90_problems.use_choice(lambda *_: LayerConfig(False, config, config))
     kernel = sm90_kernel(monkeypatch, problem, ORDERS + MORE_ORDERS, num_sms=4)
     check_all(kernel, SM90_CLUSTER_FAULTS)
     starved = kernel._replace(orders=[("starved", FIRST_WARP_OF_THE_SECOND)])

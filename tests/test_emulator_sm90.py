@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 from dsv4_kernels import grouped_gemm_sm90
-from dsv4_kernels.grouped_gemm_sm90_spec import Sm90Config
+from dsv4_kernels.grouped_gemm_sm90_spec import LayerConfig, Sm90Config
 
-from tests.sm90_emulation import Emulation, emulated, every_call
+from tests.sm90_emulation import Emulation, emulated
 from tests.sm90_problems import (
     PROBLEMS,
     Problem,
@@ -15,6 +15,7 @@ from tests.sm90_problems import (
     live_rows,
     make_inputs,
     run,
+    use_choice,
 )
 
 MODES = [("eager", 0), ("lazy", 0), ("random", 1)]
@@ -66,11 +67,11 @@ TILES = {
 
 
 @pytest.fixture
-def use_config(emulation, keep_sm90_table):
-    """Runs both GEMMs of a problem by a config, whatever its rows."""
+def use_config(emulation, keep_sm90_choice):
+    """Runs both GEMMs by a config, whatever the rows; neither gathers."""
 
-    def use(problem: Problem, config: Sm90Config) -> None:
-        grouped_gemm_sm90.use_table(every_call(problem.shape, config))
+    def use(config: Sm90Config) -> None:
+        use_choice(lambda shape, num_tokens: LayerConfig(False, config, config))
 
     return use
 
@@ -79,7 +80,7 @@ def use_config(emulation, keep_sm90_table):
 @pytest.mark.parametrize("config", TILES.values(), ids=TILES)
 def test_registers_are_not_overwritten_under_wgmma(emulation, use_config, config, op):
     problem = Problem("tiles", 40, 2, 1, 384, 256, counts=(7, 33))
-    use_config(problem, config)
+    use_config(config)
     inputs = make_inputs(problem)
     emulation.mode = "lazy"
     out = run(problem, inputs, op)
@@ -99,7 +100,7 @@ CLUSTERS = {
 def test_a_cluster_shares_rows(emulation, use_config, config, mode, op):
     """With 640 weight rows, of which the last tile of a cluster lacks some, and parts of tiles."""
     problem = Problem("cluster", 75, 4, 1, 384 if op == "fc1" else 640, 320, counts=(33, 0, 41, 1))
-    use_config(problem, config)
+    use_config(config)
     inputs = make_inputs(problem)
     emulation.mode, emulation.num_sms = mode, 4
     out = run(problem, inputs, op)

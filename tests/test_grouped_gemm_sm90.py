@@ -13,7 +13,7 @@ from dsv4_kernels.grouped_gemm_sm90 import (
     gemms,
     unsupported,
 )
-from dsv4_kernels.grouped_gemm_sm90_choice import by_arithmetic
+from dsv4_kernels.grouped_gemm_sm90_choice import choose_config
 from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.grouped_gemm_sm90_spec import Gemm, Sm90Config
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
@@ -43,7 +43,7 @@ def test_a_layer_has_few_specialisations(shape):
 
 @pytest.mark.parametrize("num_tokens", [1, 128, 2048, 8192])
 def test_a_likely_count_of_rows_takes_one_tile_that_fits(num_tokens):
-    config = by_arithmetic(PRO_EP8, num_tokens).fc1
+    config = choose_config(PRO_EP8, num_tokens).fc1
     rows = math.ceil(num_tokens * 6 / 384)
     fitting = next(n for n in config.tile_n if n >= rows)
     assert fitting - rows <= 16, (rows, config.tile_n)
@@ -54,7 +54,7 @@ def test_a_likely_count_of_rows_takes_one_tile_that_fits(num_tokens):
 )
 def test_an_expert_s_rows_take_few_tiles(rows, parts):
     """Every tile more widens all of the weights again."""
-    config = by_arithmetic(FLASH, rows * 256 // 6).fc1
+    config = choose_config(FLASH, rows * 256 // 6).fc1
     assert math.ceil(rows / config.tile_n[-1]) == parts, config
     assert math.ceil((rows + math.sqrt(rows)) / config.tile_n[-1]) == parts, config
     assert config.cluster == (2 if config.tile_m == 128 else 1), config

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from dsv4_kernels import grouped_gemm_sm90 as sm90
+from dsv4_kernels.grouped_gemm_sm90_choice import choose_config
 
 from tests import racecheck, sanitize, sm90_emulation
 from tests.sm90_emulation import Emulation
@@ -15,7 +16,7 @@ CASES = sanitize.cases()
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch, keep_sm90_table):
+def as_before(monkeypatch, keep_sm90_choice):
     monkeypatch.setattr(sm90, "num_sms", sm90.num_sms)
 
 
@@ -47,7 +48,7 @@ def test_rows_are_gathered_in_some_and_placed_in_others():
     chosen = set()
     for case in CASES:
         sanitize.choose(case, 3)
-        gemm = sm90.gemms(case.problem.shape, case.problem.num_tokens, 3)[case.op == "fc2"]
+        gemm = sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"]
         assert gemm.config == getattr(case.config, case.op)
         chosen.add((gemm.op, gemm.gather, gemm.config.m_blocks))
     assert chosen >= {("fc1", True, 1), ("fc1", True, 2), ("fc1", False, 1), ("fc2", False, 2)}
@@ -57,9 +58,9 @@ def test_all_that_runs_is_compiled(emulation):
     served, followed = sanitize.kernels().values()
     for case in CASES:
         sanitize.choose(case, 3)
-        gemm = sm90.gemms(case.problem.shape, case.problem.num_tokens, 3)[case.op == "fc2"]
+        gemm = sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"]
         assert repr(gemm) in served and repr(gemm) in followed
-    sm90.use_table({})
+    sanitize.sm90_problems.use_choice(choose_config)
     assert {repr(gemm) for gemm in sm90.all_gemms(sanitize.LAYER)} <= set(served)
 
 

@@ -13,7 +13,6 @@ COMMANDS = {
     "demo": ("vllm_dsv4_moe.demo", "serve a tiny checkpoint, ask it, show what ran where"),
     "inspect": ("vllm_dsv4_moe.inspect_command", "check a checkpoint without loading it"),
     "compile": ("vllm_dsv4_moe.compile_command", "compile the expert kernels ahead of time"),
-    "tune": ("vllm_dsv4_moe.tune_command", "measure the GEMMs' tiles on this Hopper GPU"),
     "calibrate": ("vllm_dsv4_moe.calibrate", "write activation scales from prompts"),
 }
 

@@ -33,12 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8192,
         help="of one call: max_num_batched_tokens times the data-parallel ranks",
     )
-    parser.add_argument(
-        "--multiprocessors",
-        type=int,
-        default=132,
-        help="of the GPU that will serve, where configs are measured: sm_90a (default 132)",
-    )
     parser.add_argument("--scale-per-row", action="store_true", help="for activation_scale token")
 
 
@@ -49,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     shape = shape_of(args)
     start = time.perf_counter()
-    kernels = specialisations(shape, args.arch, args.multiprocessors)
+    kernels = specialisations(shape, args.arch)
     written = write_objects(args.out, args.arch, kernels)
     size = sum(path.stat().st_size for path in written)
     print(
@@ -114,11 +108,10 @@ def _op(arch: str):
     return grouped_gemm_sm100_spec, grouped_gemm_sm100
 
 
-def specialisations(shape, arch: str, multiprocessors: int) -> dict:
+def specialisations(shape, arch: str) -> dict:
     """Key -> compile function of every kernel that the shape needs."""
     chooser, compiler = _op(arch)
-    sizes = (shape, multiprocessors) if arch == "sm_90a" else (shape,)
     return {
         repr(gemm): lambda gemm=gemm: compiler.compile_gemm(gemm, arch)
-        for gemm in chooser.all_gemms(*sizes)
+        for gemm in chooser.all_gemms(shape)
     }

@@ -1,4 +1,4 @@
-"""The one timer of benches and `dsv4-moe tune`: a CUDA graph, replayed, events around each."""
+"""The one timer of benches: a CUDA graph, replayed, events around each."""
 
 from collections.abc import Callable, Sequence
 from statistics import median

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from dsv4_kernels.backends import AUTO, Backend, MoeLayer, choose_backend
+from dsv4_kernels.backends import AUTO, MoeLayer, choose_backend
 from dsv4_kernels.compiled import arch_of, load_objects
 from dsv4_kernels.moe import prepare_layer
 from dsv4_kernels.types import MoeShape
@@ -145,7 +145,6 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         moe_layer = prepare_layer(
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )
-        log_untuned(self.backend, self.shape, moe_layer.weights.w13.device)
         return moe_layer
 
     def _take_over(self, reloaded: MoeLayer) -> None:
@@ -217,13 +216,6 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         from dsv4_kernels.gate_route import gate_route
 
         return gate_route
-
-
-def log_untuned(backend: Backend, shape: MoeShape, device: torch.device) -> None:
-    """Say once if nobody has measured which kernels such a layer should run."""
-    words = None if backend.untuned is None else backend.untuned(shape, device)
-    if words is not None:
-        logger.info_once("dsv4-moe: %s", words)
 
 
 def why_not_again(config: VllmConfig, moe_config: FusedMoEConfig) -> str | None:

@@ -39,13 +39,10 @@ class Backend:
     fc1: Callable[..., None] | None = None
     # (h, layout, layer, out=rows)
     fc2: Callable[..., None] | None = None
-    # (shape, num_tokens, device) -> whether fc1 wants bf16 rows placed as the layout says, not by
-    # token
-    places_rows: Callable[[MoeShape, int, torch.device], bool] | None = None
+    # (shape, num_tokens) -> whether fc1 wants bf16 rows placed as the layout says, not by token
+    places_rows: Callable[[MoeShape, int], bool] | None = None
     # (shape, device): all that serving would otherwise compile or allocate; called at load
     compile: Callable[[MoeShape, torch.device], None] | None = None
-    # (shape, device) -> what a log should say of a layer that nobody has measured, or None
-    untuned: Callable[[MoeShape, torch.device], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,16 +118,10 @@ def _shuffle_sm90(weights: ExpertWeights) -> ExpertWeights:
     return shuffle_sm90(weights)
 
 
-def _places_rows_sm90(shape: MoeShape, num_tokens: int, device: torch.device) -> bool:
+def _places_rows_sm90(shape: MoeShape, num_tokens: int) -> bool:
     from dsv4_kernels.grouped_gemm_sm90 import places_rows
 
-    return places_rows(shape, num_tokens, device)
-
-
-def _untuned_sm90(shape: MoeShape, device: torch.device) -> str | None:
-    from dsv4_kernels.grouped_gemm_sm90 import untuned
-
-    return untuned(shape, device)
+    return places_rows(shape, num_tokens)
 
 
 def _compile_sm90(shape: MoeShape, device: torch.device) -> None:
@@ -160,7 +151,6 @@ SM90 = Backend(
     fc2=_fc2_sm90,
     places_rows=_places_rows_sm90,
     compile=_compile_sm90,
-    untuned=_untuned_sm90,
 )
 
 

@@ -24,11 +24,9 @@ from dsv4_kernels.compiled import compiled
 from dsv4_kernels.grouped_gemm_sm90_choice import choose_config
 from dsv4_kernels.grouped_gemm_sm90_kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.grouped_gemm_sm90_spec import FLAGS, MOST_PARTIALS, Gemm
-from dsv4_kernels.grouped_gemm_sm90_table import SHIPPED, Table, layer_of, read_entries, table_of
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 
 H200_SMS = 132  # multiprocessors of an H200 or H100 (SXM): what is meant where there is no GPU
-_in_use: list[Table] = []
 _DTYPES = {
     torch.uint8: Uint8,
     torch.float8_e4m3fn: Uint8,
@@ -55,42 +53,15 @@ def unsupported(shape: MoeShape) -> str | None:
     return None
 
 
-def table_in_use() -> Table:
-    """The shipped table, read once, or what `use_table` gave. A copy of the kernels without their
-    table chooses by arithmetic, and `untuned` says so."""
-    if not _in_use:
-        _in_use.append(table_of(read_entries(SHIPPED)) if SHIPPED.is_file() else {})
-    return _in_use[0]
-
-
-def use_table(table: Table) -> None:
-    """Choose by this table from now on, in this process."""
-    _in_use[:] = [table]
-    gemms.cache_clear()
-    all_gemms.cache_clear()
-
-
-def untuned(shape: MoeShape, device: torch.device) -> str | None:
-    """What a log should say of a layer whose configs were not measured, or None."""
-    layer = layer_of(shape, num_sms(device))
-    if layer in table_in_use():
-        return None
-    sizes = ", ".join(f"{name} {value}" for name, value in layer._asdict().items())
-    return (
-        f"the tiles of the expert GEMMs are chosen by arithmetic: {SHIPPED.name} has no measured "
-        f"ones for {sizes} (dsv4-moe tune writes them)"
-    )
-
-
-def places_rows(shape: MoeShape, num_tokens: int, device: torch.device) -> bool:
+def places_rows(shape: MoeShape, num_tokens: int) -> bool:
     """Whether fc1 wants rows as the layout says."""
-    return not gemms(shape, num_tokens, num_sms(device))[0].gather
+    return not gemms(shape, num_tokens)[0].gather
 
 
 @functools.lru_cache(maxsize=4096)
-def gemms(shape: MoeShape, num_tokens: int, multiprocessors: int = H200_SMS) -> tuple[Gemm, Gemm]:
+def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
     """(fc1, fc2) of a layer at a number of tokens."""
-    gather, fc1, fc2 = choose_config(shape, num_tokens, multiprocessors, table_in_use())
+    gather, fc1, fc2 = choose_config(shape, num_tokens)
     experts, hidden, inter = shape.num_local_experts, shape.hidden, shape.intermediate
     return (
         Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1),
@@ -99,11 +70,11 @@ def gemms(shape: MoeShape, num_tokens: int, multiprocessors: int = H200_SMS) -> 
 
 
 @functools.cache
-def all_gemms(shape: MoeShape, multiprocessors: int = H200_SMS) -> list[Gemm]:
+def all_gemms(shape: MoeShape) -> list[Gemm]:
     """Every specialisation that calls of up to shape.max_num_tokens need."""
     found = {}
     for num_tokens in range(1, shape.max_num_tokens + 1):
-        found |= dict.fromkeys(gemms(shape, num_tokens, multiprocessors))
+        found |= dict.fromkeys(gemms(shape, num_tokens))
     return list(found)
 
 
@@ -138,7 +109,7 @@ def compile_gemm(gemm: Gemm, arch: str = "sm_90a"):
 def compile_layer(shape: MoeShape, device: torch.device) -> None:
     """Compile and allocate all that calls of up to shape.max_num_tokens will use on the device."""
     _fix_up(device)
-    for gemm in all_gemms(shape, num_sms(device)):
+    for gemm in all_gemms(shape):
         compile_gemm(gemm)
 
 
@@ -192,7 +163,7 @@ def fc1(
     """
     assert x.dtype == out.dtype == torch.bfloat16, (x.dtype, out.dtype)
     assert x.is_contiguous() and out.is_contiguous() and routing_weights.is_contiguous()
-    gemm, _ = gemms(shape, len(routing_weights), num_sms(x.device))
+    gemm, _ = gemms(shape, len(routing_weights))
     assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape
     launch(
         gemm,
@@ -227,7 +198,7 @@ def fc2(
     """
     assert h.dtype == out.dtype == torch.bfloat16, (h.dtype, out.dtype)
     assert h.is_contiguous() and out.is_contiguous()
-    _, gemm = gemms(shape, len(layout.slot_to_row), num_sms(h.device))
+    _, gemm = gemms(shape, len(layout.slot_to_row))
     launch(
         gemm,
         (

@@ -1,40 +1,21 @@
-"""Which kernels run a call of the sm90 grouped GEMMs: by a table of measured choices, and by
-arithmetic where it says nothing.
-"""
+"""Which kernels run a call of the sm90 grouped GEMMs: by the rows of an expert."""
 
 import math
 
 from dsv4_kernels.grouped_gemm_sm90_spec import LayerConfig, Sm90Config
-from dsv4_kernels.grouped_gemm_sm90_table import Table, layer_of
 from dsv4_kernels.types import MoeShape
 
 FEW_ROWS = 14  # an expert, at most, where tiles of 8 to 32 rows serve
 
 
-def choose_config(
-    shape: MoeShape, num_tokens: int, multiprocessors: int, table: Table
-) -> LayerConfig:
-    """How both GEMMs run at a number of tokens: the table's range, or arithmetic's choice."""
-    rows = rows_per_expert(shape, num_tokens)
-    for above, up_to, config in table.get(layer_of(shape, multiprocessors), ()):
-        if above < rows <= up_to:
-            return config
-    return by_arithmetic(shape, num_tokens)
-
-
-def rows_per_expert(shape: MoeShape, num_tokens: int) -> float:
-    """If routing is even."""
-    return num_tokens * shape.top_k / shape.num_experts
-
-
-def by_arithmetic(shape: MoeShape, num_tokens: int) -> LayerConfig:
-    """The choice for any layer, by the rows of an expert.
+def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
+    """How both GEMMs run at a number of tokens, by the rows of an expert if routing is even.
 
     fc1 gathers its rows by token, which costs less than to copy them to where TMA finds them: 3 %
     of fc1 and the copy at 128 rows an expert, 2 % at 48, on an H200. But what cp.async fetches is
     one block's: a cluster, which shares rows, has them placed.
     """
-    rows = rows_per_expert(shape, num_tokens)
+    rows = num_tokens * shape.top_k / shape.num_experts
     fc1, fc2 = (_config(rows, k) for k in (shape.hidden, shape.intermediate))
     return LayerConfig(fc1.cluster == 1, fc1, fc2)
 

@@ -49,20 +49,3 @@ class LayerConfig(NamedTuple):
     gather: bool  # fc1 fetches rows of x by token; otherwise they lie as the layout says
     fc1: Sm90Config
     fc2: Sm90Config
-
-
-def why_unfit(config: Sm90Config, k: int) -> str | None:
-    """Why no kernel of this config can be, for weights with k columns; None if it may compile."""
-    sizes = config.tile_n
-    if config.tile_k not in (64, 128, 256) or k % config.tile_k:
-        return f"tile_k {config.tile_k} is not 64, 128 or 256, or does not divide K = {k}"
-    if not sizes or list(sizes) != sorted(set(sizes)) or any(n % 8 or n < 8 for n in sizes):
-        return f"tile_n {sizes} are not ascending multiples of 8"
-    # Tiles are cut by what TMA's boxes of 16 rows hold: a larger one than tile_n would match none.
-    if sizes[-1] % 16 or sizes[-1] > 256:
-        return f"the largest tile_n, {sizes[-1]}, is not a multiple of 16 up to 256"
-    if config.cluster not in (1, 2):
-        return f"a cluster of {config.cluster} thread blocks: only 1 or 2 are always all resident"
-    if config.tile_m * sizes[-1] > MOST_PARTIALS:
-        return f"a tile of {config.tile_m} x {sizes[-1]} has more sums than {MOST_PARTIALS}"
-    return None

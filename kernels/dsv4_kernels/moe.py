@@ -87,9 +87,7 @@ def run_kernels(
             scratch=buffers.quantize_scratch,
             out=buffers.x,
         )
-    elif backend.places_rows is not None and backend.places_rows(
-        shape, num_tokens, hidden_states.device
-    ):
+    elif backend.places_rows is not None and backend.places_rows(shape, num_tokens):
         # FC2 writes these rows when FC1 has read them.
         x = place_rows(hidden_states, layout.slot_to_row, out=buffers.rows)
     h = buffers.h if buffers.h_bf16 is None else buffers.h_bf16
