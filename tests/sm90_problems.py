@@ -168,7 +168,7 @@ def run(problem: Problem, inputs: Inputs, op: str) -> torch.Tensor:
     weights, layout, shape = inputs.prepared, inputs.layout, problem.shape
     if op == "fc1":
         x, routing = inputs.x, inputs.routing_weights
-        if sm90.places_rows(shape, problem.num_tokens, inputs.x.device):
+        if sm90.places_rows(shape, problem.num_tokens):
             x = placed_rows(inputs, problem.top_k)
         sm90.fc1(x, routing, layout, weights, shape, problem.limit, out=out)
     else:
