@@ -14,10 +14,10 @@ test: setup lint  ## everything that needs no GPU
 
 test-gpu: setup  ## what needs a GPU (mostly compilation, hence processes); kept in test-gpu.json
 	@$(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
-	@$(PYTEST) --silicon $(SNIPPETS:%=tests/test_emulator_%.py)
+	@$(PYTEST) --silicon $(SNIPPETS:%=tests/emulator/test_emulator_%.py)
 
 sanitize: setup  ## on a Hopper GPU: compute-sanitizer over the kernels; keeps JSON
-	@PYTHONPATH=.:kernels .venv/bin/python tests/sanitize.py all
+	@PYTHONPATH=.:kernels .venv/bin/python tests/gpu/sanitize.py all
 
 bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps JSON and plot
 	@cd kernels && for name in layer router rows; do \

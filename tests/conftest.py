@@ -1,6 +1,6 @@
 """`--gpu-results FILE` keeps what a run on a GPU showed: each test, the GPU and the commit.
 
-`--silicon tests/test_emulator_*` runs the emulator's snippets on the GPU as well.
+`--silicon tests/emulator/test_emulator_*` runs the emulator's snippets on the GPU as well.
 """
 
 import json
@@ -18,9 +18,9 @@ if shutil.which("nvidia-smi") is None:
 @pytest.fixture
 def keep_sm90_choice():
     """Puts sm90's own choice of configs back after the test."""
-    from dsv4_kernels.grouped_gemm_sm90_choice import choose_config
+    from dsv4_kernels.sm90.heuristic import choose_config
 
-    from tests.sm90_problems import use_choice
+    from tests.support.sm90_problems import use_choice
 
     yield
     use_choice(choose_config)
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
         commit = config.getoption("--commit") or _commit()
         config.pluginmanager.register(GpuResults(Path(config.getoption("--gpu-results")), commit))
     if config.getoption("--silicon"):
-        from tests.ptx_emulator import silicon, snippet
+        from tests.emulator.ptx_emulator import silicon, snippet
 
         snippet.OBSERVERS.append(silicon.compare)
 
@@ -73,7 +73,7 @@ class GpuResults:
 
 
 def _commit() -> str:
-    from vllm_dsv4_moe.checkout import checkout_commit
+    from bench.checkout import checkout_commit
 
     try:
         return checkout_commit()

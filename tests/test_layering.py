@@ -15,14 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"vllm_dsv4_moe": ROOT / "vllm_dsv4_moe", "dsv4_kernels": ROOT / "kernels/dsv4_kernels"}
 FILES = {
-    f"{package}.{path.stem}": path
+    ".".join([package, *path.relative_to(folder).with_suffix("").parts]): path
     for package, folder in PACKAGES.items()
     for path in sorted(folder.rglob("*.py"))
 }
 # What ops stand on, besides the contract itself: programmatic launch, device code of routing and of
-# NVFP4, objects compiled ahead of time.
-SHARED = {"types", "pdl", "routing", "nvfp4_blocks", "compiled"}
-ABOVE_OPS = {"moe", "backends", "weights", "workspace"}
+# NVFP4, compiled kernels.
+SHARED = {"types", "pdl", "route.routing", "rows.nvfp4_blocks", "compiled"}
+ABOVE_OPS = {"moe", "backends", "workspace"}
+ARCHITECTURES = {"sm90", "sm100"}
 # Everything else that the kernels may import is Python's own.
 KERNEL_LIBRARIES = {"torch", "triton", "cutlass", "cuda"}
 HEAVY = ("torch", "triton", "cutlass", "vllm", "transformers", "numpy")
@@ -41,26 +42,23 @@ def imports(tree: ast.AST, at_load: bool = True) -> Iterator[tuple[str, bool]]:
             yield from imports(node, at_load and not inside)
 
 
-def op_of(name: str) -> str:
-    """grouped_gemm of grouped_gemm_sm90 and grouped_gemm_sm100_kernel."""
-    return name.split("_sm")[0]
-
-
 def violations(module: str, source: str) -> list[str]:
     tree = ast.parse(source)
-    package, name = module.split(".")
+    package, _, name = module.partition(".")
     found = []
     for imported, at_load in imports(tree):
         top, _, rest = imported.partition(".")
-        ours = rest.split(".")[0]
+        ours = module_of(top, rest)
         if imported.startswith("."):
             found.append(f"relative import {imported}")
-        elif name == "__init__" and at_load:
+        elif name.endswith("__init__") and at_load:
             found.append(f"a package's __init__ imports {imported} when it is loaded")
         elif top == "vllm_dsv4_moe" and package != top:
             found.append(f"the kernels import the adapter: {imported}")
         elif top == "vllm" and package != "vllm_dsv4_moe":
             found.append(f"only the adapter imports vllm: {imported}")
+        elif package == top == "vllm_dsv4_moe" and crosses_into_commands(name, ours):
+            found.append(f"the adapter imports a command: {imported}")
         elif top == "dsv4_kernels" and ours == "reference" and at_load:
             found.append("reference is a backend: import it where that backend runs")
         elif package == "dsv4_kernels":
@@ -68,6 +66,18 @@ def violations(module: str, source: str) -> list[str]:
     if package == "dsv4_kernels":
         found += environment_reads(tree)
     return found
+
+
+def module_of(package: str, rest: str) -> str:
+    """The module that a dotted name in a package is, or lies in: rows.combine of rows.combine.x."""
+    parts = rest.split(".")
+    while len(parts) > 1 and f"{package}.{'.'.join(parts)}" not in FILES:
+        parts.pop()
+    return ".".join(parts)
+
+
+def crosses_into_commands(name: str, ours: str) -> bool:
+    return ours.startswith("commands") and not name.startswith("commands")
 
 
 def kernel_violations(name: str, top: str, ours: str) -> list[str]:
@@ -82,7 +92,9 @@ def kernel_violations(name: str, top: str, ours: str) -> list[str]:
         return [f"{name} imports {ours}"]
     if name in SHARED:
         return [] if ours in SHARED else [f"{name}, which ops share, imports {ours}"]
-    if name in ABOVE_OPS or ours in SHARED or op_of(ours) == op_of(name):
+    room = name.split(".")[0]
+    same_gpu = room in ARCHITECTURES and ours.split(".")[0] == room
+    if name in ABOVE_OPS or ours in SHARED or same_gpu:
         return []
     return [f"op {name} imports {ours}: ops stand on {sorted(SHARED)} only"]
 
@@ -99,16 +111,30 @@ def test_imports_point_down(module):
 
 
 CAUGHT = {
-    "vllm in a kernel": ("dsv4_kernels.combine", "import vllm.envs"),
+    "vllm in a kernel": ("dsv4_kernels.rows.combine", "import vllm.envs"),
     "vllm inside a function": ("dsv4_kernels.moe", "def f():\n    from vllm import envs"),
     "the adapter in a kernel": ("dsv4_kernels.moe", "from vllm_dsv4_moe import settings"),
-    "one op in another": ("dsv4_kernels.combine", "from dsv4_kernels import expert_layout"),
-    "an op's names in another": ("dsv4_kernels.combine", "from dsv4_kernels.router_topk import x"),
-    "moe in an op": ("dsv4_kernels.combine", "from dsv4_kernels.moe import MoeShape"),
-    "an op in types": ("dsv4_kernels.types", "from dsv4_kernels.combine import combine"),
-    "an op in reference": ("dsv4_kernels.reference", "import dsv4_kernels.combine"),
-    "an op in what ops share": ("dsv4_kernels.pdl", "import dsv4_kernels.combine"),
-    "reference in an op": ("dsv4_kernels.combine", "def f():\n    import dsv4_kernels.reference"),
+    "one op in another": ("dsv4_kernels.rows.combine", "from dsv4_kernels.rows import place_rows"),
+    "an op's names in another": (
+        "dsv4_kernels.rows.combine",
+        "from dsv4_kernels.route.router_topk import router_topk",
+    ),
+    "one GPU's kernels in another's": (
+        "dsv4_kernels.sm100.gemm",
+        "from dsv4_kernels.sm90.spec import Gemm",
+    ),
+    "a command in the adapter": (
+        "vllm_dsv4_moe.moe_method",
+        "def f():\n    from vllm_dsv4_moe.commands import gpus",
+    ),
+    "moe in an op": ("dsv4_kernels.rows.combine", "from dsv4_kernels.moe import MoeShape"),
+    "an op in types": ("dsv4_kernels.types", "from dsv4_kernels.rows.combine import combine"),
+    "an op in reference": ("dsv4_kernels.reference", "import dsv4_kernels.rows.combine"),
+    "an op in what ops share": ("dsv4_kernels.pdl", "import dsv4_kernels.rows.combine"),
+    "reference in an op": (
+        "dsv4_kernels.rows.combine",
+        "def f():\n    import dsv4_kernels.reference",
+    ),
     "reference when backends load": ("dsv4_kernels.backends", "from dsv4_kernels import reference"),
     "reference when the adapter loads": ("vllm_dsv4_moe.x", "import dsv4_kernels.reference"),
     "another library": ("dsv4_kernels.moe", "import scipy"),
@@ -125,9 +151,16 @@ def test_the_rules_catch(module, source):
 
 
 ALLOWED = {
-    "an op's device file": ("dsv4_kernels.grouped_gemm", "import dsv4_kernels.grouped_gemm_sm90"),
-    "types in an op": ("dsv4_kernels.combine", "from dsv4_kernels.types import Routing\nimport os"),
-    "an op in moe": ("dsv4_kernels.moe", "from dsv4_kernels.combine import combine"),
+    "a GPU's device file": ("dsv4_kernels.sm90.gemm", "import dsv4_kernels.sm90.kernel"),
+    "the adapter in a command": (
+        "vllm_dsv4_moe.commands.doctor",
+        "from vllm_dsv4_moe.settings import Settings",
+    ),
+    "types in an op": (
+        "dsv4_kernels.rows.combine",
+        "from dsv4_kernels.types import Routing\nimport os",
+    ),
+    "an op in moe": ("dsv4_kernels.moe", "from dsv4_kernels.rows.combine import combine"),
     "the reference backend": (
         "dsv4_kernels.backends",
         "def f():\n    import dsv4_kernels.reference",

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from dsv4_kernels.gate_route import MAX_TOKENS, GateScratch, make_scratch
+from dsv4_kernels.route.gate_route import MAX_TOKENS, GateScratch, make_scratch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, GateLinear

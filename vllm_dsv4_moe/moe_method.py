@@ -206,14 +206,14 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         if self.backend.name == "reference":
             from dsv4_kernels.reference import router_topk
         else:
-            from dsv4_kernels.router_topk import router_topk
+            from dsv4_kernels.route.router_topk import router_topk
         return router_topk
 
     def gate_op(self) -> Callable | None:
         """The op that gates and routes small batches; None where vLLM's gate serves them all."""
         if self.backend.name == "reference" or self.settings.gate == "vllm":
             return None
-        from dsv4_kernels.gate_route import gate_route
+        from dsv4_kernels.route.gate_route import gate_route
 
         return gate_route
 

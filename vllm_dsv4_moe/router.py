@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import vllm.envs as envs
-from dsv4_kernels.gate_route import GateScratch
+from dsv4_kernels.route.gate_route import GateScratch
 from dsv4_kernels.types import ImageBias, Routing
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType

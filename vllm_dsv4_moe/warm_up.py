@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from dsv4_kernels.backends import MoeLayer
-from dsv4_kernels.gate_route import make_scratch
 from dsv4_kernels.moe import moe, workspace_bytes
+from dsv4_kernels.route.gate_route import make_scratch
 from dsv4_kernels.types import Routing
 
 if TYPE_CHECKING:

@@ -19,13 +19,12 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from bench.layer_trial import expert_map
 from bench.timing import checkout_commit, cold_sets, time_us, write_results
 from dsv4_kernels import moe as layers
 from dsv4_kernels import reference
 from dsv4_kernels.backends import choose_backend
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
-
-from vllm_dsv4_moe.layer_trial import expert_map
 
 SHAPES = {
     "Pro, EP8 rank": MoeShape(384, 48, 6, 7168, 3072, 8192, False),

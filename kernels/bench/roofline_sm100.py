@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv4_kernels.grouped_gemm_sm100_spec import CHUNK, TILE_M, Gemm, choose_config, gemms
+from dsv4_kernels.sm100.spec import CHUNK, TILE_M, Gemm, choose_config, gemms
 from dsv4_kernels.types import MoeShape
 
 SMS = 148  # CUTLASS's Blackwell examples; B200's multiprocessor count
@@ -31,7 +31,7 @@ LAUNCH_GAP = 1.5e-6
 # Cycles from a stage's request to its data, once a tile where nothing hides it. Assumption.
 FIRST_LOAD = 1500
 # Warp-instructions a warp executes for 32 tokens x 32 TMEM lanes, counted in the PTX emulator
-# (tests/test_instructions_sm100.py), one a cycle on each of an SM's four schedulers.
+# (tests/kernels/test_instructions_sm100.py), one a cycle on each of an SM's four schedulers.
 EPILOGUE = {"fc1": 329, "fc2": 77}
 WEIGHT_BYTES = 0.5 + 1 / 16  # E2M1 and its share of an E4M3 scale
 

@@ -26,9 +26,9 @@ from bench.timing import (
     write_results,
 )
 from dsv4_kernels import reference
-from dsv4_kernels.expert_layout import expert_layout, make_layout, scratch_size
-from dsv4_kernels.gate_route import gate_route, make_scratch
-from dsv4_kernels.router_topk import router_topk
+from dsv4_kernels.route.gate_route import gate_route, make_scratch
+from dsv4_kernels.route.router_topk import router_topk
+from dsv4_kernels.rows.expert_layout import expert_layout, make_layout, scratch_size
 from dsv4_kernels.types import Routing
 
 TOP_K, SCALING, TILE, VOCAB = 6, 2.5, 64, 4096

@@ -25,10 +25,10 @@ from bench.timing import (
     write_results,
 )
 from dsv4_kernels import reference
-from dsv4_kernels.combine import combine
-from dsv4_kernels.expert_layout import expert_layout
-from dsv4_kernels.nvfp4_quantize import nvfp4_quantize, scratch_size
-from dsv4_kernels.place_rows import place_rows
+from dsv4_kernels.rows.combine import combine
+from dsv4_kernels.rows.expert_layout import expert_layout
+from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize, scratch_size
+from dsv4_kernels.rows.place_rows import place_rows
 from dsv4_kernels.types import ExpertLayout, QuantizedRows
 
 TOP_K, TILE, NUM_EXPERTS = 6, 128, 384

@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv4_kernels.grouped_gemm_sm100 import example_arguments
-from dsv4_kernels.grouped_gemm_sm100_kernel import Dsv4GroupedGemmSm100
-from dsv4_kernels.grouped_gemm_sm100_spec import TMEM_COLUMNS, Gemm, all_gemms
+from dsv4_kernels.sm100.gemm import example_arguments
+from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100
+from dsv4_kernels.sm100.spec import TMEM_COLUMNS, Gemm, all_gemms
 from dsv4_kernels.types import MoeShape
 
 SHAPES = {

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-from vllm_dsv4_moe.graph_timer import time_us
+from bench.graph_timer import time_us
 
 
 def time_warm_us(call: Callable[[], object]) -> float:
@@ -46,7 +45,7 @@ def write_results(path: Path, rows: list[dict], commit: str, **facts) -> None:
 
 def checkout_commit() -> str:
     """The commit of this checkout; ValueError where there is no git: benches take --commit."""
-    from vllm_dsv4_moe import checkout
+    from bench import checkout
 
     return checkout.checkout_commit()
 

@@ -104,7 +104,7 @@ REFERENCE = Backend(
 
 
 def _supports_sm90(shape: MoeShape, capability: tuple[int, int] | None) -> str | None:
-    from dsv4_kernels.grouped_gemm_sm90 import unsupported
+    from dsv4_kernels.sm90.gemm import unsupported
 
     if capability is not None and capability[0] != 9:
         major, minor = capability
@@ -113,31 +113,31 @@ def _supports_sm90(shape: MoeShape, capability: tuple[int, int] | None) -> str |
 
 
 def _shuffle_sm90(weights: ExpertWeights) -> ExpertWeights:
-    from dsv4_kernels.weights_sm90 import shuffle_sm90
+    from dsv4_kernels.sm90.weights import shuffle_sm90
 
     return shuffle_sm90(weights)
 
 
 def _places_rows_sm90(shape: MoeShape, num_tokens: int) -> bool:
-    from dsv4_kernels.grouped_gemm_sm90 import places_rows
+    from dsv4_kernels.sm90.gemm import places_rows
 
     return places_rows(shape, num_tokens)
 
 
 def _compile_sm90(shape: MoeShape, device: torch.device) -> None:
-    from dsv4_kernels.grouped_gemm_sm90 import compile_layer
+    from dsv4_kernels.sm90.gemm import compile_layer
 
     compile_layer(shape, device)
 
 
 def _fc1_sm90(x, routing_weights, layout, layer: MoeLayer, *, out: torch.Tensor) -> None:
-    from dsv4_kernels.grouped_gemm_sm90 import fc1
+    from dsv4_kernels.sm90.gemm import fc1
 
     fc1(x, routing_weights, layout, layer.weights, layer.shape, layer.limit, out=out)
 
 
 def _fc2_sm90(h, layout, layer: MoeLayer, *, out: torch.Tensor) -> None:
-    from dsv4_kernels.grouped_gemm_sm90 import fc2
+    from dsv4_kernels.sm90.gemm import fc2
 
     fc2(h, layout, layer.weights, layer.shape, out=out)
 
@@ -155,7 +155,7 @@ SM90 = Backend(
 
 
 def _supports_sm100(shape: MoeShape, capability: tuple[int, int] | None) -> str | None:
-    from dsv4_kernels.grouped_gemm_sm100_spec import unsupported
+    from dsv4_kernels.sm100.spec import unsupported
 
     if capability is not None and capability[0] != 10:
         return (
@@ -166,32 +166,32 @@ def _supports_sm100(shape: MoeShape, capability: tuple[int, int] | None) -> str 
 
 
 def _prepare_sm100(weights: ExpertWeights) -> ExpertWeights:
-    from dsv4_kernels.weights_sm100 import swizzle_sm100
+    from dsv4_kernels.sm100.weights import swizzle_sm100
 
     return swizzle_sm100(weights)
 
 
 def _tile_sm100(shape: MoeShape, num_tokens: int) -> int:
-    from dsv4_kernels.grouped_gemm_sm100_spec import choose_config
+    from dsv4_kernels.sm100.spec import choose_config
 
     return choose_config(shape, num_tokens).tile
 
 
 def _compile_sm100(shape: MoeShape, device: torch.device) -> None:
-    from dsv4_kernels.grouped_gemm_sm100 import compile_layer
+    from dsv4_kernels.sm100.gemm import compile_layer
 
     compile_layer(shape, device)
 
 
 def _fc1_sm100(x, routing_weights, layout, layer, *, out) -> None:
-    from dsv4_kernels.grouped_gemm_sm100 import fc1
+    from dsv4_kernels.sm100.gemm import fc1
 
     weights, scales, limit = layer.weights, layer.activation_scales, layer.limit
     fc1(x, routing_weights, layout, weights, scales, limit, layer.saturated, out=out)
 
 
 def _fc2_sm100(h, layout, layer, *, out) -> None:
-    from dsv4_kernels.grouped_gemm_sm100 import fc2
+    from dsv4_kernels.sm100.gemm import fc2
 
     fc2(h, layout, layer.weights, layer.activation_scales, out=out)
 

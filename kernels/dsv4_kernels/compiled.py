@@ -31,7 +31,7 @@ def arch_of(capability: tuple[int, int]) -> str:
 def versions() -> dict[str, str]:
     """What must be the same where objects are made and where they run."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("grouped_gemm*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     return {
         "nvidia-cutlass-dsl": metadata.version("nvidia-cutlass-dsl"),

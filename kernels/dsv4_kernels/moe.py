@@ -60,10 +60,10 @@ def run_kernels(
     out: torch.Tensor,
 ) -> None:
     """The layer on a GPU, one call a step, each into its part of the workspace."""
-    from dsv4_kernels.combine import combine
-    from dsv4_kernels.expert_layout import expert_layout
-    from dsv4_kernels.nvfp4_quantize import nvfp4_quantize
-    from dsv4_kernels.place_rows import place_rows
+    from dsv4_kernels.rows.combine import combine
+    from dsv4_kernels.rows.expert_layout import expert_layout
+    from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
+    from dsv4_kernels.rows.place_rows import place_rows
 
     backend, shape, num_tokens = layer.backend, layer.shape, len(hidden_states)
     tile = backend.tile(shape, num_tokens)

@@ -39,8 +39,8 @@ def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spe
 
     What FC2 still reads, what it does not, and what it writes: the last two share their bytes.
     """
-    from dsv4_kernels.expert_layout import scratch_size
-    from dsv4_kernels.nvfp4_quantize import scratch_size as quantize_scratch_size
+    from dsv4_kernels.rows.expert_layout import scratch_size
+    from dsv4_kernels.rows.nvfp4_quantize import scratch_size as quantize_scratch_size
 
     local = shape.num_local_experts
     rows = capacity(num_tokens, shape.top_k, local, tile)

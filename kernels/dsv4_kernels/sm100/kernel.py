@@ -1,0 +1,722 @@
+"""Device side of the sm_100a grouped GEMM: NVFP4 x NVFP4 on the fifth-generation tensor cores.
+
+Weights are the M operand (128 rows a CTA), tokens the N operand, and N is a run-time value: a
+multiple of 8 (16 with two CTAs) that just covers the rows of the tile that exist, so a tile of
+one token costs an MMA of N = 8. One CTA (or a pair, whose MMA spans both) works on one tile of
+128 (256) weight rows x `tile` tokens at a time and takes the next one from a list that it derives
+from the layout in device memory; experts without rows are not in the list.
+
+Six warps: 0-3 epilogue (TMEM lanes 32 w .. 32 w + 31 each), 4 MMA, 5 TMA. Accumulators have two
+buffers in TMEM, so the epilogue of a tile runs under the MMAs of the next.
+
+FC1's 128 rows are 4 groups of 16 gate rows and the 16 up rows of the same intermediate indices:
+one TMA box with those strides makes that order from the checkpoint's own. A warp then holds gate
+and up of 16 indices, one NVFP4 block, in the same registers of the same lanes.
+
+Block scales, of weights and of tokens, are 128x4 blocks of 512 bytes: the scale of row r and
+K block b is byte 512 * ((r // 128) * (K / 64) + b // 4) + 16 * (r % 32) + 4 * (r % 128 // 32)
++ b % 4 (PTX ISA, "Scale factor B/A layout in tensor memory", .scale_vec::4X).
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass.cute.nvgpu import cpasync, tcgen05
+
+from dsv4_kernels.sm100 import ptx as ptx
+from dsv4_kernels.sm100.spec import (
+    CHUNK,
+    MMA_K,
+    MMA_WARP,
+    NUM_EPILOGUE_WARPS,
+    NUM_THREADS,
+    SCALE_BLOCK,
+    SMEM_LIMIT,
+    STAGING_PITCH,
+    TILE_K,
+    TILE_M,
+    TMA_WARP,
+    TMEM_COLUMNS,
+    Gemm,
+)
+
+
+class Dsv4GroupedGemmSm100:
+    """One specialisation; calling it (through cute.compile) launches the kernel."""
+
+    def __init__(self, gemm: Gemm):
+        config = gemm.config
+        assert gemm.op in ("fc1", "fc2"), gemm.op
+        assert gemm.weight_rows % (TILE_M * config.num_ctas) == 0, gemm
+        assert gemm.k % MMA_K == 0, gemm.k
+        assert config.tile % CHUNK == 0 and config.tile <= 256, config
+        assert gemm.token_rows % config.token_box == 0 and config.token_box % 8 == 0, config
+        assert gemm.smem_bytes <= SMEM_LIMIT, (gemm.smem_bytes, gemm)
+        assert gemm.acc_stride >= config.tile // 2, gemm.acc_stride
+        self.gemm = gemm
+        self.k_tiles = -(-gemm.k // TILE_K)
+        self.sfa_column = gemm.acc_stride + config.tile
+        self.sfb_column = self.sfa_column + 4 * (TILE_K // MMA_K)
+        # Of every K = 64 the scales of all token blocks are beside one another in TMEM.
+        self.sfb_step = 4 * gemm.scale_blocks
+        self.group = tcgen05.CtaGroup.TWO if config.num_ctas == 2 else tcgen05.CtaGroup.ONE
+        self.n_granule = 8 * config.num_ctas
+
+    # ---- host: tensor maps and launch
+
+    @cute.jit
+    def __call__(
+        self,
+        weights: cute.Pointer,  # (E, weight_rows, K / 2) uint8
+        weight_scales: cute.Pointer,  # (E, weight_rows / 128, K / 64, 512) bytes
+        weight_global_scales: cute.Pointer,  # fc1 (E, 2), fc2 (E,) float32
+        tokens: cute.Pointer,  # (rows, K / 2) uint8
+        token_scales: cute.Pointer,  # (ceil(rows / 128), K / 64, 512) bytes
+        token_global_scales: cute.Pointer,  # fc1 (1,), fc2 (E,), or (rows,) float32
+        rows: Int32,  # capacity, a multiple of the tile
+        counts: cute.Pointer,  # (E,) int32
+        offsets: cute.Pointer,  # (E + 1,) int32
+        tile_to_expert: cute.Pointer,  # (rows / tile,) int32
+        out: cute.Pointer,  # (rows, out_features) bf16, or (rows, out_features / 2) uint8
+        out_scales: cute.Pointer | None,  # quantize: (ceil(rows / 128), out_features / 64, 512)
+        out_global_scales: cute.Pointer | None,  # quantize: (E,) float32
+        row_to_slot: cute.Pointer | None,  # fc1: (rows,) int32
+        routing_weights: cute.Pointer | None,  # fc1: (num_tokens * top_k,) float32
+        saturated: cute.Pointer | None,  # quantize: (1,) int64, grows
+        limit: Float32,  # fc1: swiglu_limit, or infinity
+        num_clusters: Int32,
+        stream: cuda.CUstream,
+    ):
+        gemm, config = self.gemm, self.gemm.config
+        load = cpasync.CopyBulkTensorTileG2SOp(self.group)
+        k_bytes = gemm.k // 2
+        k_blocks = gemm.k // MMA_K
+
+        weight_tma, _ = cpasync.make_tiled_tma_atom(
+            load, self._weight_tensor(weights), self._operand_layout(TILE_M), self._weight_tiler()
+        )
+        mX = cute.make_tensor(tokens, cute.make_layout((rows, k_bytes), stride=(k_bytes, 1)))
+        token_tma, _ = cpasync.make_tiled_tma_atom(
+            load, mX, self._operand_layout(config.token_box), (config.token_box, TILE_K // 2)
+        )
+        # Block scales as lines of 128 words, one for 128 rows and K = 64.
+        scale_box = (TILE_K // MMA_K, SCALE_BLOCK // 4)
+        scale_layout = cute.make_layout(scale_box, stride=(SCALE_BLOCK // 4, 1))
+        lines = gemm.num_experts * (gemm.weight_rows // TILE_M) * k_blocks
+        sfa_tma, _ = cpasync.make_tiled_tma_atom(
+            load, self._lines(weight_scales, lines), scale_layout, scale_box
+        )
+        lines = (rows + 127) // 128 * k_blocks
+        sfb_tma, _ = cpasync.make_tiled_tma_atom(
+            load, self._lines(token_scales, lines), scale_layout, scale_box
+        )
+        out_tma, mOut = None, out
+        if cutlass.const_expr(gemm.op == "fc2"):
+            out_layout = cute.make_layout((rows, gemm.out_features), stride=(gemm.out_features, 1))
+            out_tma, mOut = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileS2GOp(),
+                cute.make_tensor(out, out_layout),
+                self._out_staging_layout(),
+                (CHUNK, 32),
+            )
+        self.kernel(
+            (weight_tma, sfa_tma, token_tma, sfb_tma),
+            (counts, offsets, tile_to_expert),
+            (weight_global_scales, token_global_scales),
+            (out_tma, mOut, out_scales, out_global_scales),
+            (row_to_slot, routing_weights, saturated, limit),
+        ).launch(
+            grid=(num_clusters * config.num_ctas, 1, 1),
+            block=(NUM_THREADS, 1, 1),
+            cluster=(config.num_ctas, 1, 1),
+            stream=stream,
+            use_pdl=True,
+            min_blocks_per_mp=1,
+        )
+
+    def _weight_tensor(self, weights):
+        """(rows of a tile in its order, K bytes, expert), from the checkpoint's layout."""
+        gemm = self.gemm
+        k_bytes, n = gemm.k // 2, gemm.out_features
+        rows, strides = n, k_bytes
+        if gemm.op == "fc1":
+            rows, strides = (16, 2, n // 16), (k_bytes, n * k_bytes, 16 * k_bytes)
+        # Not a static extent: a tensor map drops those of 1, and with them a coordinate.
+        shape = (rows, k_bytes, Int32(gemm.num_experts))
+        layout = cute.make_layout(shape, stride=(strides, 1, gemm.weight_rows * k_bytes))
+        return cute.make_tensor(weights, layout)
+
+    def _weight_tiler(self):
+        return ((16, 2, 4) if self.gemm.op == "fc1" else TILE_M, TILE_K // 2)
+
+    def _operand_layout(self, rows: int):
+        """(rows, 128 bytes), swizzled in units of 16 bytes over 8 rows."""
+        return cute.make_composed_layout(
+            cute.make_swizzle(3, 4, 3), 0, cute.make_layout((rows, TILE_K // 2), stride=(128, 1))
+        )
+
+    def _out_staging_layout(self):
+        """(32 tokens, 32 hidden) bf16: 64 bytes a token, swizzled for stmatrix."""
+        return cute.make_composed_layout(
+            cute.make_swizzle(2, 4, 3), 0, cute.make_layout((CHUNK, 32), stride=(32, 1))
+        )
+
+    def _lines(self, scales, lines):
+        words = SCALE_BLOCK // 4
+        return cute.make_tensor(
+            cute.recast_ptr(scales, dtype=Uint32),
+            cute.make_layout((Int32(lines), words), stride=(words, 1)),
+        )
+
+    # ---- device
+
+    @cute.kernel
+    def kernel(self, loads, layout, global_scales, outputs, routing):
+        config = self.gemm.config
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        first = Uint32(cute.arch.block_idx()[0]) // config.num_ctas
+        step = Uint32(cute.arch.grid_dim()[0]) // config.num_ctas
+
+        # Phase 1: barriers, tensor memory, tensor maps; nothing that an earlier kernel wrote.
+        smem = cutlass.utils.SmemAllocator()  # where vLLM's CuTe DSL 4.7.1 has it
+        barriers = (
+            smem.allocate_array(Int64, config.stages),  # full: operands of a stage are there
+            smem.allocate_array(Int64, config.stages),  # empty: the MMAs have read them
+            smem.allocate_array(Int64, 2),  # an accumulator is complete
+            smem.allocate_array(Int64, 2),  # the epilogue has read it
+        )
+        tmem_slot = smem.allocate_array(Int32, 1)
+        staged = self._allocate_stages(smem)
+        staging = smem.allocate_array(Uint8, self.gemm.staging_bytes, byte_alignment=1024)
+        if warp == TMA_WARP:
+            self._init_barriers(barriers)
+            for atom in loads:
+                cpasync.prefetch_descriptor(atom)
+        if cutlass.const_expr(config.num_ctas == 2):
+            # A pair allocates together, and the other CTA may not run yet.
+            self._sync_cluster()
+        if warp == MMA_WARP:
+            cute.arch.alloc_tmem(
+                TMEM_COLUMNS, tmem_slot, is_two_cta=cutlass.const_expr(config.num_ctas == 2)
+            )
+        self._sync_cluster()
+        tmem = cute.make_tensor(tmem_slot, cute.make_layout(1))[0]
+
+        # Phase 2: the layout and the tokens come from the kernels before this one.
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        mOffsets = cute.make_tensor(layout[1], cute.make_layout(self.gemm.num_experts + 1))
+        num_work = Uint32(mOffsets[self.gemm.num_experts]) // config.tile * self.gemm.m_tiles
+        work = (first, step, num_work)
+        if warp == TMA_WARP:
+            self._load(work, rank, loads, layout, barriers, staged)
+        elif warp == MMA_WARP:
+            if rank == 0:
+                self._multiply(work, layout, barriers, staged, tmem)
+        else:
+            self._epilogue(
+                work, rank, layout, global_scales, outputs, routing, barriers, staging, tmem
+            )
+
+        # Phase 3: no CTA of the pair leaves while the other may still signal it.
+        ptx.fence_before_sync()
+        self._sync_cluster()
+        if warp == MMA_WARP:
+            ptx.fence_after_sync()
+            cute.arch.relinquish_tmem_alloc_permit(
+                is_two_cta=cutlass.const_expr(config.num_ctas == 2)
+            )
+            pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, tmem_slot)
+            cute.arch.dealloc_tmem(
+                pointer, TMEM_COLUMNS, is_two_cta=cutlass.const_expr(config.num_ctas == 2)
+            )
+
+    @cute.jit
+    def _allocate_stages(self, smem):
+        """Addresses, by stage, of weights and tokens (rows, 128 B) and of their block scales."""
+        gemm, stages = self.gemm, self.gemm.config.stages
+        sizes = (gemm.weight_bytes, gemm.token_bytes, gemm.scale_bytes, gemm.token_scale_bytes)
+        return tuple(
+            ptx.smem_address(smem.allocate_array(Uint8, size * stages, byte_alignment=1024))
+            for size in sizes
+        )
+
+    @cute.jit
+    def _init_barriers(self, barriers):
+        full, empty, acc_full, acc_empty = barriers
+        config = self.gemm.config
+        with cute.arch.elect_one():
+            for i in cutlass.range_constexpr(config.stages):
+                cute.arch.mbarrier_init(full + i, 1)
+                cute.arch.mbarrier_init(empty + i, 1)
+            for i in cutlass.range_constexpr(2):
+                cute.arch.mbarrier_init(acc_full + i, 1)
+                cute.arch.mbarrier_init(acc_empty + i, NUM_EPILOGUE_WARPS * config.num_ctas)
+        cute.arch.mbarrier_init_fence()
+
+    @cute.jit
+    def _sync_cluster(self):
+        if cutlass.const_expr(self.gemm.config.num_ctas == 2):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+    @cute.jit
+    def _tile(self, work, layout):
+        """Of a piece of work: weight tile, expert, first token row, and how many rows exist."""
+        counts, offsets, tile_to_expert = layout
+        config, big = self.gemm.config, cute.make_layout(1 << 30)
+        token_tile = work // self.gemm.m_tiles
+        m_tile = Int32(work - token_tile * self.gemm.m_tiles)
+        row = Int32(token_tile * config.tile)
+        expert = cute.make_tensor(tile_to_expert, big)[token_tile]
+        below = cute.make_tensor(counts, big)[expert] + cute.make_tensor(offsets, big)[expert]
+        return m_tile, expert, row, cutlass.min(below - row, config.tile)
+
+    @cute.jit
+    def _covering(self, live):
+        """N of the MMA: the rows that exist, up to a multiple of what N may be."""
+        granule = self.n_granule
+        return (live + (granule - 1)) & -granule
+
+    # ---- warp 5: operands from global to shared memory
+
+    @cute.jit
+    def _load(self, work, rank, loads, layout, barriers, staged):
+        gemm, config = self.gemm, self.gemm.config
+        full, empty, _, _ = barriers
+        k_blocks = gemm.k // MMA_K
+        maps = [ptx.tensor_map_address(atom) for atom in loads]
+        index, step, num_work = work
+        stage, phase = Int32(0), Int32(1)
+        while index < num_work:
+            m_tile, expert, row, live = self._tile(index, layout)
+            m_tile = m_tile * config.num_ctas + rank
+            # The pair's CTAs hold one half of N each.
+            rows_here = self._covering(live) >> (config.num_ctas - 1)
+            boxes = Int32(Uint32(rows_here + (config.token_box - 1)) // config.token_box)
+            weight_line = (expert * (gemm.weight_rows // TILE_M) + m_tile) * k_blocks
+            token_line = (row >> 7) * k_blocks
+            tile = (m_tile, expert, row + rank * rows_here, boxes, weight_line, token_line)
+            for k in cutlass.range(self.k_tiles, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                with cute.arch.elect_one():
+                    if rank == 0:
+                        cute.arch.mbarrier_arrive_and_expect_tx(
+                            full + stage, self._bytes_of_stage(boxes)
+                        )
+                    self._load_stage(k, stage, tile, maps, full, staged)
+                stage, phase = self._advance(stage, phase)
+            index += step
+        if cutlass.const_expr(config.num_ctas == 2):
+            # The even CTA signals what it has read to this one as well: until then, stay.
+            for _ in cutlass.range(config.stages, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                stage, phase = self._advance(stage, phase)
+
+    def _bytes_of_stage(self, boxes):
+        """What the CTA, or the pair together, loads into a stage."""
+        gemm, config = self.gemm, self.gemm.config
+        box_bytes = config.token_box * (TILE_K // 2)
+        return config.num_ctas * (gemm.stage_bytes - gemm.token_bytes) + boxes * (
+            config.num_ctas * box_bytes
+        )
+
+    @cute.jit
+    def _load_stage(self, k, stage, tile, maps, full, staged):
+        gemm, config = self.gemm, self.gemm.config
+        m_tile, expert, row, boxes, weight_line, token_line = tile
+        weights, weight_scales, tokens, token_scales = maps
+        sW, sX, sSFA, sSFB = staged
+        barrier = ptx.smem_address(full + stage)
+        if cutlass.const_expr(config.num_ctas == 2):
+            barrier = barrier & ptx.EVEN_CTA
+        ctas, k_byte, line = config.num_ctas, k * (TILE_K // 2), k * (TILE_K // MMA_K)
+        place = (m_tile * TILE_M, expert)
+        if cutlass.const_expr(gemm.op == "fc1"):
+            place = (0, 0, m_tile * (TILE_M // 32), expert)
+        ptx.load_box(weights, (k_byte, *place), sW + stage * gemm.weight_bytes, barrier, ctas)
+        to = sSFA + stage * gemm.scale_bytes
+        ptx.load_box(weight_scales, (0, weight_line + line), to, barrier, ctas)
+        to = sSFB + stage * gemm.token_scale_bytes
+        for b in cutlass.range_constexpr(gemm.scale_blocks):
+            place = (0, token_line + b * (gemm.k // MMA_K) + line)
+            ptx.load_box(token_scales, place, to + b * gemm.scale_bytes, barrier, ctas)
+        to = sX + stage * gemm.token_bytes
+        for b in cutlass.range(boxes, unroll=1):
+            place = (k_byte, row + b * config.token_box)
+            ptx.load_box(tokens, place, to + b * (config.token_box * TILE_K // 2), barrier, ctas)
+
+    @cute.jit
+    def _partition(self, atom, s, g):
+        return cpasync.tma_partition(
+            atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
+        )
+
+    @cute.jit
+    def _advance(self, stage, phase):
+        stage += 1
+        if stage == self.gemm.config.stages:
+            stage = Int32(0)
+            phase ^= 1
+        return stage, phase
+
+    # ---- warp 4 of the even CTA: block scales to tensor memory, and the MMAs
+
+    @cute.jit
+    def _multiply(self, work, layout, barriers, staged, tmem):
+        gemm, config = self.gemm, self.gemm.config
+        full, empty, acc_full, acc_empty = barriers
+        sW, sX, sSFA, sSFB = staged
+        descs = (
+            (ptx.smem_desc(sW, ptx.OPERAND_DESC), gemm.weight_bytes),
+            (ptx.smem_desc(sX, ptx.OPERAND_DESC), gemm.token_bytes),
+            (ptx.smem_desc(sSFA, ptx.SCALES_DESC), gemm.scale_bytes),
+            (ptx.smem_desc(sSFB, ptx.SCALES_DESC), gemm.token_scale_bytes),
+        )
+        index, step, num_work = work
+        stage, phase = Int32(0), Int32(0)
+        buffer = Int32(0)
+        # The accumulator whose release this tile waits for: its own, or, where the two overlap,
+        # the one of the tile before, of which the epilogue then reads the shared columns first.
+        waited, acc_phase = Int32(1 if gemm.overlaps else 0), Int32(1)
+        while index < num_work:
+            _, _, row, live = self._tile(index, layout)
+            idesc = ptx.instruction_descriptor(TILE_M * config.num_ctas) | (
+                self._covering(live) // 8 << 17
+            )
+            d = tmem + buffer * gemm.acc_stride
+            # Of a tile smaller than a 128-row block, the scales start at a later column.
+            sfb = tmem + self.sfb_column + ((row & 127) >> 5)
+            cute.arch.mbarrier_wait(acc_empty + waited, acc_phase)
+            ptx.fence_after_sync()
+            for k in cutlass.range(self.k_tiles, unroll=1):
+                cute.arch.mbarrier_wait(full + stage, phase)
+                ptx.fence_after_sync()
+                with cute.arch.elect_one():
+                    # A descriptor's address is its lowest field, in units of 16 bytes.
+                    operands = [desc + Int64(stage * (size >> 4)) for desc, size in descs]
+                    self._multiply_stage(k, operands, tmem, sfb, d, idesc)
+                    self._commit(empty + stage)
+                stage, phase = self._advance(stage, phase)
+            with cute.arch.elect_one():
+                self._commit(acc_full + buffer)
+            buffer ^= 1
+            waited ^= 1
+            acc_phase ^= waited ^ 1
+            index += step
+
+    @cute.jit
+    def _multiply_stage(self, k, operands, tmem, sfb, d, idesc):
+        gemm, ctas = self.gemm, self.gemm.config.num_ctas
+        a_desc, b_desc, a_scales, b_scales = operands
+        k_steps = TILE_K // MMA_K
+        line = SCALE_BLOCK >> 4
+        for i in cutlass.range_constexpr(k_steps):
+            ptx.copy_scales(tmem + self.sfa_column + 4 * i, a_scales + line * i, ctas)
+            for block in cutlass.range_constexpr(gemm.scale_blocks):
+                ptx.copy_scales(
+                    tmem + self.sfb_column + self.sfb_step * i + 4 * block,
+                    b_scales + line * (block * k_steps + i),
+                    ctas,
+                )
+        for i in cutlass.range_constexpr(k_steps):
+            if cutlass.const_expr(gemm.k % TILE_K == 0) or k * k_steps + i < gemm.k // MMA_K:
+                advance = (MMA_K // 2 >> 4) * i
+                ptx.mma_mxf4nvf4(
+                    d,
+                    a_desc + advance,
+                    b_desc + advance,
+                    idesc,
+                    tmem + self.sfa_column + 4 * i,
+                    sfb + self.sfb_step * i,
+                    Boolean(True) if i > 0 else k > 0,
+                    ctas,
+                )
+
+    @cute.jit
+    def _commit(self, barrier):
+        if cutlass.const_expr(self.gemm.config.num_ctas == 2):
+            tcgen05.commit(barrier, 0b11, self.group)
+        else:
+            tcgen05.commit(barrier, None, self.group)
+
+    # ---- warps 0-3: accumulators to output rows
+
+    @cute.jit
+    def _epilogue(
+        self, work, rank, layout, global_scales, outputs, routing, barriers, staging, tmem
+    ):
+        gemm, config = self.gemm, self.gemm.config
+        _, _, acc_full, acc_empty = barriers
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        index, step, num_work = work
+        buffer, acc_phase = Int32(0), Int32(0)
+        slot, overflow = Int32(0), Int32(0)
+        while index < num_work:
+            m_tile, expert, row, live = self._tile(index, layout)
+            m_tile = m_tile * config.num_ctas + rank
+            scales = (*self._tile_scales(expert, global_scales, outputs), routing[3])
+            chunks = (live + (CHUNK - 1)) >> 5
+            chunk, stride, last = self._chunk_order(chunks, buffer)
+            source = tmem + buffer * gemm.acc_stride + (warp << 21)
+            weight = self._routing_weight(row, live, chunk, routing)
+            cute.arch.mbarrier_wait(acc_full + buffer, acc_phase)
+            ptx.fence_after_sync()
+            for i in cutlass.range(chunks, unroll=1):
+                row_scales = self._row_scales(row + chunk * CHUNK, global_scales)
+                low, high = ptx.load_accumulators(source + chunk * CHUNK)
+                if i == last:
+                    ptx.fence_before_sync()
+                    with cute.arch.elect_one():
+                        self._release(acc_empty + buffer)
+                place = (m_tile, row + chunk * CHUNK, live - chunk * CHUNK)
+                chunk += stride
+                if cutlass.const_expr(gemm.op == "fc2"):
+                    self._store_rows(place, low, high, scales, row_scales, outputs, staging, slot)
+                    slot ^= 1
+                else:
+                    next_weight = self._routing_weight(row, live, chunk, routing)
+                    overflow += self._store_activations(
+                        place, low, high, scales, row_scales, weight, outputs, staging
+                    )
+                    weight = next_weight
+            buffer ^= 1
+            acc_phase ^= buffer ^ 1
+            index += step
+        if cutlass.const_expr(gemm.op == "fc2"):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if cutlass.const_expr(gemm.quantize):
+            overflow = cute.arch.warp_redux_sync(overflow, "add")
+            if overflow > 0:
+                with cute.arch.elect_one():
+                    count = Int64(overflow)
+                    cute.arch.red(
+                        routing[2], count, op="add", dtype="u64", sem="relaxed", scope="gpu"
+                    )
+
+    @cute.jit
+    def _chunk_order(self, chunks, buffer):
+        """First chunk of a tile and step to the next, and after how many the MMAs may go on.
+
+        Overlapping accumulators: the first is read from its end and the second from its start,
+        until only columns remain that the other does not have.
+        """
+        chunk, stride, last = Int32(0), Int32(1), chunks - 1
+        if cutlass.const_expr(self.gemm.overlaps):
+            own = self.gemm.acc_stride // CHUNK  # whole chunks that the second does not touch
+            shared = -(-(self.gemm.config.tile - self.gemm.acc_stride) // CHUNK)
+            last = cutlass.min(last, shared - 1)
+            if buffer == 0:
+                chunk, stride = chunks - 1, Int32(-1)
+                last = cutlass.max(chunks - 1 - own, 0)
+        return chunk, stride, last
+
+    @cute.jit
+    def _release(self, barrier):
+        if cutlass.const_expr(self.gemm.config.num_ctas == 2):
+            cute.arch.mbarrier_arrive(barrier, 0)
+        else:
+            cute.arch.mbarrier_arrive(barrier)
+
+    @cute.jit
+    def _tile_scales(self, expert, global_scales, outputs):
+        """Of a tile: gate's and up's (fc1) or the output's (fc2) factor; the output's scale."""
+        gemm, big = self.gemm, cute.make_layout(1 << 30)
+        weights, tokens = (cute.make_tensor(p, big) for p in global_scales)
+        common = Float32(1.0)
+        if cutlass.const_expr(gemm.op == "fc1"):
+            first, second = weights[2 * expert], weights[2 * expert + 1]
+            if cutlass.const_expr(not gemm.scale_per_row):
+                common = tokens[0]
+        else:
+            first = second = weights[expert]
+            if cutlass.const_expr(not gemm.scale_per_row):
+                common = tokens[expert]
+        out_scale = Float32(1.0)
+        if cutlass.const_expr(gemm.quantize):
+            out_scale = cute.make_tensor(outputs[3], big)[expert]
+        return first * common, second * common, out_scale
+
+    @cute.jit
+    def _row_scales(self, row, global_scales):
+        """`token` policy: global scales of this lane's 8 columns of a chunk, else ones."""
+        scales = [Float32(1.0)] * 8
+        if cutlass.const_expr(self.gemm.scale_per_row):
+            tokens = cute.make_tensor(global_scales[1], cute.make_layout(1 << 30))
+            column = row + cute.arch.lane_idx() % 4 * 2
+            scales = [tokens[column + 8 * j + i] for j in range(4) for i in range(2)]
+        return scales
+
+    @cute.jit
+    def _routing_weight(self, row, live, chunk, routing):
+        """fc1: the routing weight of this lane's token of a chunk, if there is one."""
+        weight = Float32(0.0)
+        if cutlass.const_expr(self.gemm.op == "fc1"):
+            big, token = cute.make_layout(1 << 30), chunk * CHUNK + cute.arch.lane_idx()
+            if token >= 0 and token < live:
+                slot = cute.make_tensor(routing[0], big)[row + token]
+                weight = cute.make_tensor(routing[1], big)[slot]
+        return weight
+
+    # ---- fc2: bf16 rows
+
+    @cute.jit
+    def _store_rows(self, place, low, high, scales, row_scales, outputs, staging, slot):
+        """32 tokens x this warp's 32 hidden values to bf16, transposed, and out by TMA."""
+        m_tile, row, _ = place
+        out_tma, mOut = outputs[0], outputs[1]
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        layout = self._out_staging_layout()
+        start = (warp * 2 + slot) * (CHUNK * 32 * 2)
+        # Of the two buffers, the one about to be written has been read by its TMA store.
+        cute.arch.cp_async_bulk_wait_group(1, read=True)
+        cute.arch.sync_warp()
+        token, group = lane % 8, lane // 8
+        address = ptx.smem_address(staging) + start + token * 64 + (group ^ (token >> 1)) * 16
+        for j in cutlass.range_constexpr(CHUNK // 8):
+            factors = [scales[0] * row_scales[2 * j + i] for i in range(2)]
+            matrices = [
+                ptx.bf16x2_pack(half[i] * factors[0], half[i + 1] * factors[1])
+                for half in (low, high)
+                for i in (4 * j, 4 * j + 2)
+            ]
+            ptx.stmatrix_x4_trans(address, matrices, j * 8 * 64)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        pointer = cute.recast_ptr(staging + start, layout.inner, dtype=BFloat16)
+        sOut = cute.make_tensor(pointer, layout.outer)
+        gOut = cute.local_tile(
+            cute.domain_offset((row, m_tile * TILE_M + warp * 32), mOut), (CHUNK, 32), (None, None)
+        )
+        tSs, tSg = self._partition(out_tma, sOut, gOut)
+        cute.copy(out_tma, tSs, tSg[None, 0, 0])
+        cute.arch.cp_async_bulk_commit_group()
+
+    # ---- fc1: SwiGLU, routing weight, and NVFP4 or bf16
+
+    @cute.jit
+    def _store_activations(self, place, low, high, scales, row_scales, weight, outputs, staging):
+        """32 tokens x this warp's 16 intermediate values; returns 1 if this lane's saturated."""
+        m_tile, row, live = place
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        weights = ptx.pack(weight, weight)
+        pairs = self._transpose(self._swiglu(low, high, scales, row_scales), staging)
+        pairs = [ptx.mul2(pair, weights) for pair in pairs]
+        values = [value for pair in pairs for value in ptx.unpack(pair)]
+        column = (m_tile * NUM_EPILOGUE_WARPS + warp) * 16
+        out = Int64(outputs[1].toint())
+        width = self.gemm.out_features
+        saturated = Int32(0)
+        if cutlass.const_expr(self.gemm.quantize):
+            codes, scale, saturated = self._quantize(pairs, values, scales[2])
+            line = (row >> 7) * (width // 64) + m_tile
+            scale_at = Int64(line) * SCALE_BLOCK + (lane * 16 + ((row & 96) >> 3) + warp)
+            if lane < live:
+                ptx.store_global(out + (Int64(row + lane) * (width // 2) + column // 2), codes)
+                ptx.store_global_byte(Int64(outputs[2].toint()) + scale_at, scale)
+            else:
+                saturated = Int32(0)
+        else:
+            words = [ptx.bf16x2_pack(values[2 * i], values[2 * i + 1]) for i in range(8)]
+            if lane < live:
+                address = out + (Int64(row + lane) * (width * 2) + column * 2)
+                ptx.store_global(address, words[:4])
+                ptx.store_global(address + 16, words[4:])
+        return saturated
+
+    @cute.jit
+    def _swiglu(self, gate, up, scales, row_scales):
+        """silu(min(gate, limit)) * clamp(up, -limit, limit) of the scaled accumulators."""
+        values, limit = [], scales[3]
+        for r in cutlass.range_constexpr(16):
+            row_scale = row_scales[r // 4 * 2 + r % 2]
+            g = cute.arch.fmin(gate[r] * (scales[0] * row_scale), limit, nan=True)
+            u = ptx.clamp(up[r] * (scales[1] * row_scale), limit)
+            exponential = cute.math.exp2(g * -1.4426950408889634, fastmath=True)
+            values.append(g * cute.arch.rcp_approx(1.0 + exponential) * u)
+        return values
+
+    @cute.jit
+    def _transpose(self, values, staging):
+        """From a lane's 2 rows x 8 tokens to 8 pairs of its one token's 16 rows, through smem."""
+        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        base = ptx.smem_address(staging) + warp * (CHUNK * STAGING_PITCH)
+        to = base + lane % 4 * (2 * STAGING_PITCH) + lane // 4 * 4
+        cute.arch.sync_warp()  # the previous chunk has been read
+        for r in cutlass.range_constexpr(16):
+            token, half = r // 4 * 8 + r % 2, r // 2 % 2
+            ptx.store_shared(to, values[r], token * STAGING_PITCH + half * 8 * 4)
+        cute.arch.sync_warp()
+        return [
+            pair
+            for i in range(4)
+            for pair in ptx.load_shared_pairs(base + lane * STAGING_PITCH, 16 * i)
+        ]
+
+    @cute.jit
+    def _quantize(self, pairs, values, global_scale):
+        """NVFP4 of a block of 16, as `reference.nvfp4_quantize` has it: 2 words, scale, 0 or 1.
+
+        A quotient is corrected by its remainder, which rounds it as a division would.
+        """
+        largest = self._largest(values, nan=True)
+        saturated = Int32(0)
+        if largest != largest:
+            largest = self._largest(values, nan=False)
+            saturated = Int32(1)
+        sixth = self._divide(
+            cute.arch.fmin(largest, 3.4028234663852886e38), Float32(6.0), Float32(1.0 / 6.0)
+        )
+        # Beyond 464 global scales all is saturation; 512 keeps the quotient finite.
+        quotient = self._divide(
+            cute.arch.fmin(sixth, 512.0 * global_scale),
+            global_scale,
+            cute.arch.rcp_approx(global_scale),
+        )
+        if quotient > 464.0:
+            saturated = Int32(1)
+        byte, unit = ptx.e4m3_round(quotient)
+        scale = unit * global_scale
+        if saturated > 0:
+            # What is 6 or more anyway, infinities and NaN among it, must not overflow below.
+            pairs = [self._bounded(pair, 8.0 * scale) for pair in pairs]
+        quotients = self._divide_pairs(pairs, scale, cute.arch.rcp_approx(scale))
+        codes = [ptx.e2m1_pack(quotients[i : i + 8]) for i in (0, 8)]
+        if unit == 0.0:
+            codes = [Uint32(0), Uint32(0)]
+        return codes, byte, saturated
+
+    @cute.jit
+    def _largest(self, values, nan: cutlass.Constexpr[bool]):
+        largest = ptx.max_abs3(values[0], values[1], values[2], nan)
+        for i in cutlass.range_constexpr(3, 15, 2):
+            largest = ptx.max_abs3(largest, values[i], values[i + 1], nan)
+        return ptx.max_abs3(largest, values[15], values[15], nan)
+
+    @cute.jit
+    def _divide(self, x, divisor, inverse):
+        """x / divisor, given about 1 / divisor."""
+        quotient = x * inverse
+        return ptx.fma(ptx.fma(quotient, -divisor, x), inverse, quotient)
+
+    @cute.jit
+    def _divide_pairs(self, pairs, divisor, inverse):
+        """16 values of 8 pairs, each over divisor."""
+        minus, inverses = ptx.pack(-divisor, -divisor), ptx.pack(inverse, inverse)
+        values = []
+        for pair in pairs:
+            quotient = ptx.mul2(pair, inverses)
+            quotient = ptx.fma2(ptx.fma2(quotient, minus, pair), inverses, quotient)
+            values += ptx.unpack(quotient)
+        return values
+
+    @cute.jit
+    def _bounded(self, pair, bound):
+        values = [cute.arch.fmax(cute.arch.fmin(x, bound), -bound) for x in ptx.unpack(pair)]
+        return ptx.pack(values[0], values[1])

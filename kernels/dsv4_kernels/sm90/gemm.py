@@ -1,0 +1,216 @@
+"""The two grouped GEMMs of the experts on compute capability 9.0: shape -> config -> launch.
+
+    fc1: h[row]   = w_row * silu(min(g, L)) * clamp(u, -L, L),   g = W1_e x, u = W3_e x   (bf16)
+    fc2: out[row] = W2_e h[row]                                                           (bf16)
+
+W4A16: NVFP4 weights, in `weights`'s order, are widened to bf16 exactly; sums are fp32. e and
+the token of a row are ExpertLayout's: rows that exist are written, padding rows are not. The
+routing weight multiplies in fp32, before the rounding to bf16. Nothing here synchronises,
+allocates or compiles once `compile_layer` has run for the layer's shape.
+
+Both GEMMs of a device share one buffer of partial sums and its flags, so calls must follow one
+another, as they do on one stream: two streams must not run layers at the same time.
+"""
+
+import functools
+import math
+
+import torch
+from cuda.bindings import driver
+from cutlass import BFloat16, Float32, Int32, Uint8, cute
+from cutlass.cute.runtime import make_ptr
+
+from dsv4_kernels.compiled import compiled
+from dsv4_kernels.sm90.heuristic import choose_config
+from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
+from dsv4_kernels.sm90.spec import FLAGS, MOST_PARTIALS, Gemm
+from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
+
+H200_SMS = 132  # multiprocessors of an H200 or H100 (SXM): what is meant where there is no GPU
+_DTYPES = {
+    torch.uint8: Uint8,
+    torch.float8_e4m3fn: Uint8,
+    torch.bfloat16: BFloat16,
+    torch.float32: Float32,
+    torch.int32: Int32,
+}
+
+
+def unsupported(shape: MoeShape) -> str | None:
+    """Why these kernels cannot run the layer, or None."""
+    if shape.quantize_activations:
+        return (
+            "compute capability 9.0 has no FP4 arithmetic, so activations stay in bf16: set "
+            "activations to bf16"
+        )
+    for name in ("hidden", "intermediate"):
+        size = getattr(shape, name)
+        if size % 64:
+            return (
+                f"{name} size {size} of this rank is not a multiple of 64: use a smaller "
+                "tensor-parallel size or expert parallelism"
+            )
+    return None
+
+
+def places_rows(shape: MoeShape, num_tokens: int) -> bool:
+    """Whether fc1 wants rows as the layout says."""
+    return not gemms(shape, num_tokens)[0].gather
+
+
+@functools.lru_cache(maxsize=4096)
+def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
+    """(fc1, fc2) of a layer at a number of tokens."""
+    gather, fc1, fc2 = choose_config(shape, num_tokens)
+    experts, hidden, inter = shape.num_local_experts, shape.hidden, shape.intermediate
+    return (
+        Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1),
+        Gemm("fc2", experts, hidden, inter, shape.top_k, False, fc2),
+    )
+
+
+@functools.cache
+def all_gemms(shape: MoeShape) -> list[Gemm]:
+    """Every specialisation that calls of up to shape.max_num_tokens need."""
+    found = {}
+    for num_tokens in range(1, shape.max_num_tokens + 1):
+        found |= dict.fromkeys(gemms(shape, num_tokens))
+    return list(found)
+
+
+def example_arguments(gemm: Gemm) -> tuple:
+    """What `cute.compile` is given for a specialisation: types and alignments."""
+    return (
+        *(_pointer(dtype, 1 << 20) for dtype in (Uint8, Uint8, Float32, BFloat16, BFloat16)),
+        *(_pointer(dtype, 1 << 20) for dtype in (Int32, Int32, Int32, Float32, Float32, Int32)),
+        Float32(math.inf),
+        Int32(1),
+        Int32(1),
+        driver.CUstream(0),
+    )
+
+
+def _pointer(dtype, address: int):
+    align = 4 if dtype in (Int32, Float32) else 16
+    return make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
+
+
+@functools.cache
+def compile_gemm(gemm: Gemm, arch: str = "sm_90a"):
+    """The specialisation's launcher, from an object that was loaded or compiled; needs no GPU."""
+
+    def compile_now():
+        options = f"--gpu-arch={arch}"
+        return cute.compile(Dsv4GroupedGemmSm90(gemm), *example_arguments(gemm), options=options)
+
+    return compiled(repr(gemm), arch, compile_now)
+
+
+def compile_layer(shape: MoeShape, device: torch.device) -> None:
+    """Compile and allocate all that calls of up to shape.max_num_tokens will use on the device."""
+    _fix_up(device)
+    for gemm in all_gemms(shape):
+        compile_gemm(gemm)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of an H200 where tensors lie on the CPU, as in the emulator."""
+    if device.type == "cpu":
+        return H200_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _fix_up(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(partial sums, flags) of the device's thread blocks; every launch leaves the flags zero."""
+    blocks = num_sms(device)
+    partials = torch.empty(blocks * MOST_PARTIALS, dtype=torch.float32, device=device)
+    return partials, torch.zeros(blocks * FLAGS, dtype=torch.int32, device=device)
+
+
+def num_blocks(gemm: Gemm, multiprocessors: int) -> int:
+    """Thread blocks of a launch: whole clusters, all resident at once."""
+    return multiprocessors // gemm.config.cluster * gemm.config.cluster
+
+
+def launch(gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -> None:
+    """Run a specialisation on torch tensors, in the order of the kernel's `__call__`."""
+    device = tensors[0].device
+    assert gemm.config.tile_m * gemm.config.tile_n[-1] <= MOST_PARTIALS, gemm.config
+    pointers = (_pointer(_DTYPES[t.dtype], t.data_ptr()) for t in (*tensors, *_fix_up(device)))
+    stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    limit = math.inf if limit is None else limit
+    num_rows = Int32(len(tensors[3]))
+    blocks = Int32(num_blocks(gemm, num_sms(device)))
+    compile_gemm(gemm)(*pointers, Float32(limit), num_rows, blocks, stream)
+
+
+def fc1(
+    x: torch.Tensor,
+    routing_weights: torch.Tensor,
+    layout: ExpertLayout,
+    weights: ExpertWeights,
+    shape: MoeShape,
+    limit: float | None,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """h of every row that exists: x (num_tokens, hidden) bf16, or (capacity, hidden) where
+    `places_rows` says so, -> out (capacity, intermediate) bf16.
+
+    routing_weights (num_tokens, top_k) float32.
+    """
+    assert x.dtype == out.dtype == torch.bfloat16, (x.dtype, out.dtype)
+    assert x.is_contiguous() and out.is_contiguous() and routing_weights.is_contiguous()
+    gemm, _ = gemms(shape, len(routing_weights))
+    assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape
+    launch(
+        gemm,
+        (
+            weights.w13,
+            weights.w13_block_scales,
+            weights.w13_global_scales,
+            x,
+            out,
+            layout.counts,
+            layout.offsets,
+            layout.row_to_slot,
+            routing_weights,
+        ),
+        limit,
+    )
+
+
+def fc2(
+    h: torch.Tensor,
+    layout: ExpertLayout,
+    weights: ExpertWeights,
+    shape: MoeShape,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """Rows for `combine`: h (capacity, intermediate) bf16 -> out (capacity, hidden) bf16.
+
+    Must come right after `fc1` of the same layout: counts and offsets are read before the kernel
+    before it has ended. They are not checked: a layout that another call has overwritten, as one
+    of another size does in the same workspace, sends loads and stores anywhere.
+    """
+    assert h.dtype == out.dtype == torch.bfloat16, (h.dtype, out.dtype)
+    assert h.is_contiguous() and out.is_contiguous()
+    _, gemm = gemms(shape, len(layout.slot_to_row))
+    launch(
+        gemm,
+        (
+            weights.w2,
+            weights.w2_block_scales,
+            weights.w2_global_scales,
+            h,
+            out,
+            layout.counts,
+            layout.offsets,
+            layout.row_to_slot,
+            weights.w2_global_scales,  # fc2 reads no routing weights
+        ),
+        None,
+    )

@@ -1,0 +1,210 @@
+"""vLLM's options that the plugin's layer cannot serve are refused at load, in one sentence."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from dsv4_kernels import reference
+from safetensors.torch import load_file, save_file
+
+from tests.support import loading
+from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
+
+LAYER = "model.layers.0.ffn.experts"
+CONFIG = TinyConfig(layers=2, hash_layers=1, hidden=64, intermediate=32, experts=12, heads=4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("options") / "tiny", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def vllm_config(checkpoint):
+    return loading.engine_config(checkpoint)
+
+
+def changed(**changes):
+    """The configuration with values put in where vLLM's own classes have them."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.config.offload import OffloadConfig, PrefetchOffloadConfig, UVAOffloadConfig
+
+    uva = UVAOffloadConfig(**changes.get("uva", {}))
+    prefetch = PrefetchOffloadConfig(**changes.get("prefetch", {}))
+    lora = changes.get("lora")
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(enable_elastic_ep=changes.get("elastic", False)),
+        model_config=SimpleNamespace(enable_prompt_embeds=changes.get("embeds", False)),
+        offload_config=OffloadConfig(uva=uva, prefetch=prefetch),
+        lora_config=None if lora is None else LoRAConfig(**lora),
+    )
+
+
+def moe_config(all2all="allgather_reducescatter", ranks=2):
+    """Of a layer on several data- and expert-parallel ranks."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+
+    parallel = FusedMoEParallelConfig(
+        *(1, 1, ranks, ranks), *(0, 0, 0, 0), sp_size=1, use_ep=ranks > 1,
+        all2all_backend=all2all, enable_eplb=False,
+    )  # fmt: skip
+    return SimpleNamespace(moe_parallel_config=parallel)
+
+
+REFUSED = {
+    "elastic EP": ({"elastic": True}, "--enable-elastic-ep changes the number of ranks"),
+    "prompts of embeddings": ({"embeds": True}, "--enable-prompt-embeds lets prompts come"),
+    "LoRA": ({"lora": {}}, "--enable-lora would adapt these experts"),
+    "LoRA of experts": ({"lora": {"target_modules": ["wq_a", "experts"]}}, "--lora-target-modules"),
+    "UVA": ({"uva": {"cpu_offload_gb": 4}}, "with --cpu-offload-params, such as attn"),
+    "UVA of experts": (
+        {"uva": {"cpu_offload_gb": 4, "cpu_offload_params": {"routed_experts.w2_weight"}}},
+        "read experts from GPU memory",
+    ),
+    "prefetch": (
+        {"prefetch": {"offload_group_size": 8, "offload_params": {"experts"}}},
+        "with --offload-params",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, says", REFUSED.values(), ids=REFUSED)
+def test_refused(changes, says):
+    from vllm_dsv4_moe.options import refusal
+
+    assert says in refusal(changed(**changes), moe_config(), LAYER)
+
+
+TAKEN = {
+    "nothing": {},
+    "LoRA of attention": {"lora": {"target_modules": ["wq_a"]}},
+    "offloaded attention": {"uva": {"cpu_offload_gb": 4, "cpu_offload_params": {"attn"}}},
+    "a part of a name": {"uva": {"cpu_offload_gb": 4, "cpu_offload_params": {"expert", "w2"}}},
+}
+
+
+@pytest.mark.parametrize("changes", TAKEN.values(), ids=TAKEN)
+def test_taken(changes):
+    from vllm_dsv4_moe.options import refusal
+
+    assert refusal(changed(**changes), moe_config(), LAYER) is None
+
+
+def all2all_backends() -> tuple[str, ...]:
+    from typing import get_args
+
+    from vllm.config.parallel import All2AllBackend
+
+    return get_args(All2AllBackend)
+
+
+# vLLM turns these into others when it reads its options.
+REPLACED = {"naive", "pplx", "flashinfer_all2allv"}
+
+
+@pytest.mark.parametrize("name", sorted(set(all2all_backends()) - REPLACED))
+def test_an_all2all_backend_is_taken_by_name_or_refused(name):
+    from vllm_dsv4_moe.options import ALL2ALL_BACKENDS, refusal
+
+    says = refusal(changed(), moe_config(name), LAYER)
+    assert (says is None) == (name in ALL2ALL_BACKENDS)
+    assert says is None or f"--all2all-backend {name} hands over tokens" in says
+    assert refusal(changed(), moe_config(name, ranks=1), LAYER) is None, "not used by one rank"
+
+
+def test_batch_invariance_is_refused(monkeypatch):
+    from vllm_dsv4_moe.options import refusal
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert "unset it" in refusal(changed(), moe_config(), LAYER)
+
+
+def test_the_readmes_table_is_the_codes():
+    from vllm_dsv4_moe.options import options_table
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    written = readme.split("<!-- options: begin -->\n")[1].split("<!-- options: end -->")[0]
+    assert written == options_table()
+
+
+def test_a_refusal_names_the_layer(vllm_config):
+    with mock.patch("vllm_dsv4_moe.quant_config.refusal", return_value="--this cannot be"):
+        with pytest.raises(ValueError, match=rf"^{LAYER}: --this cannot be$"):
+            loading.load_model(vllm_config)
+
+
+def experts_output(model, layer: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(9, CONFIG.hidden, generator=generator).bfloat16()
+    logits = torch.randn(9, CONFIG.experts, generator=generator)
+    routing = reference.router_topk(logits, CONFIG.top_k)
+    experts = model.model.layers[layer].ffn.experts.routed_experts
+    return experts.forward_modular(x, *routing)
+
+
+def reload(config, model, path=None) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+    with set_current_vllm_config(config):
+        reload_weights(config, model, None, None if path is None else str(path), True)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_weights_that_are_loaded_again_replace_the_first_in_place(
+    checkpoint, tmp_path, load_format
+):
+    other = dataclasses.replace(CONFIG, seed=7)
+    other_path = write_tiny_checkpoint(tmp_path / "other", other)
+    fresh = loading.load_model(loading.engine_config(other_path))
+    config = loading.engine_config(checkpoint, load_format=load_format)
+    model = loading.load_model(config)
+    experts = model.model.layers[1].ffn.experts.routed_experts
+    before = {name: param.data_ptr() for name, param in experts.named_parameters()}
+    assert not torch.equal(experts_output(model, 1), experts_output(fresh, 1))
+    # What was random at first is loaded as checkpoints are.
+    config.load_config.load_format = "auto"
+    reload(config, model, other_path)
+    assert {name: param.data_ptr() for name, param in experts.named_parameters()} == before
+    for layer in range(CONFIG.layers):
+        ours, wanted = experts_output(model, layer), experts_output(fresh, layer)
+        assert torch.equal(ours, wanted) and wanted.float().norm() > 0
+
+
+def test_weights_that_are_loaded_again_must_all_come(checkpoint, tmp_path):
+    config = loading.engine_config(checkpoint)
+    model = loading.load_model(config)
+    half = write_tiny_checkpoint(tmp_path / "half", CONFIG)
+    for file in half.glob("*.safetensors"):
+        kept = {n: t for n, t in load_file(file).items() if "layers.1.ffn.experts.3.w2" not in n}
+        save_file(kept, file)
+    with pytest.raises(ValueError, match=r"layers.1.ffn.experts.3.w2.weight is missing"):
+        reload(config, model, half)
+
+
+NOT_AGAIN = {
+    "sleep mode": (True, False, "--enable-sleep-mode, whose level 2"),
+    "EPLB": (False, True, "--enable-eplb, which has moved experts"),
+    "neither": (False, False, None),
+}
+
+
+@pytest.mark.parametrize("sleeps, moves, says", NOT_AGAIN.values(), ids=NOT_AGAIN)
+def test_weights_cannot_be_loaded_again_with(sleeps, moves, says):
+    from vllm_dsv4_moe.moe_method import why_not_again
+
+    config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=sleeps))
+    parallel = SimpleNamespace(enable_eplb=moves)
+    reason = why_not_again(config, SimpleNamespace(moe_parallel_config=parallel))
+    assert reason is None if says is None else says in reason
+
+
+def test_a_second_time_that_cannot_be_is_refused(checkpoint):
+    config = loading.engine_config(checkpoint)
+    with mock.patch("vllm_dsv4_moe.moe_method.why_not_again", return_value="--that"):
+        model = loading.load_model(config)
+    with pytest.raises(ValueError, match="loaded a second time, which cannot be with --that"):
+        reload(config, model)

@@ -1,0 +1,203 @@
+"""The plugin in vLLM's registries: there when wanted, absent when not, and only for its layers."""
+
+import json
+import pickle
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+import vllm_dsv4_moe
+from tests.support import loading
+from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
+
+REGISTRIES = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+import sys
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.quantization import get_quantization_config
+print("loaded", sorted(name for name in sys.modules if name.startswith("vllm_dsv4_moe")))
+print(get_quantization_config("deepseek_v4_fp8").__module__, "MoERunner" in op_registry_oot)
+"""
+
+
+def test_installed_but_not_wanted_leaves_vllm_untouched():
+    command = [sys.executable, "-c", REGISTRIES]
+    environment = loading.os.environ | {"VLLM_PLUGINS": ""}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-2:] == [
+        "loaded []",
+        "vllm.models.deepseek_v4.quant_config False",
+    ]
+
+
+def test_registering_twice_changes_nothing():
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    (entry_point,) = entry_points(group="vllm.general_plugins", name="dsv4_moe")
+    entry_point.load()()
+    assert "MoERunner" in op_registry_oot
+    before = op_registry_oot["MoERunner"], get_quantization_config("deepseek_v4_fp8")
+    vllm_dsv4_moe.register()
+    assert (op_registry_oot["MoERunner"], get_quantization_config("deepseek_v4_fp8")) == before
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0", "dev"])
+def test_another_vllm_is_refused_in_one_sentence(version):
+    with mock.patch("vllm.__version__", version):
+        with pytest.raises(RuntimeError, match=rf"supports vLLM 0.32 and 0.33.*{version}"):
+            vllm_dsv4_moe.register()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.33.0rc1+cu130", "0.32.0+cpu"])
+def test_builds_of_a_supported_vllm_are_taken(version):
+    assert vllm_dsv4_moe.is_supported(version)
+
+
+def test_a_plugin_that_replaces_the_same_class_is_named():
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from vllm_dsv4_moe import runner
+
+    class Theirs: ...
+
+    with mock.patch.dict(op_registry_oot, {"MoERunner": Theirs}):
+        with pytest.raises(RuntimeError, match=r"test_plugin.*Theirs has replaced.*VLLM_PLUGINS"):
+            runner.install()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """vLLM's config of a checkpoint whose quantization_config is that of published copies."""
+    sizes = TinyConfig(layers=2, hash_layers=1, hidden=128, intermediate=128, experts=8, mtp=1)
+    folder = tmp_path_factory.mktemp("published") / "tiny"
+    write_tiny_checkpoint(folder, TinyConfig(**vars(sizes) | {"linear": "fp8"}))
+    return loading.engine_config(folder)
+
+
+def test_a_published_config_resolves_to_the_plugin(published):
+    from vllm_dsv4_moe.quant_config import Dsv4Fp8Config
+
+    config_json = json.loads((Path(published.model_config.model) / "config.json").read_text())
+    quantization = config_json["quantization_config"]
+    assert quantization["quant_method"] == "fp8" and quantization["moe_quant_algo"] == "NVFP4"
+    assert published.model_config.quantization == "deepseek_v4_fp8"
+    assert type(published.quant_config) is Dsv4Fp8Config
+    assert type(pickle.loads(pickle.dumps(published.quant_config))) is Dsv4Fp8Config
+
+
+def test_mtp_layers_of_a_published_checkpoint_stay_vllms_on_gpus(published):
+    from vllm.config import set_current_vllm_config
+    from vllm.models.deepseek_v41.quant_config import DeepseekV4FP8Config
+
+    from vllm_dsv4_moe.quant_config import OurLayers
+
+    on_gpus = type("OnGpus", (OurLayers, DeepseekV4FP8Config), {})
+    config_json = json.loads((Path(published.model_config.model) / "config.json").read_text())
+    config = on_gpus.from_config(config_json["quantization_config"])
+    with set_current_vllm_config(published):
+        ours = [config.is_ours(f"model.layers.{n}.ffn.experts") for n in range(3)]
+    assert ours == [True, True, False]  # two layers, and one of multi-token prediction
+
+
+def config_on_a_gpu(**changes):
+    """The plugin's class over one that answers as vLLM's does on GPUs: MTP layers stayed MXFP4."""
+    from vllm.model_executor.layers.quantization import QuantizationConfig
+
+    from vllm_dsv4_moe.quant_config import OurLayers
+
+    class Theirs(QuantizationConfig):
+        ignored_layers = ["layers.1.ffn.experts"]
+        packed_modules_mapping: dict = {}
+        expert_dtype, moe_quant_algo = "fp4", "NVFP4"
+
+        def get_quant_method(self, layer, prefix):
+            return "vLLM's own"
+
+        def _is_nvfp4_expert_layer(self, prefix):
+            return "layers.2." not in prefix
+
+    config_class = type(
+        "Config",
+        (OurLayers, Theirs),
+        changes | {"_settings": "settings", "_check_files": lambda self: None},
+    )
+    config_class.__abstractmethods__ = frozenset()
+    return config_class.__new__(config_class)
+
+
+WHOSE = {
+    "NVFP4": ({}, "layers.0.ffn.experts", True),
+    "NVFP4 for Marlin": ({"backend": "marlin"}, "layers.0.ffn.experts", False),
+    "NVFP4 on ROCm": ({"platform": "rocm"}, "layers.0.ffn.experts", False),
+    "with constant ones among them": ({"kind": "Substituted"}, "layers.0.ffn.experts", False),
+    "left out by name": ({}, "layers.1.ffn.experts", False),
+    "MXFP4 in MTP": ({}, "layers.2.ffn.experts", False),
+    "FP8 experts": ({"expert_dtype": "fp8"}, "layers.0.ffn.experts", False),
+    "an MXFP4 checkpoint": ({"moe_quant_algo": ""}, "layers.0.ffn.experts", False),
+}
+
+
+@pytest.mark.parametrize("changes, prefix, ours", WHOSE.values(), ids=WHOSE)
+def test_layers_that_are_not_ours_get_vllms_own_method(changes, prefix, ours):
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    from vllm_dsv4_moe import quant_config
+
+    backend = changes.get("backend", "auto")
+    config = config_on_a_gpu(**changes)
+    kind = type(changes.get("kind"), (RoutedExperts,), {}) if "kind" in changes else RoutedExperts
+    layer = mock.Mock(spec=kind, moe_config=mock.Mock(moe_backend=backend))
+    platform = mock.Mock(is_cpu=lambda: False, is_cuda=lambda: "platform" not in changes)
+    with (
+        mock.patch.object(quant_config, "current_platform", platform),
+        mock.patch.object(quant_config, "ModelOptNvFp4Dsv4Method", return_value="ours"),
+        mock.patch.object(quant_config, "get_current_vllm_config"),
+        mock.patch.object(quant_config, "refusal", return_value=None),
+        mock.patch.object(quant_config.logger, "info") as say,
+    ):
+        answers = [config.get_quant_method(layer, prefix) for _ in range(2)]
+        config.announce_ours("reference")
+    assert answers == ["ours" if ours else "vLLM's own"] * 2
+    (sentence,) = [call.args for call in say.mock_calls]
+    assert ("this plugin" in sentence[0]) == ours
+
+
+def test_a_layer_of_another_kind_is_vllms():
+    assert config_on_a_gpu().get_quant_method(object(), "layers.0.attn.wq_a") == "vLLM's own"
+
+
+def test_the_reference_backend_on_a_gpu_wants_eager_mode():
+    from vllm_dsv4_moe.moe_method import check_device
+
+    check_device("reference", (9, 0), is_eager=True)
+    with pytest.raises(ValueError, match="--enforce-eager"):
+        check_device("reference", (9, 0), is_eager=False)
+
+
+@pytest.mark.parametrize(
+    "sizes, most",
+    [({}, 100), ({"dp_size": 4}, 400), ({"dp_size": 2, "sp_size": 8}, 208)],
+    ids=["alone", "data parallel", "sequence parallel"],
+)
+def test_the_arena_is_sized_for_what_every_rank_may_send(sizes, most):
+    from vllm_dsv4_moe.moe_method import max_num_tokens
+
+    sizes = {"max_num_tokens": 100, "dp_size": 1, "pcp_size": 1, "sp_size": 1} | sizes
+    config = SimpleNamespace(**sizes, is_sequence_parallel=sizes["sp_size"] > 1)
+    assert max_num_tokens(config) == most
+
+
+def test_a_cpu_without_bf16_instructions_is_refused_in_one_sentence():
+    plugin = pytest.importorskip("vllm_cpu_host.plugin", reason="made for hosts without a GPU")
+    with mock.patch("torch.cpu._is_avx512_bf16_supported", return_value=False):
+        with pytest.raises(RuntimeError, match="this CPU lacks avx512_bf16.*NVIDIA GPU"):
+            plugin.register()

@@ -1,0 +1,462 @@
+"""`dsv4-moe inspect`: what is wrong with a checkpoint is named, from headers alone."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from test_checkpoint_layout import FLASH, NVFP4, PRO
+
+from vllm_dsv4_moe.checkpoint_layout import ModelSizes, checkpoint_tensors
+from vllm_dsv4_moe.commands.checkpoint_scales import e4m3_value
+from vllm_dsv4_moe.commands.cli import main
+from vllm_dsv4_moe.commands.inspect_checkpoint import inspect, kinds
+from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
+from vllm_dsv4_moe.commands.tiny_config import TinyConfig
+
+EXPERT = "layers.2.ffn.experts.3"
+SHARD = "model-00004-of-00005.safetensors"  # layers.2
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    config = TinyConfig(layers=3, hidden=128, intermediate=64, experts=8, heads=4, mtp=1)
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("inspect") / "tiny", config)
+
+
+@pytest.fixture
+def checkpoint(original, tmp_path):
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+class Shard:
+    """One safetensors file, to be changed: its header, or a tensor's bytes."""
+
+    def __init__(self, path):
+        self.path = path
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        self.header = json.loads(content[8 : 8 + length])
+        self.data = bytearray(content[8 + length :])
+
+    def put(self, name, value):
+        first, last = self.header[name]["data_offsets"]
+        assert last - first == len(value), (last - first, len(value))
+        self.data[first:last] = value
+
+    def save(self):
+        write_file(self.path, self.header, self.data)
+
+
+def write_file(path, header, data=b""):
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+
+
+def change_config(checkpoint, **changes):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_whole_checkpoint_has_no_problem(original, capsys):
+    found = inspect(original, scales=True)
+    assert found.problems == [] and found.missing == found.mismatched == found.extra == []
+    assert [(layer.router, layer.experts, layer.ours) for layer in found.layers] == [
+        ("hash", "NVFP4", True),
+        ("hash", "NVFP4", True),
+        ("dense", "NVFP4", True),
+        ("dense", "MXFP4", False),
+    ]
+    assert main(["inspect", str(original), "--details", "--scales"]) == 0
+    text = capsys.readouterr().out
+    assert "layers.0-1     hash   NVFP4 experts" in text
+    assert "this plugin can serve it" in text
+    assert "layers.0-2.ffn.experts.0-7.w1.weight_scale" in text
+
+
+@pytest.fixture(scope="module")
+def v41(tmp_path_factory):
+    """V4's gates and experts under a V4.1 config: text_config, a vision tower, no hash layer."""
+    folder = tmp_path_factory.mktemp("v41") / "tiny"
+    config = TinyConfig(layers=2, hash_layers=0, hidden=128, intermediate=64, experts=8, heads=4)
+    write_tiny_checkpoint(folder, config)
+    path = folder / "config.json"
+    text = json.loads(path.read_text())
+    for key in ("num_hash_layers", "compress_ratios", "q_lora_rank"):
+        del text[key]
+    quant = text.pop("quantization_config")
+    nested = {"text_config": text, "vision_config": {"num_hidden_layers": 4}}
+    path.write_text(
+        json.dumps(nested | {"model_type": "deepseek_v41", "quantization_config": quant})
+    )
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("gate.bias")]:
+            tensors[f"{name}_vl"] = tensors[name] + 1
+        save_file(tensors, file)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map |= {f"{k}_vl": v for k, v in weight_map.items() if k.endswith("gate.bias")}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def test_gates_and_experts_of_v41_are_checked_and_the_rest_is_named(v41, tmp_path, capsys):
+    found = inspect(v41, scales=True)
+    assert found.problems == [] and found.extra == []
+    assert [(layer.router, layer.experts, layer.ours) for layer in found.layers] == [
+        ("dense", "NVFP4", True)
+    ] * 2
+    (note,) = found.notes
+    others = len([n for n in found.kinds if ".gate." not in n.name and ".experts." not in n.name])
+    assert others > 20 and "of V4.1 that are no gate or expert were not checked" in note
+    assert main(["inspect", str(v41)]) == 0
+    assert "this plugin can serve it" in capsys.readouterr().out
+    # Without a bias for image tokens, and with an expert too few.
+    copy = Path(shutil.copytree(v41, tmp_path / "copy"))
+    for file in copy.glob("*.safetensors"):
+        tensors = load_file(file)
+        gone = [n for n in tensors if n.endswith("bias_vl") or "layers.1.ffn.experts.7." in n]
+        save_file({name: t for name, t in tensors.items() if name not in gone}, file)
+    problems = "\n".join(inspect(copy).problems)
+    assert "layers.*.ffn.gate.bias_vl are missing" in problems
+    assert "layers.1.ffn.experts.7.w1.weight is missing" in problems
+
+
+def test_hash_layers_by_transformers_name_for_them(original, tmp_path):
+    copy = Path(shutil.copytree(original, tmp_path / "copy"))
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    del config["num_hash_layers"]
+    path.write_text(json.dumps(config | {"mlp_layer_types": ["hash_moe", "hash_moe", "moe"]}))
+    assert inspect(copy) == dataclasses.replace(inspect(original), folder=str(copy))
+
+
+def test_a_v41_config_without_a_size_says_which(v41, tmp_path):
+    copy = Path(shutil.copytree(v41, tmp_path / "copy"))
+    change_config(copy, text_config={"hidden_size": 128})
+    with pytest.raises(ValueError, match="lacks moe_intermediate_size, .*not a DeepSeek-V4.1"):
+        inspect(copy)
+
+
+def without(name):
+    return lambda shard: shard.header.pop(name)
+
+
+def with_shape(name, shape, dtype=None):
+    def change(shard):
+        entry = shard.header[name]
+        entry["shape"] = shape
+        entry["dtype"] = dtype or entry["dtype"]
+
+    return change
+
+
+def as_f32(name):
+    def change(shard):
+        entry = shard.header[name]
+        size = math.prod(entry["shape"]) * 4
+        entry |= {"dtype": "F32", "data_offsets": [len(shard.data), len(shard.data) + size]}
+        shard.data += bytes(size)
+
+    return change
+
+
+def with_extra(name):
+    def change(shard):
+        shard.header[name] = {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        pytest.param(
+            without(f"{EXPERT}.w1.weight_scale_2"),
+            f"{EXPERT}.w1.weight_scale_2 is missing",
+            id="no-weight-scale-2",
+        ),
+        pytest.param(
+            without("layers.2.ffn.gate.bias"), "layers.2.ffn.gate.bias is missing", id="no-bias"
+        ),
+        pytest.param(
+            with_shape(f"{EXPERT}.w2.weight", [64, 64]),
+            f"{EXPERT}.w2.weight has another shape or dtype",
+            id="wrong-shape",
+        ),
+        pytest.param(
+            with_shape(f"{EXPERT}.w2.weight", [128, 32], "I8"),
+            f"{EXPERT}.w2.weight has another shape or dtype",
+            id="wrong-dtype",
+        ),
+        pytest.param(
+            with_extra("layers.2.ffn.gate.tid2eid"),
+            "layers.2.ffn.gate.tid2eid is not of this model's MoE layers",
+            id="table-on-a-dense-layer",
+        ),
+    ],
+)
+def test_difference_is_named(checkpoint, change, problem, capsys):
+    shard = Shard(checkpoint / SHARD)
+    change(shard)
+    shard.save()
+    (checkpoint / "model.safetensors.index.json").unlink()
+    found = inspect(checkpoint)
+    assert found.problems == [problem]
+    assert main(["inspect", str(checkpoint)]) == 1
+    assert f"problem: {problem}" in capsys.readouterr().out
+
+
+def test_details_have_the_shapes(checkpoint):
+    shard = Shard(checkpoint / SHARD)
+    with_shape(f"{EXPERT}.w2.weight", [64, 64])(shard)
+    shard.save()
+    expected = f"{EXPERT}.w2.weight: U8 [128, 32] expected, U8 [64, 64] found"
+    assert inspect(checkpoint).mismatched == [expected]
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        pytest.param(
+            with_extra("layers.2.attn.rotary"), "layers.2.attn.rotary is extra", id="extra"
+        ),
+        pytest.param(
+            with_extra("mtp.1.ffn.experts.0.w1.scale"),
+            "1 MTP tensors are extra, mtp.1.ffn.experts.0.w1.scale among them",
+            id="extra-mtp-layer",
+        ),
+        pytest.param(
+            as_f32("layers.2.ffn_norm.weight"),
+            "layers.2.ffn_norm.weight has another dtype, which vLLM casts",
+            id="castable-dtype",
+        ),
+        pytest.param(
+            lambda shard: [shard.header.pop(n) for n in list(shard.header) if "input_scale" in n],
+            "layers.*.ffn.experts.*.w1.input_scale are absent: the activation-scale policy "
+            "`checkpoint` cannot be used (8, first layers.2.ffn.experts.0.w1.input_scale)",
+            id="no-input-scales",
+        ),
+    ],
+)
+def test_harmless_difference_is_a_note(checkpoint, change, note):
+    shard = Shard(checkpoint / SHARD)
+    change(shard)
+    shard.save()
+    (checkpoint / "model.safetensors.index.json").unlink()
+    found = inspect(checkpoint)
+    assert found.problems == [] and note in found.notes
+
+
+def test_truncated_shard_is_named_with_its_sizes(checkpoint, capsys):
+    path = checkpoint / SHARD
+    size = path.stat().st_size
+    os.truncate(path, size - 100_000)
+    assert main(["inspect", str(checkpoint)]) == 1
+    text = capsys.readouterr().out
+    assert (
+        f"{SHARD} is cut short: it has {size - 100_000} bytes and its header speaks of {size}"
+        in text
+    )
+
+
+@pytest.mark.parametrize("length", [0, 5, 100], ids=["empty", "in-the-length", "in-the-header"])
+def test_shard_cut_before_its_data(checkpoint, length):
+    os.truncate(checkpoint / SHARD, length)
+    assert inspect(checkpoint).problems[0].startswith(f"{SHARD} is cut short")
+
+
+def test_damaged_header(checkpoint):
+    write_file(checkpoint / SHARD, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}})
+    problem = inspect(checkpoint).problems[0]
+    assert problem.startswith(f"{SHARD} has a damaged header") and "F32 [2] in 4 bytes" in problem
+
+
+def test_absent_mtp_layer_is_a_note(checkpoint):
+    (checkpoint / "model-00005-of-00005.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").unlink()
+    found = inspect(checkpoint)
+    assert found.problems == []
+    assert any("MTP tensors are absent" in note for note in found.notes)
+
+
+def test_missing_file_of_the_index(checkpoint):
+    (checkpoint / SHARD).unlink()
+    found = inspect(checkpoint)
+    assert f"{SHARD} is missing, and model.safetensors.index.json names it" in found.problems
+
+
+def test_tensor_in_two_files(checkpoint):
+    shutil.copy(checkpoint / SHARD, checkpoint / "model-00009-of-00005.safetensors")
+    (checkpoint / "model.safetensors.index.json").unlink()
+    assert any("is in two files" in problem for problem in inspect(checkpoint).problems)
+
+
+def test_experts_of_another_format(checkpoint):
+    change_config(checkpoint, quantization_config={"quant_method": "fp8"})
+    found = inspect(checkpoint)
+    assert not any(layer.ours for layer in found.layers)
+    assert any("no layer has NVFP4 experts" in problem for problem in found.problems)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        pytest.param(math.nan, "1 of 16 w1 or w3 weight_scale_2 are NaN", id="nan"),
+        pytest.param(0.0, "1 of 16 w1 or w3 weight_scale_2 are NaN", id="zero"),
+        pytest.param(-1.0, "1 of 16 w1 or w3 weight_scale_2 are NaN", id="negative"),
+    ],
+)
+def test_bad_global_scale(checkpoint, value, words):
+    shard = Shard(checkpoint / SHARD)
+    shard.put(f"{EXPERT}.w1.weight_scale_2", struct.pack("<f", value))
+    shard.save()
+    assert inspect(checkpoint).problems == []
+    found = inspect(checkpoint, scales=True)
+    assert len(found.problems) == 1 and words in found.problems[0]
+    assert found.problems[0].startswith("layers.2:")
+    assert found.scales[2].gate_up_differ == 1 and "both are honoured" in found.notes[-1]
+
+
+def test_scale_statistics_are_those_of_the_bytes(checkpoint):
+    shard = Shard(checkpoint / SHARD)
+    for expert in range(8):
+        for linear in ("w1", "w2", "w3"):
+            blocks = np.full(512, 0x38, np.uint8)  # 1.0
+            if (expert, linear) == (3, "w2"):
+                blocks[:6] = [0x00, 0x80, 0x01, 0x7E, 0x7F, 0xB8]  # 0, -0, 2^-9, 448, NaN, -1
+            shard.put(f"layers.2.ffn.experts.{expert}.{linear}.weight_scale", blocks.tobytes())
+            scale = struct.pack("<f", 2.0**-expert)
+            shard.put(f"layers.2.ffn.experts.{expert}.{linear}.weight_scale_2", scale)
+    shard.save()
+    layer = inspect(checkpoint, scales=True).scales[2]
+    assert (layer.w2_global.low, layer.w2_global.high, layer.w2_global.count) == (2**-7, 1, 8)
+    assert (layer.w13_global.count, layer.gate_up_differ) == (16, 0)
+    assert (layer.blocks.low, layer.blocks.high, layer.blocks.bad) == (2**-9, 448, 2)
+    assert (layer.blocks_read, layer.blocks_zero, layer.blocks_at_max) == (24 * 512, 2, 1)
+    assert layer.problems() == ["layers.2: 2 weight_scale are NaN or negative"]
+    sampled = inspect(checkpoint, scales=True, num_sampled=2).scales[2]  # experts 0 and 4
+    assert (sampled.blocks_read, sampled.blocks.bad) == (6 * 512, 0)
+
+
+def test_e4m3_values():
+    torch = pytest.importorskip("torch")
+    codes = torch.arange(0x7F, dtype=torch.uint8)
+    assert codes.view(torch.float8_e4m3fn).float().tolist() == [e4m3_value(int(c)) for c in codes]
+
+
+def write_sparse(folder, config, num_files=64):
+    """A checkpoint of real size whose files hold headers and holes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = list(checkpoint_tensors(ModelSizes.from_config(config)))
+    weight_map = {}
+    for number in range(num_files):
+        header, offset = {}, 0
+        for name, spec in tensors[number::num_files]:
+            offsets = [offset, offset + spec.num_bytes]
+            header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": offsets}
+            offset = offsets[1]
+        path = folder / f"model-{number:05}.safetensors"
+        write_file(path, header)
+        os.truncate(path, path.stat().st_size + offset)
+        weight_map |= dict.fromkeys(header, path.name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def nvfp4(config):
+    quant = NVFP4["quantization_config"] | {"quant_method": "fp8"}
+    return config | {"model_type": "deepseek_v4", "quantization_config": quant}
+
+
+@pytest.fixture(scope="module")
+def sparse_pro(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pro") / "pro"
+    write_sparse(folder, nvfp4(PRO))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def bytes_read_so_far():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_pro_of_913_gb_in_seconds_without_reading_it(sparse_pro):
+    before, started = bytes_read_so_far(), time.process_time()
+    found = inspect(sparse_pro, tp=8)
+    seconds, read = time.process_time() - started, bytes_read_so_far() - before
+    assert found.problems == [] and found.model.startswith("V4-Pro (hidden 7168")
+    assert found.num_bytes > 913e9 and found.num_tensors == 285_660
+    assert sum(layer.ours for layer in found.layers) == 61
+    assert read < 100e6, read
+    assert seconds < 30, seconds
+    experts = 61 * 384 * 3 * 7168 * 3072 * (1 / 2 + 1 / 16) / 8
+    assert abs(found.weight_bytes_per_gpu["experts"] / experts - 1) < 0.001
+
+
+def test_pro_weights_under_the_config_of_flash(sparse_pro, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for path in sparse_pro.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(nvfp4(FLASH)))
+    assert main(["inspect", str(folder)]) == 1
+    problems = [line for line in capsys.readouterr().out.splitlines() if "problem:" in line]
+    assert (
+        "the weights are those of V4-Pro (hidden 7168, intermediate 3072, 384 experts"
+        in problems[0]
+    )
+    assert "config.json is that of V4-Flash (hidden 4096" in problems[0]
+    assert len(problems) == 1 and "tensors are missing" in problems[0]
+
+
+def test_kinds_name_ranges_of_layers_and_experts():
+    found = kinds(
+        dict(checkpoint_tensors(ModelSizes.from_config(nvfp4(PRO) | {"n_routed_experts": 8})))
+    )
+    names = {kind.name: kind.num_tensors for kind in found}
+    assert names["layers.0-60.ffn.experts.0-7.w1.weight"] == 61 * 8
+    assert names["layers.2,4..60.attn.indexer.wq_b.weight"] == 30
+    assert names["layers.0,1,3..59.attn.compressor.ape"] == 31
+    assert sum(kind.num_tensors for kind in found) == 285_660 - 61 * 376 * 12 - 376 * 6
+
+
+def test_json_says_the_same(original, capsys):
+    assert main(["inspect", str(original), "--json", "--scales", "--tp", "2", "--dp", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == [] and len(found["layers"]) == 4 and len(found["scales"]) == 3
+    whole = inspect(original).weight_bytes_per_gpu["experts"]
+    assert found["weight_bytes_per_gpu"]["experts"] == whole // 4
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        pytest.param(lambda folder: None, "has no config.json", id="no-config"),
+        pytest.param(
+            lambda folder: (folder / "config.json").write_text("{"),
+            "is not JSON",
+            id="broken-config",
+        ),
+        pytest.param(
+            lambda folder: (folder / "config.json").write_text(json.dumps(nvfp4(FLASH))),
+            "holds no .safetensors file",
+            id="no-weights",
+        ),
+    ],
+)
+def test_nothing_to_check_is_one_sentence(tmp_path, prepare, words, capsys):
+    prepare(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1

@@ -1,0 +1,152 @@
+"""The tiny checkpoint: its files hold what the layout says, its values what they should mean."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from vllm_dsv4_moe.checkpoint_layout import ModelSizes, checkpoint_tensors
+from vllm_dsv4_moe.commands import tiny
+from vllm_dsv4_moe.commands.cli import main
+from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
+from vllm_dsv4_moe.commands.tiny_config import MIN_VOCAB, TinyConfig
+
+SMALL = TinyConfig(hidden=128, intermediate=128, experts=8, layers=4, mtp=1)
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp8"])
+def checkpoint(request, tmp_path_factory):
+    config = TinyConfig(**{**vars(SMALL), "linear": request.param})
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "out", config)
+
+
+def test_files_hold_every_tensor_of_the_layout(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    expected = dict(checkpoint_tensors(ModelSizes.from_config(config)))
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    found = {}
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            for name in shard.keys():
+                tensor = shard.get_slice(name)
+                found[name] = (tensor.get_dtype(), tuple(tensor.get_shape()))
+                assert index["weight_map"][name] == file.name
+    assert found == {name: tuple(spec) for name, spec in expected.items()}
+    assert index["metadata"]["total_size"] == sum(spec.num_bytes for spec in expected.values())
+
+
+def test_experts_dequantise_to_a_unit_gain_matrix(checkpoint):
+    tensors = load_file(checkpoint / "model-00002-of-00006.safetensors")
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    grid = torch.cat([grid, -grid])
+    for name in ("w1", "w2", "w3"):
+        linear = f"layers.0.ffn.experts.3.{name}"
+        packed = tensors[f"{linear}.weight"]
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+        scales = tensors[f"{linear}.weight_scale"].float().repeat_interleave(16, dim=-1)
+        weight = grid[codes.int()] * scales * tensors[f"{linear}.weight_scale_2"]
+        assert (weight.square().sum(-1).mean() - 1).abs() < 0.1
+        assert weight.mean().abs() < 0.01
+    scale_2 = "layers.0.ffn.experts.3.{}.weight_scale_2"
+    assert tensors[scale_2.format("w1")] == tensors[scale_2.format("w3")]
+
+
+def test_hash_table_names_distinct_experts(checkpoint):
+    table = load_file(checkpoint / "model-00002-of-00006.safetensors")["layers.0.ffn.gate.tid2eid"]
+    assert table.dtype == torch.int64 and table.shape == (SMALL.vocab, SMALL.top_k)
+    assert table.min() >= 0 and table.max() < SMALL.experts
+    assert all(len(set(row)) == SMALL.top_k for row in table.tolist())
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
+    config = TinyConfig(hidden=128, intermediate=128, experts=8, layers=1, hash_layers=1)
+    first, again = (write_tiny_checkpoint(tmp_path / name, config) for name in "ab")
+    other = write_tiny_checkpoint(tmp_path / "c", TinyConfig(**{**vars(config), "seed": 1}))
+    for file in first.glob("*.safetensors"):
+        assert file.read_bytes() == (again / file.name).read_bytes()
+        assert file.read_bytes() != (other / file.name).read_bytes()
+
+
+def test_e2m1_is_nearest_with_ties_to_the_even_code():
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.linspace(-6, 6, 4802)  # 24 steps in 0.06: reaches every midpoint's neighbours
+    values = torch.cat([values, (grid[1:] + grid[:-1]) / 2, torch.zeros(1)])
+    packed = tiny._e2m1(values)
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten()
+    distance = (values.abs()[:, None] - grid).abs()
+    nearest = distance.min(dim=1).values
+    chosen = (codes & 7).long()
+    assert torch.equal(distance[torch.arange(len(values)), chosen], nearest)
+    tied = (distance == nearest[:, None]).sum(1) == 2
+    assert tied.sum() == 7 and (chosen[tied] % 2 == 0).all()
+    assert torch.equal(codes >= 8, values < 0)
+
+
+@pytest.mark.parametrize(
+    ("quantise", "block", "shape", "error"),
+    [
+        pytest.param(tiny._fp8, 128, (200, 300), 0.04, id="fp8-ragged"),
+        pytest.param(tiny._mxfp4, 32, (48, 96), 0.2, id="mxfp4"),
+    ],
+)
+def test_other_formats_hold_their_matrix(quantise, block, shape, error):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    codes, scales = quantise(matrix)
+    assert scales.dtype == torch.float8_e8m0fnu
+    scales = scales.float().repeat_interleave(block, dim=1)[:, : shape[1]]
+    if codes.dtype == torch.int8:
+        grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        packed = codes.view(torch.uint8).int()
+        nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+        values = torch.cat([grid, -grid])[nibbles]
+    else:
+        values = codes.float()
+        scales = scales.repeat_interleave(block, dim=0)[: shape[0]]
+    assert (values * scales - matrix).norm() < error * matrix.norm()
+
+
+def test_tokenizer_gives_the_text_back(checkpoint):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = "Hello, wörld! \n 你好"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) == len(text.encode()) and max(ids) < SMALL.vocab
+    assert tokenizer.decode(ids) == text
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜></think>"
+    assert tokenizer(chat, add_special_tokens=False).input_ids[:2] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param({"hidden": 500}, "hidden 500 must be a multiple of 16", id="hidden"),
+        pytest.param(
+            {"hidden": 192, "linear": "fp8"}, "hidden 192 must be a multiple of 128", id="fp8"
+        ),
+        pytest.param({"intermediate": 48, "mtp": 1}, "multiple of 32", id="mtp-intermediate"),
+        pytest.param({"experts": 4}, "top_k 6 cannot be more than the number", id="top-k"),
+        pytest.param({"hash_layers": 5}, "hash_layers 5 must be from 0 to", id="hash-layers"),
+        pytest.param({"heads": 6}, "heads 6 must be a multiple of 4", id="heads"),
+        pytest.param({"vocab": 100}, f"needs {MIN_VOCAB}", id="vocab"),
+        pytest.param({"linear": "int8"}, "must be bf16 or fp8", id="linear"),
+        pytest.param({"layers": 0}, "layers 0 must be positive", id="layers"),
+    ],
+)
+def test_refuses_what_v4_cannot_have(change, words):
+    with pytest.raises(ValueError, match=words):
+        TinyConfig(**change)
+
+
+def test_command_writes_and_refuses_a_folder_with_files(tmp_path, capsys):
+    out = tmp_path / "out"
+    sizes = ["--hidden", "128", "--intermediate", "64", "--layers", "1", "--hash-layers", "0"]
+    assert main(["tiny", str(out), *sizes]) == 0
+    assert json.loads((out / "config.json").read_text())["hidden_size"] == 128
+    assert main(["tiny", str(out), *sizes]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err

@@ -1,0 +1,59 @@
+"""The sm100 kernels' host functions, launching in the PTX emulator instead of on a GPU."""
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from dsv4_kernels.sm100 import gemm as sm100
+from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100
+from dsv4_kernels.sm100.spec import Gemm
+
+from tests.emulator.ptx_emulator.host import EmulatedFunction, Statistics, emulate
+
+PRODUCED = (
+    *("tokens", "token_scales", "counts", "offsets", "tile_to_expert", "row_to_slot"),
+    "routing_weights",
+)
+
+
+@functools.cache
+def emulated(gemm: Gemm) -> EmulatedFunction:
+    arguments = sm100.example_arguments(gemm)
+    return emulate(Dsv4GroupedGemmSm100(gemm), *arguments, arch="sm_100a")
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy at a multiple of 256 bytes, as GPU allocations are."""
+    size = tensor.numel() * tensor.element_size()
+    room = torch.empty(size + 256, dtype=torch.uint8)
+    start = -room.data_ptr() % 256
+    copy = room[start : start + size].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+@dataclass
+class Emulation:
+    """`launch` stands in for `sm100.launch`."""
+
+    mode: str = "eager"
+    seed: int = 0
+    clusters: int = 2  # few, so that each has many tiles
+    ptx: str | None = None  # instead of what was compiled
+    max_instructions: int = 50_000_000
+    statistics: list[Statistics] = field(default_factory=list)
+    gemm: Gemm | None = None  # of the last launch
+
+    def launch(self, gemm: Gemm, arguments: tuple, limit: float | None) -> None:
+        given = (argument for argument in arguments if argument is not None)
+        limit = math.inf if limit is None else limit
+        self.gemm = gemm
+        statistics = emulated(gemm).run(
+            *(*given, limit, self.clusters, None),
+            mode=self.mode,
+            seed=self.seed,
+            ptx=self.ptx,
+            max_instructions=self.max_instructions,
+            produced=PRODUCED,
+        )
+        self.statistics.append(statistics)

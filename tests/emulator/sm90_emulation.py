@@ -1,0 +1,55 @@
+"""The sm90 kernels' host functions, launching in the PTX emulator instead of on a GPU."""
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from dsv4_kernels.sm90 import gemm as sm90
+from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90, Gemm
+
+from tests.emulator.ptx_emulator.host import EmulatedFunction, Statistics, emulate
+from tests.support.sm90_problems import aligned
+
+# What the kernel before writes. The layout is done when fc2 begins: fc1 waited for it.
+PRODUCED = {
+    "fc1": ("x", "counts", "offsets", "row_to_slot", "slot_weights"),
+    "fc2": ("x", "partials", "flags"),
+}
+
+
+@functools.cache
+def emulated(gemm: Gemm, kernel: type = Dsv4GroupedGemmSm90) -> EmulatedFunction:
+    arguments = sm90.example_arguments(gemm)
+    return emulate(kernel(gemm), *arguments, arch="sm_90a")
+
+
+@dataclass
+class Emulation:
+    """`launch` stands in for `sm90.launch`."""
+
+    mode: str = "eager"
+    seed: int = 0
+    num_sms: int = 3  # few, so that each block works on several tiles and on parts of tiles
+    ptx: str | None = None  # instead of what was compiled
+    max_instructions: int = 50_000_000
+    statistics: list[Statistics] = field(default_factory=list)
+
+    def launch(self, gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -> None:
+        blocks = self.num_sms * gemm.config.blocks_per_sm
+        partials = torch.full((blocks * sm90.MOST_PARTIALS,), float("nan"))
+        flags = aligned(torch.zeros(blocks * sm90.FLAGS, dtype=torch.int32))
+        limit = math.inf if limit is None else limit
+        statistics = emulated(gemm).run(
+            *(*tensors, aligned(partials), flags, limit, len(tensors[3])),
+            sm90.num_blocks(gemm, self.num_sms),
+            None,
+            mode=self.mode,
+            seed=self.seed,
+            num_sms=self.num_sms,
+            ptx=self.ptx,
+            max_instructions=self.max_instructions,
+            produced=PRODUCED[gemm.op],
+        )
+        assert not flags.any(), "flags are left set"
+        self.statistics.append(statistics)

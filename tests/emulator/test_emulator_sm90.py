@@ -1,0 +1,135 @@
+"""The sm90 grouped GEMMs in the PTX emulator, against the oracle."""
+
+import time
+
+import pytest
+import torch
+from dsv4_kernels.sm90 import gemm as sm90
+from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
+
+from tests.emulator.sm90_emulation import Emulation, emulated
+from tests.support.sm90_problems import (
+    PROBLEMS,
+    Problem,
+    expected,
+    live_rows,
+    make_inputs,
+    run,
+    use_choice,
+)
+
+MODES = [("eager", 0), ("lazy", 0), ("random", 1)]
+MODE_IDS = [mode for mode, _ in MODES]
+
+
+@pytest.fixture
+def emulation(monkeypatch) -> Emulation:
+    """Makes sm90's host functions launch in the emulator."""
+    emulation = Emulation()
+    monkeypatch.setattr(sm90, "launch", emulation.launch)
+    return emulation
+
+
+def assert_rounded(out: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within one rounding to bf16 of the oracle, and fp32 sums in another order."""
+    error = (out.float() - exact).abs()
+    allowed = exact.abs() * 2**-8 + exact.abs().max() * 1e-5
+    assert bool((error <= allowed).all()), f"off by up to {(error / allowed).max():.2f} x allowed"
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=[p.name for p in PROBLEMS])
+@pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
+def test_equals_the_oracle(emulation, problem, op, mode, seed):
+    inputs = make_inputs(problem)
+    emulation.mode, emulation.seed = mode, seed
+    out = run(problem, inputs, op)
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, op)[live])
+    assert out[~live].isnan().all(), "padding rows were written"
+
+
+def test_the_result_does_not_depend_on_order_or_number_of_blocks(emulation):
+    """A tile that several blocks work on is summed in the order of K all the same."""
+    problem = PROBLEMS[1]
+    results = []
+    for emulation.mode, emulation.seed in MODES:
+        results.append(run(problem, make_inputs(problem), "fc2").nan_to_num())
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+# Each with another number of 64 x 64 blocks a stage, or of steps in a group of WGMMAs.
+TILES = {
+    "one block a stage": Sm90Config(1, 2, (16, 32), 64),
+    "four steps": Sm90Config(1, 2, (16, 32), 128),
+    "two row blocks": Sm90Config(2, 2, (16, 32), 64),
+}
+
+
+@pytest.fixture
+def use_config(emulation, keep_sm90_choice):
+    """Runs both GEMMs by a config, whatever the rows; neither gathers."""
+
+    def use(config: Sm90Config) -> None:
+        use_choice(lambda shape, num_tokens: LayerConfig(False, config, config))
+
+    return use
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+@pytest.mark.parametrize("config", TILES.values(), ids=TILES)
+def test_registers_are_not_overwritten_under_wgmma(emulation, use_config, config, op):
+    problem = Problem("tiles", 40, 2, 1, 384, 256, counts=(7, 33))
+    use_config(config)
+    inputs = make_inputs(problem)
+    emulation.mode = "lazy"
+    out = run(problem, inputs, op)
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, op)[live])
+
+
+CLUSTERS = {
+    "128 rows": Sm90Config(1, 2, (16, 32, 48), 64, cluster=2),
+    "256 rows": Sm90Config(2, 2, (24, 32), 64, cluster=2),
+}
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+@pytest.mark.parametrize("config", CLUSTERS.values(), ids=CLUSTERS)
+@pytest.mark.parametrize("mode", ["eager", "lazy", "random", "starved"])
+def test_a_cluster_shares_rows(emulation, use_config, config, mode, op):
+    """With 640 weight rows, of which the last tile of a cluster lacks some, and parts of tiles."""
+    problem = Problem("cluster", 75, 4, 1, 384 if op == "fc1" else 640, 320, counts=(33, 0, 41, 1))
+    use_config(config)
+    inputs = make_inputs(problem)
+    emulation.mode, emulation.num_sms = mode, 4
+    out = run(problem, inputs, op)
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, op)[live])
+    assert out[~live].isnan().all(), "padding rows were written"
+
+
+@pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
+def test_a_tile_in_more_parts_than_a_warp_has_lanes(emulation, mode, seed):
+    """35 stages of one tile, a stage or none to each of 36 blocks."""
+    problem = Problem("parts", 1, 2, 1, 35 * 64, 64)
+    inputs = make_inputs(problem)
+    emulation.mode, emulation.seed, emulation.num_sms = mode, seed, 36
+    out = run(problem, inputs, "fc1")
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, "fc1")[live])
+
+
+def test_four_experts_and_a_k_of_1024_take_less_than_ten_seconds(emulation):
+    problem = Problem("speed", 64, 4, 2, 1024, 512)
+    inputs = make_inputs(problem)
+    gemm, _ = sm90.gemms(problem.shape, problem.num_tokens)
+    emulated(gemm)
+    start = time.process_time()
+    out = run(problem, inputs, "fc1")
+    seconds = time.process_time() - start
+    instructions = emulation.statistics[0].warp_instructions
+    print(f"{seconds:.1f} s of processor time, {instructions} warp-instructions")
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, "fc1")[live])
+    assert seconds < 10

@@ -1,0 +1,343 @@
+"""compute-sanitizer over the kernels that sm90 serves with, on a Hopper GPU: `make sanitize`.
+
+    python tests/gpu/sanitize.py all [--out FILE] [--objects FOLDER]    everything below, as JSON
+    CUTE_DSL_ARCH=sm_90a python tests/gpu/sanitize.py compile FOLDER    the GEMMs; needs no GPU
+    python tests/gpu/sanitize.py run {gemms,layer} FOLDER [CASE]        what the tools watch
+
+(with PYTHONPATH=.:kernels, from the repository's root).
+
+`gemms`: fc1 and fc2 in every config that can be chosen, on experts of no row, of one, and of a
+count in each size of tile_n and past the last; with as many blocks as the GPU has, which splits
+every tile, and with three, which leaves some whole. `layer`: router to combine at a few numbers of
+tokens, and the kernels that only W4A4 calls. GEMMs and layers are compared with the oracle.
+memcheck watches both; racecheck (shared memory) watches the GEMMs in a variant that it can follow,
+see `racecheck.py`. Whatever a tool reports fails. Kernels are compiled
+before: the tools slow a compiler down a hundredfold. Each tensor is an allocation of its own, so
+that memcheck knows where it ends.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from bench.checkout import checkout_commit
+from dsv4_kernels import compiled, reference
+from dsv4_kernels.backends import SM90
+from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
+from dsv4_kernels.route.gate_route import gate_route
+from dsv4_kernels.route.router_topk import router_topk
+from dsv4_kernels.rows.expert_layout import expert_layout
+from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
+from dsv4_kernels.sm90 import gemm as sm90
+from dsv4_kernels.sm90.heuristic import choose_config
+from dsv4_kernels.sm90.spec import LayerConfig
+from dsv4_kernels.types import ExpertLayout, MoeShape, Routing
+
+from tests.gpu import racecheck
+from tests.support import sm90_problems
+from tests.support.sm90_problems import Problem
+
+ROOT = Path(__file__).parents[2]
+ARCH = "sm_90a"
+FEW_BLOCKS = 3
+LONGEST = 300  # seconds of a check
+# memcheck would also list each driver function that this driver lacks.
+OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
+# Folders of objects: the kernels that serve, and those that racecheck follows.
+SERVED, FOLLOWED = "served", "followed"
+SUMMARY = re.compile(
+    r"========= (?:ERROR SUMMARY: (?P<errors>\d+) error"
+    r"|RACECHECK SUMMARY: (?P<hazards>\d+) hazards? displayed)"
+)
+
+# Rows of an expert for which unlike kernels are chosen.
+ROWS = (4, 29, 43, 90, 118, 140)
+SIZES = {"fc1": (768, 192), "fc2": (448, 768)}  # hidden, intermediate: a part of a tile is left
+LAYER = MoeShape(16, 5, 4, 512, 384, 200, False)
+LAYER_TOKENS = (1, 40, 200)
+MANY_TOKENS, MANY_COLUMNS = 1100, 4128  # to quantise, in two launches and several chunks
+LIMIT = 10.0
+
+
+class Case(NamedTuple):
+    name: str
+    op: str
+    config: LayerConfig
+    problem: Problem
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.op}"
+
+
+def configs() -> dict[str, LayerConfig]:
+    """What can be chosen, by name, for K = 768."""
+    shape = MoeShape(1, 1, 1, 768, 768, 1, False)
+    return {f"{rows}-rows": choose_config(shape, rows) for rows in ROWS}
+
+
+def row_counts(tile_n: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the experts: each size of tile_n full and barely begun, two tiles, three, none, one."""
+    most = tile_n[-1]
+    begun = [1, *(n + 1 for n in tile_n[:-1])]
+    return (0, *begun, *tile_n, most + 1, 2 * most + 3, 0)
+
+
+def cases() -> list[Case]:
+    found = []
+    for name, config in configs().items():
+        for op, (hidden, inter) in SIZES.items():
+            counts = row_counts(getattr(config, op).tile_n)
+            sizes = (sum(counts), len(counts), 1, hidden, inter)
+            problem = Problem(name, *sizes, limit=LIMIT, counts=counts)
+            found.append(Case(name, op, config, problem))
+    return found
+
+
+def choose(case: Case, num_blocks: int) -> None:
+    """Have sm90 run the case's config on that many blocks."""
+    sm90_problems.use_choice(lambda shape, num_tokens: case.config)
+    sm90.num_sms = lambda device: num_blocks
+
+
+def gemm_of(case: Case) -> sm90.Gemm:
+    choose(case, sm90.H200_SMS)
+    return sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"]
+
+
+def kernels() -> dict[str, dict[str, Callable]]:
+    """By folder: key -> compile function of everything that `run` launches."""
+    of_layer = sm90.all_gemms(LAYER)
+    followed = [*map(gemm_of, cases())]
+    served = [*of_layer, *followed]
+    return {
+        SERVED: {repr(gemm): partial(sm90.compile_gemm, gemm, ARCH) for gemm in served},
+        FOLLOWED: {repr(gemm): partial(racecheck.compile_gemm, gemm, ARCH) for gemm in followed},
+    }
+
+
+def write_kernels(folder: Path) -> int:
+    """Compile all and write them; returns their number."""
+    found = kernels().items()
+    return sum(len(compiled.write_objects(folder / name, ARCH, each)) for name, each in found)
+
+
+def run_gemms(chosen: list[Case], device: str, block_counts: tuple[int, ...]) -> None:
+    for case in chosen:
+        inputs = sm90_problems.make_inputs(case.problem)
+        exact = sm90_problems.expected(case.problem, inputs, case.op)
+        live = sm90_problems.live_rows(inputs)
+        given = inputs.to(device)
+        for num_blocks in block_counts:
+            choose(case, num_blocks)
+            out = sm90_problems.run(case.problem, given, case.op).cpu()
+            error = (out[live].float() - exact[live]).norm() / exact[live].norm()
+            assert error < 2**-8, (case.name, case.op, num_blocks, error)
+            assert out[~live].isnan().all(), (case.name, case.op, "padding rows were written")
+            print(f"{case.name} {case.op} {num_blocks} blocks: {error:.1e}", flush=True)
+
+
+def run_layer(token_counts: tuple[int, ...], device: str) -> None:
+    """Dense and hash routing, layout, rows gathered or placed, fc1, fc2, combine."""
+    problem = Problem("layer", 1, LAYER.num_local_experts, 1, LAYER.hidden, LAYER.intermediate)
+    inputs = sm90_problems.make_inputs(problem)
+    prepared = type(inputs.prepared)(*(tensor.to(device) for tensor in inputs.prepared))
+    as_it_is = replace(SM90, prepare=lambda weights: weights)
+    layer = prepare_layer(as_it_is, LAYER, prepared, limit=LIMIT, activation_scales=None)
+    size = workspace_bytes(layer.backend, LAYER)
+    workspace = sm90_problems.aligned(torch.full((size,), 0xFF, dtype=torch.uint8)).to(device)
+    mapping = expert_map()
+    for num_tokens in token_counts:
+        x, routings = route(num_tokens, device)
+        for routing in routings:
+            out = torch.full_like(x, torch.nan)
+            moe(x, routing, layer, workspace, expert_map=mapping.to(device), out=out)
+            there = Routing(*(tensor.cpu() for tensor in routing))
+            exact = reference.moe(
+                x.cpu(), there, inputs.weights, expert_map=mapping, limit=LIMIT
+            ).float()
+            error = (out.cpu().float() - exact).norm() / exact.norm().clamp(min=1e-30)
+            assert error < 2**-8 and out.isfinite().all(), (num_tokens, error)
+            print(f"layer of {num_tokens} tokens: {error:.1e}", flush=True)
+        quantize(x, expert_layout(routing.ids, LAYER.num_local_experts, mapping.to(device), 128))
+
+
+def run_quantize(num_tokens: int, columns: int, device: str) -> None:
+    """As for a layer of so many tokens, of which some have no local expert."""
+    _, (routing, _) = route(num_tokens, device)
+    x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layout = expert_layout(routing.ids, LAYER.num_local_experts, expert_map().to(device), 128)
+    quantize(x.to(device), layout)
+    print(f"rows of {num_tokens} tokens: quantised", flush=True)
+
+
+def expert_map() -> torch.Tensor:
+    """Local are experts from the fifth on."""
+    mapping = torch.full((LAYER.num_experts,), -1, dtype=torch.int32)
+    mapping[4 : 4 + LAYER.num_local_experts] = torch.arange(LAYER.num_local_experts)
+    return mapping
+
+
+def route(num_tokens: int, device: str) -> tuple[torch.Tensor, tuple[Routing, Routing]]:
+    """x, and its tokens' experts by a bias and by a hash table; also from x, in one kernel."""
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    def below(end: int, *size: int) -> torch.Tensor:
+        return torch.randint(0, end, size, generator=generator).to(device)
+
+    experts, top_k = LAYER.num_experts, LAYER.top_k
+    x, logits = random(num_tokens, LAYER.hidden).bfloat16(), random(num_tokens, experts)
+    hashed = {"table": below(experts, 50, top_k), "token_ids": below(50, num_tokens).int()}
+    dense = {"bias": random(experts)}
+    gate = random(experts, LAYER.hidden).bfloat16()
+    hashed_first = hashed | {"token_ids": hashed["token_ids"][:64]}
+    for how in (dense, hashed_first):
+        gate_route(x[:64], gate, top_k, **how)
+    return x, (router_topk(logits, top_k, **dense), router_topk(logits, top_k, **hashed))
+
+
+def quantize(x: torch.Tensor, layout: ExpertLayout) -> None:
+    """What only W4A4 calls, to rows that the layout places and in place."""
+    saturated = torch.zeros(1, dtype=torch.int64, device=x.device)
+    live = torch.arange(len(x), dtype=torch.int32, device=x.device) - 1
+    for swizzled in (True, False):
+        options = {"swizzled": swizzled, "saturated": saturated}
+        for scale in (None, torch.ones(1, device=x.device)):
+            nvfp4_quantize(x, scale, layout, **options)
+        nvfp4_quantize(x, None, live=live, **options)
+
+
+def findings(tool: str, output: str) -> int:
+    """Errors or hazards that a tool's summary counts; ValueError if it wrote none."""
+    match = SUMMARY.search(output)
+    if match is None:
+        raise ValueError(f"{tool} wrote no summary:\n{output[-3000:]}")
+    return int(match["errors"] or match["hazards"] or 0)
+
+
+def sanitizer() -> str:
+    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(found).is_file():
+        raise ValueError("there is no compute-sanitizer: install the CUDA toolkit, or set PATH")
+    return found
+
+
+def watched(command: list[str]) -> tuple[str, float]:
+    """What a command wrote, and its seconds; ValueError if it failed."""
+    start = time.monotonic()
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUTE_DSL_ARCH": ARCH}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONGEST)
+    output = done.stdout + done.stderr
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} ended with {done.returncode}:\n{output[-6000:]}")
+    return output, time.monotonic() - start
+
+
+class Check(NamedTuple):
+    tool: str
+    work: str
+    case: str | None = None  # so that several run at a time
+
+
+def checks() -> list[Check]:
+    races = [Check("racecheck", "gemms", case.title) for case in cases()]
+    return [Check("memcheck", "gemms"), Check("memcheck", "layer"), *races]
+
+
+def run_check(check: Check, objects: Path) -> dict:
+    """One tool over one program: what ran and what was found."""
+    tool, work, case = check
+    folder = objects / (FOLLOWED if tool == "racecheck" else SERVED)
+    program = [sys.executable, __file__, "run", work, str(folder), *([case] if case else [])]
+    output, seconds = watched([sanitizer(), "--tool", tool, *OPTIONS[tool], *program])
+    count = findings(tool, output)
+    print(f"{' '.join(filter(None, check))}: {count} found, {seconds:.0f} s", flush=True)
+    lines = output.splitlines()
+    report = [line for line in lines if line.startswith("=========")]
+    return {
+        **check._asdict(),
+        "seconds": round(seconds, 1),
+        "ran": [line for line in lines if " blocks: " in line or " tokens: " in line],
+        "findings": count,
+        "report": report[:400] if count else [],
+    }
+
+
+def check_all(out: Path, objects: Path, commit: str) -> bool:
+    """Run every check, several at a time; whether all ended and nothing was found.
+
+    The JSON is written after each, so that a run that is cut short keeps what it showed.
+    """
+    program = [sys.executable, __file__]
+    if not (objects / FOLLOWED / compiled.MANIFEST).is_file():
+        watched([*program, "compile", str(objects)])
+    version = watched([sanitizer(), "--version"])[0].strip().splitlines()[-1]
+    for work in ("gemms", "layer"):  # right without a tool, and Triton's kernels are compiled now
+        watched([*program, "run", work, str(objects / SERVED)])
+    facts = {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__}
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
+        pending = {pool.submit(run_check, check, objects): check for check in checks()}
+        return keep(pending, facts | {"sanitizer": version}, out)
+
+
+def keep(pending: dict[Future, Check], facts: dict, out: Path) -> bool:
+    """Write what ended, in the order of `checks`, and what outran its time, as each is known."""
+    runs: dict[Check, dict] = {}
+    outran: list[Check] = []
+    for future in as_completed(pending):
+        try:
+            runs[pending[future]] = future.result()
+        except subprocess.TimeoutExpired:
+            outran.append(pending[future])
+            print(f"{' '.join(filter(None, outran[-1]))}: not ended in {LONGEST} s", flush=True)
+        ended = [runs[check] for check in pending.values() if check in runs]
+        names = sorted(" ".join(filter(None, check)) for check in outran)
+        out.write_text(json.dumps(facts | {"outran": names, "runs": ended}, indent=1) + "\n")
+    return not outran and not any(run["findings"] for run in runs.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("all", "compile", "run"))
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--out", type=Path, default=ROOT / "kernels/bench/results/sanitize.json")
+    parser.add_argument("--objects", type=Path, help="compiled kernels, or where they go")
+    parser.add_argument("--commit", help="of these files, where they are no git checkout")
+    args = parser.parse_args()
+    if args.what == "compile":
+        assert os.environ.get("CUTE_DSL_ARCH") == ARCH, "CuTe DSL reads it when it is imported"
+        print(write_kernels(Path(args.rest[0])), "kernels")
+    elif args.what == "run":
+        compiled.load_objects(Path(args.rest[1]), ARCH)
+        if args.rest[0] == "gemms":
+            num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+            wanted = args.rest[2:]
+            chosen = [case for case in cases() if not wanted or case.title in wanted]
+            run_gemms(chosen, "cuda", (num_sms, FEW_BLOCKS))
+        else:
+            run_layer(LAYER_TOKENS, "cuda")
+            run_quantize(MANY_TOKENS, MANY_COLUMNS, "cuda")
+    else:
+        objects = args.objects or Path(tempfile.mkdtemp(prefix="sanitize_"))
+        return 0 if check_all(args.out, objects, args.commit or checkout_commit()) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""The sm90 grouped GEMMs: what they are compiled as without a GPU, and what they compute on one."""
+
+import math
+
+import pytest
+import torch
+from dsv4_kernels import reference
+from dsv4_kernels.backends import BACKENDS
+from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
+from dsv4_kernels.sm90.gemm import (
+    MOST_PARTIALS,
+    all_gemms,
+    compile_gemm,
+    gemms,
+    unsupported,
+)
+from dsv4_kernels.sm90.heuristic import choose_config
+from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
+from dsv4_kernels.sm90.spec import Gemm, Sm90Config
+from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
+
+FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)
+PRO_EP8 = MoeShape(384, 48, 6, 7168, 3072, 8192, False)
+PRO_TP8 = PRO_EP8._replace(num_local_experts=384, intermediate=384)
+FLASH_41 = MoeShape(384, 384, 6, 5120, 2304, 8192, False)
+SHAPES = {"flash": FLASH, "pro-ep8": PRO_EP8, "pro-tp8": PRO_TP8, "flash-4.1": FLASH_41}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_config_fits_the_shape(shape):
+    for gemm in all_gemms(shape):
+        config = gemm.config
+        assert gemm.k % config.tile_k == 0, gemm
+        assert all(n % 8 == 0 and n <= 256 for n in config.tile_n), gemm
+        assert config.tile_m * config.tile_n[-1] <= MOST_PARTIALS, gemm
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_layer_has_few_specialisations(shape):
+    """Each takes seconds to compile at load."""
+    assert len(all_gemms(shape)) <= 24, all_gemms(shape)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 128, 2048, 8192])
+def test_a_likely_count_of_rows_takes_one_tile_that_fits(num_tokens):
+    config = choose_config(PRO_EP8, num_tokens).fc1
+    rows = math.ceil(num_tokens * 6 / 384)
+    fitting = next(n for n in config.tile_n if n >= rows)
+    assert fitting - rows <= 16, (rows, config.tile_n)
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"), [(100, 1), (128, 1), (150, 1), (192, 1), (220, 2), (300, 2), (500, 3)]
+)
+def test_an_expert_s_rows_take_few_tiles(rows, parts):
+    """Every tile more widens all of the weights again."""
+    config = choose_config(FLASH, rows * 256 // 6).fc1
+    assert math.ceil(rows / config.tile_n[-1]) == parts, config
+    assert math.ceil((rows + math.sqrt(rows)) / config.tile_n[-1]) == parts, config
+    assert config.cluster == (2 if config.tile_m == 128 else 1), config
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 16, 24), (64, 72)], ids=lambda sizes: f"{sizes[-1]}")
+def test_a_largest_size_that_is_no_multiple_of_a_box_is_refused(sizes):
+    """Rows cut by whole boxes would match none of the sizes: the consumers would wait for ever."""
+    gemm = Gemm("fc2", 4, 256, 256, 2, False, Sm90Config(1, 2, sizes, 64))
+    with pytest.raises(AssertionError, match=f"largest tile_n {sizes[-1]}, must be a multiple"):
+        Dsv4GroupedGemmSm90(gemm)
+
+
+def test_fc2_that_gathers_is_refused():
+    """Its gathering warps would read h before fc1 has written it."""
+    with pytest.raises(AssertionError, match="fc2 gathers no rows"):
+        Dsv4GroupedGemmSm90(Gemm("fc2", 4, 256, 256, 2, True, Sm90Config(1, 2, (8, 16), 64)))
+
+
+def test_a_cluster_that_gathers_is_refused():
+    """A block's gathering warps know its own shared memory only."""
+    with pytest.raises(AssertionError, match="gathers rows for itself"):
+        Dsv4GroupedGemmSm90(Gemm("fc1", 4, 256, 256, 2, True, Sm90Config(1, 2, (8, 16), 64, 1, 2)))
+
+
+def test_what_the_kernels_cannot_run_is_said():
+    assert unsupported(FLASH) is None
+    assert "288" in unsupported(FLASH_41._replace(intermediate=288))
+    assert "no FP4" in unsupported(FLASH._replace(quantize_activations=True))
+    with_gpu = BACKENDS["sm90"].supports(FLASH, (10, 0))
+    assert "9.0" in with_gpu and "10.0" in with_gpu
+
+
+@pytest.mark.parametrize("op", [0, 1], ids=["fc1", "fc2"])
+@pytest.mark.parametrize("num_tokens", [8, 8192])
+def test_compiles_without_a_gpu(op, num_tokens):
+    gemm = gemms(PRO_EP8, num_tokens)[op]
+    compile_gemm(gemm, "sm_90a")
+    before = compile_gemm.cache_info().misses
+    compile_gemm(gemms(PRO_EP8, num_tokens)[op], "sm_90a")
+    assert compile_gemm.cache_info().misses == before
+
+
+def random_layer(shape: MoeShape, seed: int, limit: float | None = 10.0):
+    """(a copy of the weights as the checkpoint has them, the layer)"""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    local = shape.num_local_experts
+
+    def codes(rows, k):
+        size = (local, rows, k // 2)
+        return torch.randint(0, 256, size, dtype=torch.uint8, device="cuda", generator=generator)
+
+    def scales(rows, k):
+        size = (local, rows, k // 16)
+        # From 2^-3 to 2^5, and a few of the extremes: 0, 2^-9, 448.
+        value = torch.randint(32, 96, size, dtype=torch.uint8, device="cuda", generator=generator)
+        odd = torch.randint(0, 997, size, device="cuda", generator=generator)
+        for i, byte in enumerate((0x00, 0x01, 0x7E)):
+            value.masked_fill_(odd == i, byte)
+        return value.view(torch.float8_e4m3fn)
+
+    def global_scales(*size):
+        return 2.0**-9 * (0.5 + torch.rand(size, device="cuda", generator=generator))
+
+    inter, hidden = shape.intermediate, shape.hidden
+    weights = ExpertWeights(
+        codes(2 * inter, hidden),
+        scales(2 * inter, hidden),
+        global_scales(local, 2) * hidden**-0.5,
+        codes(hidden, inter),
+        scales(hidden, inter),
+        global_scales(local) * inter**-0.5,
+    )
+    kept = ExpertWeights(*(tensor.clone() for tensor in weights))
+    layer = prepare_layer(BACKENDS["sm90"], shape, weights, limit=limit, activation_scales=None)
+    return kept, layer
+
+
+def random_routing(shape: MoeShape, num_tokens: int, seed: int, kind: str = "even") -> Routing:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    scores = torch.rand((num_tokens, shape.num_experts), device="cuda", generator=generator)
+    if kind == "one expert":
+        scores[:, 3] = 2.0
+    elif kind == "few experts":
+        scores[:, : shape.top_k] += 1.0
+    ids = scores.topk(shape.top_k, dim=1).indices.int()
+    if kind == "padding":
+        ids[num_tokens // 2 :] = -1
+    weights = torch.rand(ids.shape, device="cuda", generator=generator)
+    return Routing(torch.where(ids < 0, 0.0, weights), ids)
+
+
+def expert_map(shape: MoeShape) -> torch.Tensor | None:
+    if shape.num_local_experts == shape.num_experts:
+        return None
+    found = torch.full((shape.num_experts,), -1, dtype=torch.int32, device="cuda")
+    local = torch.arange(shape.num_local_experts, dtype=torch.int32, device="cuda")
+    found[: shape.num_local_experts] = local
+    return found
+
+
+def run(layer, x, routing, mapping):
+    size = workspace_bytes(layer.backend, layer.shape)
+    workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")  # NaN everywhere
+    out = torch.full_like(x, float("nan"))
+    return moe(x, routing, layer, workspace, expert_map=mapping, out=out)
+
+
+def close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """h and each of top_k rows round to bf16 (2^-9): the norm of the error is within 2^-8."""
+    error = (out.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)
+    assert error < 2**-8, error
+    assert out.isfinite().all()
+
+
+SMALL = MoeShape(16, 16, 4, 512, 384, 4096, False)
+SMALL_EP = SMALL._replace(num_local_experts=5)
+CASES = {
+    **{f"tokens-{n}": (SMALL, n, "even") for n in (1, 2, 7, 33, 100, 150, 300, 577, 1000)},
+    "one-expert-takes-all": (SMALL, 1000, "one expert"),
+    "four-experts-take-all": (SMALL, 777, "few experts"),
+    "padding-tokens": (SMALL, 64, "padding"),
+    "ep-some-rows": (SMALL_EP, 40, "even"),
+    "ep-one-token": (SMALL_EP, 1, "even"),
+    "many-tokens": (SMALL, 4096, "even"),
+}
+
+
+@pytest.fixture(scope="module", params=["no-limit", "limit"])
+def small_layers(request):
+    limit = 1.0 if request.param == "limit" else None
+    return {shape: random_layer(shape, 1, limit) for shape in (SMALL, SMALL_EP)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_layer_matches_the_oracle(case, small_layers):
+    shape, num_tokens, kind = case
+    weights, layer = small_layers[shape]
+    routing = random_routing(shape, num_tokens, 2, kind)
+    x = torch.randn(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    mapping = expert_map(shape)
+    expected = reference.moe(x, routing, weights, expert_map=mapping, limit=layer.limit)
+    out = run(layer, x, routing, mapping)
+    close(out, expected)
+    assert torch.equal(out, run(layer, x, routing, mapping)), "two runs differ"
+
+
+FULL = {
+    "flash-shape": FLASH._replace(num_experts=8, num_local_experts=8),
+    "pro-shape": PRO_EP8._replace(num_experts=8, num_local_experts=4),
+    "pro-tp8": PRO_TP8._replace(num_experts=8, num_local_experts=8),
+    "flash-4.1-shape": FLASH_41._replace(num_experts=8, num_local_experts=8),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [3, 24, 60, 200])
+@pytest.mark.parametrize("shape", FULL.values(), ids=FULL)
+def test_full_sizes_match_the_oracle(shape, num_tokens):
+    shape = shape._replace(max_num_tokens=256)
+    weights, layer = random_layer(shape, 3)
+    routing = random_routing(shape, num_tokens, 4)
+    x = torch.randn(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    mapping = expert_map(shape)
+    expected = reference.moe(x, routing, weights, expert_map=mapping, limit=layer.limit)
+    close(run(layer, x, routing, mapping), expected)
+
+
+@pytest.mark.gpu
+def test_graph_replays_equal_eager_and_nothing_compiles():
+    _, layer = random_layer(SMALL, 5)
+    num_tokens = 50
+    x = torch.randn(num_tokens, SMALL.hidden, device="cuda", dtype=torch.bfloat16)
+    routing = random_routing(SMALL, num_tokens, 6)
+    workspace = torch.zeros(workspace_bytes(layer.backend, SMALL), dtype=torch.uint8, device="cuda")
+    out = torch.empty_like(x)
+    moe(x, routing, layer, workspace, out=out)
+    compiled = compile_gemm.cache_info().misses
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moe(x, routing, layer, workspace, out=out)
+    eager = torch.empty_like(x)
+    for seed in range(1000):
+        new = random_routing(SMALL, num_tokens, seed, ("even", "few experts")[seed % 2])
+        routing.ids.copy_(new.ids)
+        routing.weights.copy_(new.weights)
+        graph.replay()
+        if seed % 50 == 0:
+            moe(x, routing, layer, workspace.clone(), out=eager)
+            assert torch.equal(out, eager), seed
+    assert compile_gemm.cache_info().misses == compiled
+
+
+@pytest.mark.gpu
+def test_shuffling_needs_at_most_one_expert_more():
+    shape = FLASH._replace(num_local_experts=16, num_experts=16, max_num_tokens=1)
+    random_layer(shape, 7)  # compiles and allocates what is not the shuffle's
+    torch.cuda.empty_cache()
+    weights, layer = random_layer(shape, 8)
+    one_expert = sum(tensor[0].nbytes for tensor in weights)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    layer.backend.prepare(weights)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert weights.w13[0].nbytes < peak <= one_expert, (peak, one_expert)

@@ -1,0 +1,159 @@
+"""The sm90 shuffle: nothing is lost, and every thread finds what WGMMA wants where it looks."""
+
+import pytest
+import torch
+from dsv4_kernels import reference
+from dsv4_kernels.sm90.weights import shuffle_sm90, unshuffle_sm90
+from dsv4_kernels.types import ExpertWeights
+
+
+def random_weights(
+    experts: int = 2, hidden: int = 128, intermediate: int = 192, seed: int = 0, device: str = "cpu"
+) -> ExpertWeights:
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def codes(rows, k):
+        size = (experts, rows, k // 2)
+        return torch.randint(0, 256, size, dtype=torch.uint8, device=device, generator=generator)
+
+    def scales(rows, k):
+        size = (experts, rows, k // 16)
+        bytes_ = torch.randint(0, 127, size, dtype=torch.uint8, device=device, generator=generator)
+        return bytes_.view(torch.float8_e4m3fn)
+
+    def global_scales(*size):
+        return torch.rand(size, device=device, generator=generator) + 0.5
+
+    return ExpertWeights(
+        codes(2 * intermediate, hidden),
+        scales(2 * intermediate, hidden),
+        global_scales(experts, 2),
+        codes(hidden, intermediate),
+        scales(hidden, intermediate),
+        global_scales(experts),
+    )
+
+
+def clone(weights: ExpertWeights) -> ExpertWeights:
+    return ExpertWeights(*(tensor.clone() for tensor in weights))
+
+
+def without_dead_codes(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    dead = (scales.float() == 0).unsqueeze(-1)
+    return codes.unflatten(-1, (-1, 8)).masked_fill(dead, 0).flatten(-2)
+
+
+SHAPES = {
+    "square": dict(hidden=128, intermediate=128),
+    "tp-shard-of-pro": dict(hidden=256, intermediate=384),
+    "odd-blocks": dict(hidden=320, intermediate=192, experts=3),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_unshuffle_restores_every_bit(shape):
+    weights = random_weights(**shape)
+    restored = unshuffle_sm90(shuffle_sm90(clone(weights)))
+    for name in ("w13", "w2"):
+        codes, scales = getattr(weights, name), getattr(weights, f"{name}_block_scales")
+        assert torch.equal(getattr(restored, name), without_dead_codes(codes, scales))
+        got = getattr(restored, f"{name}_block_scales")
+        assert torch.equal(got.view(torch.uint8), scales.view(torch.uint8))
+
+
+def test_a_zero_scale_is_a_zero_matrix_and_keeps_both_signs_of_zero_elsewhere():
+    weights = random_weights()
+    weights.w2_block_scales.view(torch.uint8)[0, :, ::2] = 0
+    weights.w2[0, :, 8:16] = 0x80  # codes +0 and -0 under a live scale
+    dense = reference.nvfp4_dequantize(weights.w2, weights.w2_block_scales, 1.0)
+    restored = unshuffle_sm90(shuffle_sm90(clone(weights)))
+    again = reference.nvfp4_dequantize(restored.w2, restored.w2_block_scales, 1.0)
+    assert torch.equal(dense, again)
+    assert torch.equal(restored.w2[0, :, 8:16], weights.w2[0, :, 8:16])
+
+
+def widen_like_the_kernel(words: torch.Tensor, scale_words: torch.Tensor) -> torch.Tensor:
+    """(..., 4 steps) and (..., 2) scale words -> (..., 4 steps, 4 registers, 2) values.
+
+    The kernel's own arithmetic, bit for bit, on the CPU: the masks, then a bf16 product, times 2^7.
+    """
+    words = words.long() & 0xFFFFFFFF
+    both = 0x81C081C0
+    codes = torch.stack(
+        (
+            words & both,
+            words << 6 & both,
+            (words >> 4 | words << 28) & both,
+            (words << 2 ^ words >> 6) & both,
+        ),
+        dim=-1,
+    )
+
+    def as_float(bits):  # bf16 bits: float32 with 16 more; exact, subnormals too, in float64
+        sign, magnitude = bits >> 15 & 1, bits & 0x7FFF
+        exponent, mantissa = magnitude >> 7, (magnitude & 127).double() / 128
+        normal = torch.ldexp(1 + mantissa, exponent.double() - 127)
+        value = torch.where(exponent > 0, normal, torch.ldexp(mantissa, torch.tensor(-126.0)))
+        return torch.where(sign == 1, -value, value)
+
+    pairs = as_float(torch.stack((codes & 0xFFFF, codes >> 16), dim=-1))
+    scale_words = scale_words.long() & 0xFFFFFFFF
+    rotated = scale_words >> 8 | scale_words << 24
+    bits = (torch.stack((scale_words, rotated), dim=-1) & 0x0FF00FF0) | 0x70007000
+    scales = as_float(torch.stack((bits & 0xFFFF, bits >> 16), dim=-1)).flatten(-3, -2)
+    by_register = torch.stack((scales[..., 0], scales[..., 1]) * 2, dim=-1)
+    return pairs * by_register.unsqueeze(-1) * 128
+
+
+@pytest.mark.parametrize("name", ["w13", "w2"])
+def test_every_thread_owns_its_fragment(name):
+    weights = random_weights(hidden=128, intermediate=192)
+    codes, scales = getattr(weights, name), getattr(weights, f"{name}_block_scales")
+    dense = reference.nvfp4_dequantize(codes, scales, 1.0)[1]
+    if name == "w13":
+        gate, up = dense.chunk(2)
+        # 8 gate rows, then the 8 up rows of the same columns, and so on.
+        dense = torch.stack((gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))), 1).flatten(0, 2)
+    shuffled = shuffle_sm90(clone(weights))
+    rows, k = dense.shape
+    words = getattr(shuffled, name)[1].flatten().view(torch.int32).view(rows // 64, k // 64, 128, 4)
+    scale_words = getattr(shuffled, f"{name}_block_scales")[1].flatten().view(torch.int32)
+    scale_words = scale_words.view(rows // 64, k // 64, 32, 2).repeat_interleave(4, dim=2)
+    got = widen_like_the_kernel(words, scale_words)
+    thread = torch.arange(128).view(128, 1, 1, 1)
+    step, register = torch.arange(4).view(4, 1, 1), torch.arange(4).view(4, 1)
+    row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (register % 2)
+    column = 16 * step + 8 * (register // 2) + 2 * (thread % 4) + torch.arange(2)
+    blocks = dense.double().view(rows // 64, 64, k // 64, 64).transpose(1, 2)
+    assert torch.equal(got, blocks[:, :, row, column])
+
+
+def test_products_are_exact_in_bf16():
+    scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    products = scales[:, None] * torch.tensor(reference.E2M1_VALUES) / 128
+    assert torch.equal(products.bfloat16().float(), products)
+
+
+def test_peak_memory_is_one_expert_more():
+    """Summed over the allocator's own record of every allocation and release."""
+    weights = random_weights(experts=4, hidden=2048, intermediate=1024)
+    one_expert = sum(tensor[0].nbytes for tensor in weights)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        shuffle_sm90(weights)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert weights.w13[0].nbytes < peak <= one_expert, (peak, one_expert)
+    assert live == 0, live
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0x81, 0xFF], ids=["nan", "negative", "negative-nan"])
+def test_scales_that_no_quantiser_writes_are_refused(byte):
+    weights = random_weights()
+    weights.w13_block_scales.view(torch.uint8)[1, 3, 2] = byte
+    with pytest.raises(ValueError, match="negative number or NaN"):
+        shuffle_sm90(weights)
