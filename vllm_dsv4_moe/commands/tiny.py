@@ -35,10 +35,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_checkpoint(out: str | Path, config: TinyConfig = TinyConfig()) -> Path:  # noqa: B008
+def write_tiny_checkpoint(
+    out: str | Path,
+    config: TinyConfig = TinyConfig(),  # noqa: B008
+    device: str = "cpu",
+) -> Path:
     """Write the checkpoint into the folder `out`, one safetensors file a layer; return the folder.
 
-    The same config and seed give the same bytes. Raises ValueError where `out` is not empty.
+    The same config, seed and device give the same bytes; at a published model's sizes a GPU makes
+    the values in seconds. Raises ValueError where `out` is not empty.
     """
     import torch
     from safetensors.torch import save_file
@@ -54,19 +59,20 @@ def write_tiny_checkpoint(out: str | Path, config: TinyConfig = TinyConfig()) ->
     total = 0
     for number, specs in enumerate(shards.values(), start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        generator = torch.Generator().manual_seed(config.seed * 100_003 + number)
-        tensors = _fill(specs, generator, sizes.num_experts)
+        generator = torch.Generator(device).manual_seed(config.seed * 100_003 + number)
+        filled = _fill(specs, generator, sizes.num_experts)
+        tensors = {key: value.cpu() for key, value in filled.items()}
         save_file(tensors, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(spec.num_bytes for spec in specs.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(out / "model.safetensors.index.json", index)
-    _write_json(out / "config.json", config_json)
+    write_json(out / "model.safetensors.index.json", index)
+    write_json(out / "config.json", config_json)
     _write_tokenizer(out, config)
     return out
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -97,7 +103,8 @@ def _fill(
             weight, scale = _fp8(_matrix(spec.shape, generator))
             tensors |= {f"{module}.weight": weight, f"{module}.scale": scale}
         elif leaf == "tid2eid":
-            order = torch.rand(spec.shape[0], num_experts, generator=generator).argsort(dim=1)
+            size, device = (spec.shape[0], num_experts), generator.device
+            order = torch.rand(size, generator=generator, device=device).argsort(dim=1)
             tensors[name] = order[:, : spec.shape[1]].contiguous()
         else:
             tensors[name] = _plain(name, spec, generator)
@@ -111,14 +118,15 @@ def _matrix(shape: tuple[int, ...], generator: "torch.Generator") -> "torch.Tens
     """(out, in) float32 whose product with a unit-RMS vector has unit RMS."""
     import torch
 
-    return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    return noise * shape[-1] ** -0.5
 
 
 def _plain(name: str, spec: TensorSpec, generator: "torch.Generator") -> "torch.Tensor":
     import torch
 
     dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[spec.dtype]
-    noise = torch.randn(spec.shape, generator=generator)
+    noise = torch.randn(spec.shape, generator=generator, device=generator.device)
     if name.endswith("norm.weight"):
         return (1 + 0.1 * noise).to(dtype)
     if name.endswith("_scale"):  # of the hyper-connections
@@ -221,7 +229,7 @@ def _write_tokenizer(out: Path, config: TinyConfig) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.save(str(out / "tokenizer.json"))
-    _write_json(
+    write_json(
         out / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
