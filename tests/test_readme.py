@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench import layer
+from bench import layer, load
 
 from vllm_dsv4_moe.settings import settings_table
 
@@ -18,10 +18,14 @@ def test_settings_are_the_codes():
     assert written == settings_table()
 
 
-def test_layer_table_is_of_the_kept_numbers(capsys):
-    written = README.split("<!-- layer: begin -->\n")[1].split("<!-- layer: end -->")[0]
-    kept = ROOT / "kernels/bench/results/layer.json"
-    layer.report(SimpleNamespace(results=kept, plot=None))
+RESULTS = ROOT / "kernels/bench/results"
+REPORTS = {"layer": layer.report, "load": load.report}
+
+
+@pytest.mark.parametrize("bench", [name for name in REPORTS if (RESULTS / f"{name}.json").exists()])
+def test_a_benchs_tables_are_of_the_kept_numbers(bench, capsys):
+    written = README.split(f"<!-- {bench}: begin -->\n")[1].split(f"<!-- {bench}: end -->")[0]
+    REPORTS[bench](SimpleNamespace(results=RESULTS / f"{bench}.json", plot=None))
     assert written == capsys.readouterr().out
 
 

@@ -1,0 +1,225 @@
+"""How long a model takes to load on one GPU: this plugin, and vLLM's Marlin and Humming.
+
+    python -m bench.load run --out load.json [--parts rows,compiles,starts]
+    python -m bench.load report load.json
+
+Experts of V4-Flash's sizes, all else small: 4 layers that this bench writes as safetensors, and 16
+layers of `--load-format dummy`. Every load is a process of its own (bench.load_model) with vLLM's
+own worker, which begins with no object of a CuTe DSL kernel where the row says cold. Triton's
+kernels are compiled by the first load alone. The checkpoint's files are in the page cache.
+Those are the rows. compiles: `dsv4-moe compile` twice, the first time into an empty cache. starts:
+whole servers, each backend in turn; the first start of each also fills caches of vLLM's own.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bench import load_report
+from bench.checkout import checkout_commit
+from bench.load_model import BACKENDS, MAX_NUM_TOKENS, PLUGIN, objects_in
+from bench.timing import write_results
+
+from vllm_dsv4_moe.commands.serving import ServerError, log_tail, serve, server_environment
+from vllm_dsv4_moe.commands.tiny import write_json, write_tiny_checkpoint
+from vllm_dsv4_moe.commands.tiny_config import TinyConfig, tiny_config_json
+
+SIZES = TinyConfig(
+    layers=4, hidden=4096, intermediate=2048, experts=256, hash_layers=3, heads=64, linear="fp8"
+)
+DUMMY_LAYERS = 16
+PROCESS_SECONDS = 300
+SERVER_ARGUMENTS = (
+    "--max-model-len=1024",
+    "--max-num-seqs=8",
+    f"--max-num-batched-tokens={MAX_NUM_TOKENS}",
+)
+NOT_OURS = {"VLLM_PLUGINS": ""}
+PARTS = ("rows", "compiles", "starts")
+
+
+class Bench:
+    """The folders of one run: checkpoints, caches and logs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = {"real": folder / "real", "dummy": folder / "dummy"}
+        self.environment = {"TRITON_CACHE_DIR": str(folder / "triton")}
+
+    def write_checkpoints(self, sizes: TinyConfig, dummy_layers: int, device: str) -> None:
+        write_tiny_checkpoint(self.checkpoints["real"], sizes, device)
+        dummy = self.checkpoints["dummy"]
+        dummy.mkdir()
+        config = TinyConfig(**{**vars(sizes), "layers": dummy_layers})
+        write_json(dummy / "config.json", tiny_config_json(config))
+
+    def cache(self, name: str) -> dict[str, str]:
+        folder = self.folder / "caches" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return {**self.environment, "VLLM_CACHE_ROOT": str(folder)}
+
+    def process(self, module: str, *arguments: object, environment: dict[str, str]) -> float:
+        """Seconds of `python -m module`; RuntimeError with the end of its log if it fails."""
+        log = self.folder / "log"
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        start = time.perf_counter()
+        with log.open("wb") as output:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=server_environment(environment),
+                timeout=PROCESS_SECONDS,
+            )
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise RuntimeError(f"{module} ended with {done.returncode}\n{log_tail(log)}")
+        return seconds
+
+    def load(self, weights: str, backend: str, cache: str) -> dict:
+        out = self.folder / "row.json"
+        load_format = "dummy" if weights == "dummy" else "auto"
+        environment = self.cache(cache) | ({} if backend == PLUGIN else NOT_OURS)
+        arguments = ("--load-format", load_format, "--backend", backend)
+        checkpoint = self.checkpoints[weights]
+        self.process("bench.load_model", checkpoint, out, *arguments, environment=environment)
+        return json.loads(out.read_text())
+
+    def compile(self, arch: str, model: str) -> dict:
+        """`dsv4-moe compile` as a whole process, and how many objects it wrote."""
+        environment = self.cache("compile")
+        cache = Path(environment["VLLM_CACHE_ROOT"])
+        before = objects_in(cache)
+        arguments = ("compile", "--arch", arch, "--model", model)
+        seconds = self.process("vllm_dsv4_moe.commands.cli", *arguments, environment=environment)
+        new = objects_in(cache).items() - before.items()
+        return {"seconds": seconds, "new_objects": len(new)}
+
+    def start_server(self, backend: str) -> dict:
+        log = self.folder / f"server-{backend}.log"
+        arguments, environment = list(SERVER_ARGUMENTS), self.cache("server")
+        if backend != PLUGIN:
+            arguments += ["--kernel-config", json.dumps({"moe_backend": backend})]
+            environment |= NOT_OURS
+        with serve(self.checkpoints["real"], log, arguments, environment) as server:
+            return {"seconds": server.load_seconds}
+
+
+Case = tuple[dict, Callable[[], dict]]  # what its row says of it, and how to measure it
+
+
+def loads(bench: Bench) -> Iterator[Case]:
+    def one(weights: str, backend: str, objects: str, triton: str, cache: str) -> Case:
+        facts = {"weights": weights, "backend": backend, "objects": objects, "triton": triton}
+        return facts, lambda: bench.load(weights, backend, cache)
+
+    yield one("real", PLUGIN, "cold", "cold", "first")
+    for weights in ("real", "dummy"):
+        yield one(weights, PLUGIN, "cold", "warm", weights)
+        yield one(weights, PLUGIN, "warm", "warm", weights)
+        for peer in BACKENDS[1:]:
+            yield one(weights, peer, "", "", peer)
+
+
+def compiles(bench: Bench) -> Iterator[Case]:
+    for number in ("first", "second"):
+        yield {"run": number}, lambda: bench.compile("sm_90a", "flash")
+
+
+def starts(bench: Bench, seconds: float) -> Iterator[Case]:
+    """Each backend in turn; none begins after that many seconds."""
+    deadline = time.monotonic() + seconds
+    for backend in itertools.cycle(BACKENDS):
+        if time.monotonic() >= deadline:
+            return
+        yield {"backend": backend}, lambda: bench.start_server(backend)
+
+
+def measured(facts: dict, measure: Callable[[], dict]) -> dict:
+    """The row; a failure is one, and costs no other row."""
+    try:
+        row = facts | measure()
+    except (RuntimeError, ServerError, subprocess.TimeoutExpired) as failure:
+        row = facts | {"failure": str(failure)[-2000:]}
+    print(json.dumps({key: row[key] for key in row if key != "layers"}), flush=True)
+    return row
+
+
+def kept(path: Path, facts: dict) -> dict[str, list[dict]]:
+    """The parts of an earlier run of the same commit on the same machine; none of another."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if any(earlier.get(key) != value for key, value in facts.items()):
+        earlier = {}
+    return {part: earlier.get(part, []) for part in PARTS}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    facts: dict[str, Any] = {
+        "cores": len(os.sched_getaffinity(0)),
+        "vllm": importlib.metadata.version("vllm"),
+        "layers": {"real": SIZES.layers, "dummy": DUMMY_LAYERS},
+    }
+    where = {"gpu": torch.cuda.get_device_name(), "commit": arguments.commit}
+    parts = kept(arguments.out, facts | where)
+    with TemporaryDirectory(dir=arguments.folder) as folder:
+        bench = Bench(Path(folder))
+        bench.write_checkpoints(SIZES, DUMMY_LAYERS, "cuda")
+        torch.cuda.empty_cache()
+        cases = {
+            "rows": loads(bench),
+            "compiles": compiles(bench),
+            "starts": starts(bench, arguments.server_seconds),
+        }
+        for part in arguments.parts.split(","):
+            parts[part] = []
+            for case in cases[part]:
+                parts[part].append(measured(*case))
+                write_results(arguments.out, **parts, commit=arguments.commit, **facts)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """The README's tables on standard output."""
+    print(load_report.markdown(json.loads(Path(arguments.results).read_text())))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run", help="load on this GPU, write JSON")
+    runner.add_argument("--out", type=Path, required=True)
+    runner.add_argument("--commit", default=None, help="where there is no git")
+    runner.add_argument("--folder", default=None, help="where 14 GB fit in memory (default: /tmp)")
+    runner.add_argument(
+        "--parts", default="rows,compiles", help=f"which of {','.join(PARTS)}; the rest is kept"
+    )
+    runner.add_argument(
+        "--server-seconds", type=float, default=300, help="no server is started after (300)"
+    )
+    runner.set_defaults(call=run)
+    reporter = commands.add_parser("report", help="tables and bars of a JSON")
+    reporter.add_argument("results")
+    reporter.set_defaults(call=report)
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    if "commit" in arguments and arguments.commit is None:
+        arguments.commit = checkout_commit()
+    arguments.call(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""bench.load without a GPU: what is timed, the bars' arithmetic, and the report."""
+
+import copy
+import json
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from bench import load, load_report, stopwatch
+from bench.load_model import overlap
+from bench.stopwatch import Stopwatch
+
+MIB = 2**20
+
+
+class Clock:
+    """Time that passes only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    time = perf_counter
+
+
+@pytest.fixture
+def timed(monkeypatch) -> types.ModuleType:
+    """A module whose `prepare` takes a second, then calls `warm_up`, which takes three."""
+    clock = Clock()
+    monkeypatch.setattr(stopwatch, "time", clock)
+    module = types.ModuleType("timed_module")
+
+    def warm_up() -> None:
+        clock.now += 3
+
+    def prepare() -> str:
+        clock.now += 1
+        module.warm_up()
+        return "prepared"
+
+    module.prepare, module.warm_up = prepare, warm_up
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_a_phase_is_not_charged_for_those_inside_it(timed):
+    watch = Stopwatch()
+    watch.time("timed_module:prepare", "prepare", opens_layer=True)
+    watch.time("timed_module:warm_up", "warm_up")
+    assert [timed.prepare() for _ in range(2)] == ["prepared"] * 2
+    timed.warm_up()
+    assert [layer.seconds for layer in watch.layers] == [{"prepare": 1, "warm_up": 3}] * 2
+    assert watch.outside.seconds == {"warm_up": 3}
+    assert watch.began == {"prepare": 100, "warm_up": 101}
+
+
+def test_memory_is_counted_beyond_what_a_layer_began_with(timed, monkeypatch):
+    peaks = iter([0, 700, 950, 720])
+    monkeypatch.setattr(stopwatch, "allocated_bytes", lambda: 600)
+    monkeypatch.setattr(stopwatch, "peak_bytes", lambda: next(peaks))
+    watch = Stopwatch()
+    with watch.phase("build"):
+        pass
+    watch.time("timed_module:prepare", "prepare", opens_layer=True)
+    watch.time("timed_module:warm_up", "warm_up")
+    timed.prepare()
+    (layer,) = watch.layers
+    assert layer.extra_bytes == {"prepare": 120, "warm_up": 350}
+
+
+def test_compiling_lasts_until_the_last_object_is_written():
+    began = {"build": 100.0, "prepare": 107.0}
+    objects = {Path("a.o"): 103.0, Path("b.o"): 109.0}
+    assert overlap(began, objects) == {"reading_s": 7.0, "compile_s": 9.0}
+    assert overlap(began, {}) == {"reading_s": 7.0, "compile_s": None}
+    assert overlap({"prepare": 107.0}, {}) == {"reading_s": None, "compile_s": None}
+
+
+def layer(prepare: float, extra: int = 0, **more) -> dict:
+    return {"seconds": {"prepare": prepare, **more}, "extra_bytes": {"prepare": extra}}
+
+
+def a_row(weights: str, backend: str, objects: str, first: dict, **more) -> dict:
+    return {
+        "weights": weights,
+        "backend": backend,
+        "objects": objects,
+        "triton": "warm" if objects else "",
+        "layers": [first, layer(0.02), layer(0.01), layer(0.03)],
+        "build_s": 0.0,
+        "load_s": 9.0,
+        "compile_s": None,
+        "reading_s": 4.0,
+        "new_objects": 0,
+    } | more
+
+
+def some_results() -> dict:
+    """Every bar is met: in all 2.06 s warm, 11.06 s cold, Marlin 1.06 s."""
+    rows = []
+    for weights in ("real", "dummy"):
+        warm = layer(0.5, objects=0.5, warm_up=1.0)
+        cold = layer(0.5, objects=0.5, warm_up=1.0, compile=9.0)
+        facts = {"compile_s": 14.0, "new_objects": 24}
+        rows += [
+            a_row(weights, "plugin", "cold", cold, **facts),
+            a_row(weights, "plugin", "warm", warm),
+            a_row(weights, "marlin", "", layer(1.0)),
+            a_row(weights, "humming", "", layer(2.0)),
+        ]
+    return {
+        "gpu": "NVIDIA H200",
+        "commit": "0123abc",
+        "vllm": "0.32.0",
+        "cores": 16,
+        "layers": {"real": 4, "dummy": 16},
+        "rows": rows,
+        "compiles": [{"seconds": 40.0, "new_objects": 24}, {"seconds": 8.0, "new_objects": 0}],
+        "starts": [],
+    }
+
+
+def the_bar(results: dict, name: str) -> load_report.Bar:
+    (bar,) = [bar for bar in load_report.bars(results) if bar.name == name]
+    return bar
+
+
+def test_bars_that_are_met():
+    results = some_results()
+    assert all(bar.met for bar in load_report.bars(results))
+    assert the_bar(results, "real: median layer prepared").measured == pytest.approx(0.02)
+    assert the_bar(results, "real: in all, warm, beyond Marlin").measured == pytest.approx(1.0)
+    more = the_bar(results, "dummy: in all, objects cold, beyond warm")
+    assert (more.measured, more.limit) == (pytest.approx(9.0), 20)
+    hidden = the_bar(results, "real: the same, beyond compiling - reading")
+    assert (hidden.measured, hidden.limit) == (pytest.approx(9.0), 10)
+
+
+def change_warm(results: dict) -> None:
+    results["rows"][1]["layers"][2:] = [layer(0.031), layer(0.032)]
+
+
+def change_marlin(results: dict) -> None:
+    results["rows"][2]["layers"] = [layer(0.01)] * 4
+
+
+def change_cold(results: dict) -> None:
+    results["rows"][0]["layers"][0]["seconds"]["compile"] = 12.1
+
+
+def change_reading(results: dict) -> None:
+    results["rows"][0]["reading_s"] = 13.0
+
+
+def change_scratch(results: dict) -> None:
+    results["rows"][5]["layers"][3]["extra_bytes"]["prepare"] = 301 * MIB
+
+
+def change_compiled(results: dict) -> None:
+    results["compiles"][1]["new_objects"] = 1
+
+
+def change_compile_time(results: dict) -> None:
+    results["compiles"][1]["seconds"] = 10.1
+
+
+def change_to_failure(results: dict) -> None:
+    results["rows"][2] = {**results["rows"][2], "failure": "out of memory"}
+
+
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        (change_warm, ["real: median layer prepared"]),
+        (change_marlin, ["real: in all, warm, beyond Marlin"]),
+        (
+            change_cold,
+            [
+                "real: in all, objects cold, beyond warm",
+                "real: the same, beyond compiling - reading",
+            ],
+        ),
+        (change_reading, ["real: the same, beyond compiling - reading"]),
+        (change_scratch, ["scratch while preparing"]),
+        (change_compiled, ["second `dsv4-moe compile`: kernels compiled"]),
+        (change_compile_time, ["second `dsv4-moe compile`: whole process"]),
+        (change_to_failure, ["real: in all, warm, beyond Marlin"]),
+    ],
+)
+def test_a_bar_that_is_missed(change, missed):
+    results = some_results()
+    change(results)
+    assert [bar.name for bar in load_report.bars(results) if not bar.met] == missed
+
+
+def test_the_warm_ups_own_arena_is_no_scratch():
+    row = a_row("real", "plugin", "warm", layer(0.5, 80 * MIB, warm_up=1.0))
+    row["layers"][0]["extra_bytes"] |= {"warm_up": 900 * MIB, "arena": 700 * MIB}
+    assert load_report.scratch_bytes(row) == 200 * MIB
+
+
+def test_the_report_shows_every_row_and_what_failed():
+    results = some_results()
+    results["rows"][3]["failure"] = "boom"
+    results["starts"] = [
+        {"backend": "plugin", "seconds": 70.0},
+        {"backend": "marlin", "failure": "boom"},
+        {"backend": "plugin", "seconds": 30.0},
+        {"backend": "plugin", "seconds": 40.0},
+    ]
+    lines = load_report.markdown(results).splitlines()
+    assert sum(line.startswith("| real, 4 layers |") for line in lines) == 4
+    assert "| real, 4 layers | Humming |" + " failed |" * 7 in lines
+    cold = "| dummy, 16 layers | this plugin, objects cold | 0.500 | 0.020 | 9.00 | 0.50 | 1.00 |"
+    assert f"{cold} 11.06 | 9.0 |" in lines
+    assert "| real: median layer prepared | ≤ 0.03 s | 0.02 s | yes |" in lines
+    assert "| this plugin | 70 | 35 | 3 |" in lines and "| Marlin | failed | - | 0 |" in lines
+
+
+def test_nothing_measured_meets_nothing():
+    results = some_results()
+    results |= {"rows": [], "compiles": []}
+    assert not any(bar.met for bar in load_report.bars(copy.deepcopy(results)))
+    assert "| - | no |" in load_report.markdown(results)
+
+
+def test_the_command_has_the_loads_that_the_bars_need():
+    cases = [facts for facts, _ in load.loads(None)]
+    assert len(cases) == 9 and cases[0]["triton"] == "cold"
+    wanted = [(row["weights"], row["backend"], row["objects"]) for row in some_results()["rows"]]
+    assert [(c["weights"], c["backend"], c["objects"]) for c in cases[1:]] == wanted
+
+
+def test_a_process_that_fails_is_a_row_with_the_end_of_its_log(tmp_path):
+    bench = load.Bench(tmp_path)
+    row = load.measured({"run": 1}, lambda: bench.compile("sm_999", "flash"))
+    assert row["run"] == 1 and "invalid choice: 'sm_999'" in row["failure"]
+
+
+def test_the_commands_arguments():
+    given = load.build_parser().parse_args(["run", "--out", "x.json", "--commit", "abc"])
+    assert given.call is load.run and given.parts == "rows,compiles"
+    assert load.build_parser().parse_args(["report", "x.json"]).call is load.report
+
+
+def test_parts_of_the_same_commit_and_machine_are_kept(tmp_path):
+    out = tmp_path / "load.json"
+    nothing = {"rows": [], "compiles": [], "starts": []}
+    assert load.kept(out, {"commit": "abc"}) == nothing
+    results = some_results()
+    out.write_text(json.dumps(results))
+    facts = {key: results[key] for key in ("gpu", "commit", "cores", "vllm", "layers")}
+    assert load.kept(out, facts) == {part: results[part] for part in nothing}
+    assert load.kept(out, facts | {"commit": "other"}) == nothing
+
+
+def test_servers_are_started_in_turn_until_the_time_is_over(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(load, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    begun = []
+    for facts, _ in load.starts(None, seconds=100):
+        begun.append(facts["backend"])
+        clock.now += 30
+    assert begun == ["plugin", "marlin", "humming", "plugin"]
+
+
+def test_a_rehearsed_run_is_kept_and_reported(monkeypatch, tmp_path, capsys):
+    """The command, but for the GPU: each load and compilation is made up."""
+    rows = iter(some_results()["rows"][1:2] + some_results()["rows"])
+    compiled = iter(some_results()["compiles"])
+    measured = ("layers", "build_s", "load_s", "compile_s", "reading_s", "new_objects")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(load.Bench, "write_checkpoints", lambda *_: None)
+    monkeypatch.setattr(load.Bench, "compile", lambda *_: next(compiled))
+
+    def one(*_) -> dict:
+        row = next(rows)
+        return {key: row[key] for key in measured}
+
+    monkeypatch.setattr(load.Bench, "load", one)
+    out = tmp_path / "load.json"
+    parser = load.build_parser()
+    for parts in ("rows", "compiles"):
+        given = ["run", "--out", str(out), "--commit", "0123abc", "--parts", parts]
+        arguments = parser.parse_args(given)
+        arguments.call(arguments)
+    capsys.readouterr()
+    load.report(parser.parse_args(["report", str(out)]))
+    shown = capsys.readouterr().out
+    assert "Triton's kernels cold" in shown and "NVIDIA H200" in shown
+    assert shown.count("| yes |") == len(load_report.bars(some_results())) and "| no |" not in shown
