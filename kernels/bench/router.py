@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench.checkout import checkout_commit
+from bench.inputs import expert_map
 from bench.timing import (
-    checkout_commit,
     cold_sets,
     print_table,
     time_us,
@@ -52,10 +53,7 @@ class Case:
         self.table = rows[:, :TOP_K].int().contiguous()
         self.token_ids = torch.randint(VOCAB, (num_tokens,), device="cuda", dtype=torch.int32)
         self.num_local = num_experts // ranks
-        self.expert_map = None
-        if ranks > 1:
-            self.expert_map = torch.full((num_experts,), -1, dtype=torch.int32, device="cuda")
-            self.expert_map[: self.num_local] = torch.arange(self.num_local, device="cuda")
+        self.expert_map = expert_map(num_experts, self.num_local)
         self.routing = empty_routing(num_tokens)
         self.layout = make_layout(num_tokens, TOP_K, self.num_local, TILE, self.logits.device)
         size = scratch_size(num_tokens, TOP_K, self.num_local)

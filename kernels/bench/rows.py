@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from bench.checkout import checkout_commit
+from bench.inputs import expert_map
 from bench.timing import (
-    checkout_commit,
     cold_sets,
     copy_bandwidth,
     print_table,
@@ -38,9 +39,7 @@ BAR = 80.0  # per cent of the copy
 def make_layout(num_tokens: int, ranks: int) -> ExpertLayout:
     ids = torch.rand(num_tokens, NUM_EXPERTS, device="cuda").topk(TOP_K).indices.int()
     num_local = NUM_EXPERTS // ranks
-    expert_map = torch.full((NUM_EXPERTS,), -1, dtype=torch.int32, device="cuda")
-    expert_map[:num_local] = torch.arange(num_local, device="cuda")
-    return expert_layout(ids, num_local, expert_map, TILE)
+    return expert_layout(ids, num_local, expert_map(NUM_EXPERTS, num_local), TILE)
 
 
 def row_counts(layout: ExpertLayout) -> tuple[int, int]:

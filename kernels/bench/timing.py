@@ -7,11 +7,35 @@ medians, per call, of back-to-back launches as a captured layer makes them.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
-from bench.graph_timer import time_us
+
+
+def time_us(calls: Sequence[Callable[[], object]], *, replays: int = 40) -> float:
+    """Median microseconds per call over replays of one graph that makes every call once."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:  # compiles what it launches
+            call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        for _ in range(3):
+            graph.replay()
+        spans = []
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            spans.append((start, end))
+        stream.synchronize()
+    return median(start.elapsed_time(end) for start, end in spans) * 1000 / len(calls)
 
 
 def time_warm_us(call: Callable[[], object]) -> float:
@@ -41,13 +65,6 @@ def write_results(path: Path, rows: list[dict], commit: str, **facts) -> None:
     """JSON of a bench's rows with what they were measured on."""
     where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
     path.write_text(json.dumps({**where, **facts, "rows": rows}, indent=1) + "\n")
-
-
-def checkout_commit() -> str:
-    """The commit of this checkout; ValueError where there is no git: benches take --commit."""
-    from bench import checkout
-
-    return checkout.checkout_commit()
 
 
 def print_table(rows: list[dict]) -> None:

@@ -5,7 +5,7 @@ That loading reaches every variant is argued without a GPU in test_warm_up.py.
 
 import pytest
 import torch
-from bench.layer_trial import LIMIT, random_weights
+from bench.inputs import LIMIT, random_weights
 from dsv4_kernels import backends
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
 from dsv4_kernels.route.gate_route import MAX_TOKENS, gate_route, make_scratch
