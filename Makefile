@@ -3,7 +3,7 @@ PYTEST = .venv/bin/python -m pytest
 # Tests of the PTX emulator whose few lines of PTX a GPU can run as well.
 SNIPPETS = arithmetic memory barriers matrix findings
 
-.PHONY: demo test test-gpu sanitize bench lint setup
+.PHONY: demo test test-gpu sanitize bench bench-serve lint setup
 
 demo:  ## write a tiny checkpoint, serve it with the plugin, ask it, stop
 	@sh tests/setup.sh serve
@@ -20,11 +20,18 @@ sanitize: setup  ## on a Hopper GPU: compute-sanitizer over the kernels; keeps J
 	@PYTHONPATH=.:kernels .venv/bin/python tests/gpu/sanitize.py all
 
 bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps JSON and plot
-	@cd kernels && for name in layer router rows; do \
-	  ../.venv/bin/python -m bench.$$name $$([ $$name = layer ] && echo run) \
-	    --out bench/results/$$name.json || exit 1; done
+	@cd kernels && for name in "layer run" router rows overlap "load run"; do \
+	  ../.venv/bin/python -m bench.$$name --out bench/results/$${name% run}.json || exit 1; done
 	@cd kernels && ../.venv/bin/python -m bench.layer report bench/results/layer.json \
 	  --plot bench/results/layer.svg
+	@cd kernels && ../.venv/bin/python -m bench.load report bench/results/load.json
+
+bench-serve: setup  ## on a GPU: whole steps of vLLM's engine, one backend after another; keeps JSON
+	@cd kernels && for name in plugin marlin humming; do \
+	  ../.venv/bin/python -m bench.engine run $$name \
+	    --out bench/results/engine-$$name.json || exit 1; done
+	@cd kernels && ../.venv/bin/python -m bench.engine report \
+	  $(foreach name,plugin marlin humming,bench/results/engine-$(name).json)
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

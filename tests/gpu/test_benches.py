@@ -1,0 +1,57 @@
+"""Benches whose own checks of their backends run at small sizes, on a Hopper GPU."""
+
+import json
+
+import pytest
+import torch
+from bench import inputs, layer, mxfp4, overlap
+from dsv4_kernels.types import MoeShape
+from safetensors.torch import load_file
+
+from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
+        reason="made for compute capability 9",
+    ),
+]
+SHAPE = MoeShape(16, 5, 4, 512, 384, 32, False)
+
+
+def test_a_cast_of_mxfp4_is_right_and_timed():
+    sets = {8: inputs.cold_inputs(SHAPE, 8)}
+    make = lambda: mxfp4.BACKENDS["sm90"](SHAPE, mxfp4.random_mxfp4(SHAPE))  # noqa: E731
+    expected = layer.oracle(SHAPE, mxfp4.as_nvfp4(mxfp4.random_mxfp4(SHAPE)), sets)
+    (row,) = layer.measure("sm90", make, sets, expected, layer.TOLERANCE)
+    assert row["error"] < 2.0**-8 and row["us"] > 0
+
+
+def test_a_wrong_backend_is_not_timed():
+    sets = {8: inputs.cold_inputs(SHAPE, 8)}
+    expected = layer.oracle(SHAPE, inputs.random_weights(SHAPE), sets)
+    make = lambda: lambda each: lambda: torch.zeros_like(each.x)  # noqa: E731
+    (row,) = layer.measure("zeros", make, sets, expected, layer.TOLERANCE)
+    assert "us" not in row and row["error"] == pytest.approx(1)
+
+
+def test_the_shared_expert_beside_the_routed_ones_changes_no_sum():
+    make_call = layer.ours(SHAPE, inputs.random_weights(SHAPE))
+    rows = overlap.bench_tokens(SHAPE, make_call, 8)
+    assert len(rows) == len(overlap.LEFT_FREE) * len(overlap.PRIORITIES)
+    assert all(row["forked"] > 0 for row in rows)
+
+
+def test_a_checkpoint_made_on_the_gpu_has_the_values_that_its_scales_say(tmp_path):
+    config = TinyConfig(layers=1, hash_layers=0, experts=8)
+    folder = write_tiny_checkpoint(tmp_path / "gpu", config, "cuda")
+    again = write_tiny_checkpoint(tmp_path / "again", config, "cuda")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "layers.0.ffn.experts.3.w1.weight"
+    assert (folder / index[name]).read_bytes() == (again / index[name]).read_bytes()
+    tensors = load_file(folder / index[name])
+    nibbles = torch.cat([tensors[name] & 7, tensors[name] >> 4 & 7])
+    assert (nibbles == 7).any() and nibbles.unique().numel() == 8
+    scales = [tensors[f"layers.0.ffn.experts.3.{w}.weight_scale"] for w in ("w1", "w3")]
+    assert max(float(each.float().max()) for each in scales) == 448  # they share a global scale
