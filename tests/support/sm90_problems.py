@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from dsv4_kernels import reference
 from dsv4_kernels.sm90 import gemm as sm90
-from dsv4_kernels.sm90.weights import shuffle_sm90
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
+
+from tests.support.sm90_shuffle import shuffled
 
 ROW_TILE = 8  # the row groups of experts are padded to it
 
@@ -116,7 +117,7 @@ def make_inputs(problem: Problem) -> Inputs:
         ids = torch.arange(experts, dtype=torch.int32).repeat_interleave(counts)[:, None]
         assert ids.shape == (problem.num_tokens, problem.top_k), problem
     layout = reference.expert_layout(ids, experts, None, ROW_TILE)
-    prepared = shuffle_sm90(ExpertWeights(*(aligned(t) for t in weights)))
+    prepared = ExpertWeights(*(aligned(t) for t in shuffled(weights)))
     return Inputs(
         weights,
         prepared,

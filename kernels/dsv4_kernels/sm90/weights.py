@@ -1,4 +1,4 @@
-"""Checkpoint layout -> kernel layout, in place, one expert at a time.
+"""Checkpoint layout -> kernel layout, in place, a chunk of experts at a time.
 
 sm90. Weights are cut into blocks of 64 rows by 64 columns; a block's codes are 2048 contiguous
 bytes and its scales 256, and blocks follow one another along K, then along the rows:
@@ -16,8 +16,8 @@ register 2's signs lie each in the other half):
     register 1: s  9, e1 e0 m 2 1 0      register 3: s 13, e1 14, e0 5, m 4
 
 Three shifts of a word, under one mask each, cannot give all of its bits: the mask does not tile
-them. Four can, if register 3 is ((word << 2) ^ (word >> 6)) under the mask; `_mix` changes its bits
-so that this gives its codes. A step costs four shifts and four masks.
+them. Four can, if register 3 is ((word << 2) ^ (word >> 6)) under the mask: its bits are changed so
+that this gives its codes. A step costs four shifts and four masks.
 
 Scales: a row pair is rows 16 w + r and 16 w + r + 8, at index 8 w + r. A scale takes 8 bits, E4M3
 without its sign but with a fifth exponent bit, so that 2^-9 .. 448 are all normal numbers: exponent
@@ -30,155 +30,157 @@ fc1's rows are permuted first: in each block, rows 16 w + r are gate rows 32 b +
 """
 
 import torch
+import triton
+import triton.language as tl
 
 from dsv4_kernels.types import ExpertWeights
 
-# A matrix is shuffled in this many parts, so that its copy and a part's words fit in the bytes of
-# one expert.
-_PARTS = 24
-# Of each register's code pair (codes at bits 3:0 and 19:16): which bits move, and how far left.
-_BIT_FIELDS = (
-    ((0x00080008, 12), (0x00070007, 6)),
-    ((0x00080008, 6), (0x00070007, 0)),
-    ((0x00000008, 16), (0x00080000, -16), (0x00070007, 10)),
-    ((0x00080008, 10), (0x00040004, 12), (0x00030003, 4)),
-)
-# Where a code's bits lie when they are widened: sign, exponent and mantissa of a bf16.
-_CODE_BITS = 0x81C081C0
-# E4M3 byte -> byte with a fifth exponent bit. Below 8 it is subnormal, n * 2^-9.
-_FIVE_BIT_EXPONENT = (0, 104, 112, 116, 120, 122, 124, 126, *range(8 + 120, 0x7F + 120))
+# Experts that are copied and then shuffled at a time; 190 MiB of scratch at V4-Pro's sizes.
+CHUNK = 8
+# K blocks of a program, at most: 128 bytes of a row.
+_K_BLOCKS = 4
 
 
 def shuffle_sm90(weights: ExpertWeights) -> ExpertWeights:
     """Rewrite the four big tensors in place; shapes stay, the meaning of the bytes is above.
 
-    Needs at most one expert's bytes on top of the weights.
+    Block scales must be 0 or positive numbers: who loads a checkpoint looks. Rows of both matrices
+    and their K are multiples of 64 (`grouped_gemm_sm90.unsupported`). Three launches a matrix and
+    chunk.
     """
-    _check_scales(weights)
-    gate_up = _interleave_gate_up(weights.intermediate, weights.w13.device)
-    for codes, scales, rows in (
-        (weights.w13, weights.w13_block_scales, gate_up),
-        (weights.w2, weights.w2_block_scales, None),
-    ):
+    matrices = (
+        (weights.w13, weights.w13_block_scales, weights.intermediate),
+        (weights.w2, weights.w2_block_scales, 0),
+    )
+    chunk = min(CHUNK, weights.num_local_experts)
+    words = max(codes[:chunk].nbytes + scales[:chunk].nbytes for codes, scales, _ in matrices) // 4
+    scratch = torch.empty(words, dtype=torch.int32, device=weights.w13.device)
+    for codes, scales, gate_rows in matrices:
         assert codes.is_contiguous() and scales.is_contiguous()
-        for expert_codes, expert_scales in zip(codes, scales.view(torch.uint8), strict=True):
-            _shuffle_expert(expert_codes, expert_scales, rows)
+        parts = (tensor.view(torch.int32).split(chunk) for tensor in (codes, scales))
+        for code_words, scale_words in zip(*parts, strict=True):
+            _shuffle(code_words, scale_words, gate_rows, scratch)
     return weights
 
 
-def _check_scales(weights: ExpertWeights) -> None:
-    for name in ("w13", "w2"):
-        scales = getattr(weights, f"{name}_block_scales")
-        if int(scales.view(torch.uint8).max()) > 0x7E:
-            raise ValueError(
-                f"block scales of {name} hold a negative number or NaN, and NVFP4 has neither: "
-                "convert the checkpoint again"
-            )
+def _shuffle(
+    codes: torch.Tensor, scales: torch.Tensor, gate_rows: int, scratch: torch.Tensor
+) -> None:
+    """codes (E, R, K // 8) and scales (E, R, K // 64) int32, of four bytes each; scratch holds
+    both. gate_rows is R // 2 for fc1, 0 for fc2."""
+    experts, rows, k_blocks = scales.shape
+    assert codes.shape == (experts, rows, k_blocks * 8) and rows % 64 == 0, codes.shape
+    source_codes, source_scales = scratch[: codes.numel() + scales.numel()].split(
+        (codes.numel(), scales.numel())
+    )
+    source_codes.view_as(codes).copy_(codes)
+    source_scales.view_as(scales).copy_(scales)
+    # The largest power of two that divides them.
+    blocks = min(_K_BLOCKS, k_blocks & -k_blocks)
+    _shuffle_kernel[(rows // 64 * (k_blocks // blocks), experts)](
+        source_codes,
+        source_scales,
+        codes,
+        scales,
+        ROWS=rows,
+        K_BLOCKS=k_blocks,
+        BLOCKS=blocks,
+        GATE_ROWS=gate_rows,
+    )
 
 
-def unshuffle_sm90(weights: ExpertWeights) -> ExpertWeights:
-    """The inverse as new tensors, but for codes under a zero scale, which come back as zeros."""
-    gate_up = _interleave_gate_up(weights.intermediate, weights.w13.device)
+@triton.jit
+def _shuffle_kernel(
+    source_codes_ptr,
+    source_scales_ptr,
+    codes_ptr,
+    scales_ptr,
+    ROWS: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GATE_ROWS: tl.constexpr,
+):
+    """A program makes BLOCKS blocks that follow one another along K: 32 row pairs, 64 columns."""
+    expert = tl.program_id(1).to(tl.int64)
+    row_block = tl.program_id(0) // (K_BLOCKS // BLOCKS)
+    k_block = tl.program_id(0) % (K_BLOCKS // BLOCKS) * BLOCKS + tl.arange(0, BLOCKS)
+    pair, step = tl.arange(0, 32), tl.arange(0, 4)
+    if GATE_ROWS > 0:
+        row, to_second = row_block * 32 + pair, GATE_ROWS
+    else:
+        row, to_second = row_block * 64 + pair // 8 * 16 + pair % 8, 8
 
-    def restore(codes, scales, rows):
-        restored = [
-            _unshuffle_expert(expert_codes, expert_scales, rows)
-            for expert_codes, expert_scales in zip(codes, scales.view(torch.uint8), strict=True)
-        ]
-        new_codes, new_scales = (torch.stack(part) for part in zip(*restored, strict=True))
-        return new_codes, new_scales.view(scales.dtype)
+    # Read: scales (32, BLOCKS), a word of four steps' each; codes (32, BLOCKS, 4 steps), of which
+    # the left are columns 0 .. 7 of a step, the right 8 .. 15, and column pair c is in byte c.
+    first = (expert * ROWS + row)[:, None] * K_BLOCKS + k_block[None, :]
+    second = first + to_second * K_BLOCKS
+    first_scales = tl.load(source_scales_ptr + first)
+    second_scales = tl.load(source_scales_ptr + second)
+    first_left, first_right = _live_codes(source_codes_ptr, first, first_scales, BLOCKS)
+    second_left, second_right = _live_codes(source_codes_ptr, second, second_scales, BLOCKS)
 
-    w13, w13_scales = restore(weights.w13, weights.w13_block_scales, gate_up)
-    w2, w2_scales = restore(weights.w2, weights.w2_block_scales, None)
-    return weights._replace(w13=w13, w13_block_scales=w13_scales, w2=w2, w2_block_scales=w2_scales)
-
-
-def _interleave_gate_up(intermediate: int, device: torch.device) -> torch.Tensor:
-    """(2 * intermediate,) the checkpoint's row for each row of the kernel's fc1."""
-    column = torch.arange(intermediate, device=device).view(-1, 1, 8)
-    return torch.cat((column, column + intermediate), dim=1).flatten()
-
-
-def _shuffle_expert(codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor | None) -> None:
-    """codes (R, K // 2) uint8, scales (R, K // 16) uint8: both are overwritten."""
-    source_codes, source_scales = codes.clone(), scales.clone()
-    step = max(len(codes) // _PARTS // 64, 1) * 64
-    for start in range(0, len(codes), step):
-        stop = min(start + step, len(codes))
-        part = slice(start, stop) if rows is None else rows[start:stop]
-        block_codes, block_scales = source_codes[part], source_scales[part]
-        # A scale covers 16 codes, 8 bytes.
-        dead = (block_scales == 0).unsqueeze(-1)
-        block_codes = block_codes.unflatten(1, (-1, 8)).masked_fill(dead, 0).flatten(1)
-        words = _code_words(block_codes)
-        codes[start:stop] = words.flatten().view(torch.uint8).view(stop - start, -1)
-        words = _scale_words(block_scales)
-        scales[start:stop] = words.flatten().view(torch.uint8).view(stop - start, -1)
-
-
-def _code_words(codes: torch.Tensor) -> torch.Tensor:
-    """(R, K // 2) uint8 -> (R / 64, K / 64, 4 warps, 8 rows, 4 columns, 4 steps) int32 words."""
-    # (row block, warp, row half, row, k block, step, k half, column pair)
-    fields = codes.view(len(codes) // 64, 4, 2, 8, -1, 4, 2, 4)
-    registers = fields.permute(0, 4, 1, 3, 7, 5, 6, 2).flatten(-2)
-    words = torch.zeros(registers.shape[:-1], dtype=torch.int32, device=codes.device)
-    for i, parts in enumerate(_BIT_FIELDS):
-        byte = registers[..., i].int()
-        pair = (byte & 15) | (byte >> 4 << 16)
-        for mask, shift in parts:
-            words |= (pair & mask) << shift if shift >= 0 else (pair & mask) >> -shift
-    return _mix(words)
+    # Write.
+    block = (expert * (ROWS // 64) + row_block) * K_BLOCKS + k_block
+    out = block[None, :] * 32 + pair[:, None]
+    for c in tl.static_range(4):
+        word = _code_word(
+            first_left >> (8 * c),
+            second_left >> (8 * c),
+            first_right >> (8 * c),
+            second_right >> (8 * c),
+        )
+        tl.store(codes_ptr + (out[:, :, None] * 4 + c) * 4 + step[None, None, :], word)
+    for i in tl.static_range(2):
+        word = _scale_word(first_scales >> (16 * i), second_scales >> (16 * i))
+        tl.store(scales_ptr + out * 2 + i, word)
 
 
-def _mix(words: torch.Tensor) -> torch.Tensor:
-    """Register 3's codes are ((word << 2) ^ (word >> 6)) & _CODE_BITS: every bit of theirs takes in
-    what the other shift brings to its place."""
-    words ^= (words & 0x00400040) << 8
-    for mask in (0x10001000, 1 << 29, 1 << 21, 1 << 13):
-        words ^= (words & mask) >> 8
-    return words
+@triton.jit
+def _live_codes(codes_ptr, at, scales, BLOCKS: tl.constexpr):
+    """The two words of each step, (32, BLOCKS, 4); 0 where the step's scale is."""
+    word = tl.arange(0, 8)
+    codes = tl.load(codes_ptr + at[:, :, None] * 8 + word[None, None, :])
+    scale = scales[:, :, None] >> (word // 2 * 8)[None, None, :] & 0xFF
+    return tl.split(tl.reshape(tl.where(scale == 0, 0, codes), [32, BLOCKS, 4, 2]))
 
 
-def _widened_codes(words: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A step's four registers before they are scaled, as the kernel makes them."""
-    turned = (words >> 4 & 0x0FFFFFFF) | words << 28
-    mixed = words << 2 ^ (words >> 6 & 0x03FFFFFF)
-    return tuple(part & _CODE_BITS for part in (words, words << 6, turned, mixed))
+@triton.jit
+def _code_word(byte0, byte1, byte2, byte3):
+    """A thread's codes of a step: byte i, the lowest of its word, is register i's."""
+    codes = _code_pair(byte0)
+    word = (codes & 0x80008) << 12 | (codes & 0x70007) << 6
+    codes = _code_pair(byte1)
+    word |= (codes & 0x80008) << 6 | codes & 0x70007
+    codes = _code_pair(byte2)
+    word |= (codes & 0x00008) << 16 | (codes & 0x80000) >> 16 | (codes & 0x70007) << 10
+    codes = _code_pair(byte3)
+    word |= (codes & 0x80008) << 10 | (codes & 0x40004) << 12 | (codes & 0x30003) << 4
+    # Every bit of register 3's takes in what the other shift brings to its place.
+    word ^= (word & 0x00400040) << 8
+    word ^= (word & 0x10001000) >> 8
+    word ^= (word & (1 << 29)) >> 8
+    word ^= (word & (1 << 21)) >> 8
+    word ^= (word & (1 << 13)) >> 8
+    return word
 
 
-def _scale_words(scales: torch.Tensor) -> torch.Tensor:
-    """(R, K // 16) E4M3 as uint8 -> (R / 64, K / 64, 4 warps, 8 rows, 2 pairs of steps) int32."""
-    # (row block, warp, row half, row, k block, pair of steps, step)
-    fields = scales.view(len(scales) // 64, 4, 2, 8, -1, 2, 2).permute(0, 4, 1, 3, 5, 6, 2)
-    table = torch.tensor(_FIVE_BIT_EXPONENT, dtype=torch.int32, device=scales.device)
-    bits = table[fields.contiguous().int()]
-    first, second = bits.unbind(-2)
-    words = first[..., 0] << 4 | first[..., 1] << 20 | second[..., 0] << 12
-    return words | second[..., 1] << 28 | second[..., 1] >> 4
+@triton.jit
+def _code_pair(byte):
+    """The low code at bits 3:0, the high one at 19:16."""
+    return byte & 0xF | (byte & 0xF0) << 12
 
 
-def _unshuffle_expert(
-    codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of _shuffle_expert, as new tensors."""
-    blocks = len(codes) // 64
-    words = codes.flatten().view(torch.int32).view(blocks, -1, 4, 8, 4, 4)
-    registers = []
-    for pair in _widened_codes(words):
-        pair = (pair >> 12 & 0x00080008) | (pair >> 6 & 0x00070007)
-        registers.append((pair & 15) | (pair >> 12 & 0xF0))
-    fields = torch.stack(registers, dim=-1).unflatten(-1, (2, 2)).to(torch.uint8)
-    new_codes = torch.empty_like(codes)
-    new_scales = torch.empty_like(scales)
-    target = slice(None) if rows is None else rows
-    new_codes[target] = fields.permute(0, 2, 7, 3, 1, 5, 6, 4).reshape(codes.shape)
-    words = scales.flatten().view(torch.int32).view(blocks, -1, 4, 8, 2)
-    bits = [words >> 4, words >> 20, words >> 12, (words >> 28 & 15) | (words << 4)]
-    five_bit = (torch.stack(bits, dim=-1) & 255).unflatten(-1, (2, 2))
-    five_bit = five_bit.permute(0, 2, 6, 3, 1, 4, 5).reshape(scales.shape)
-    inverse = [0] * 256
-    for e4m3, byte in enumerate(_FIVE_BIT_EXPONENT):
-        inverse[byte] = e4m3
-    table = torch.tensor(inverse, dtype=torch.uint8, device=scales.device)
-    new_scales[target] = table[five_bit]
-    return new_codes, new_scales
+@triton.jit
+def _scale_word(first, second):
+    """Of a row pair's E4M3 bytes of two steps, the lowest two of each word."""
+    word = _five_bit_exponent(first & 0xFF) << 4 | _five_bit_exponent(second & 0xFF) << 20
+    last = _five_bit_exponent(second >> 8 & 0xFF)
+    return word | _five_bit_exponent(first >> 8 & 0xFF) << 12 | last << 28 | last >> 4
+
+
+@triton.jit
+def _five_bit_exponent(scale):
+    """E4M3 byte -> byte with a fifth exponent bit. Below 8 it is subnormal, n * 2^-9, and n as
+    float32 has the bits."""
+    subnormal = (scale.to(tl.float32).to(tl.int32, bitcast=True) >> 20) - 912
+    return tl.where(scale == 0, 0, tl.where(scale < 8, subnormal, scale + 120))
