@@ -1,4 +1,4 @@
-"""Checkpoint layout -> what the sm100 kernels read, in place, one expert at a time.
+"""Checkpoint layout -> what the sm100 kernels read, in place, a quarter of the experts at a time.
 
 Codes stay as the checkpoint has them. Block scales become blocks of 512 bytes, each the scales of
 128 rows and 64 columns of the matrix, in the order that tcgen05 wants in tensor memory; blocks
@@ -15,29 +15,28 @@ import torch
 from dsv4_kernels.types import ExpertWeights
 
 BLOCK_ROWS, BLOCK_SCALES = 128, 4
+_PARTS = 4
 
 
 def swizzle_sm100(weights: ExpertWeights) -> ExpertWeights:
-    """Rewrite the block scales in place; shapes stay. Needs one expert's scales on top of them.
+    """Rewrite the block scales in place; shapes stay. Two launches for each quarter of a tensor's
+    experts, which is copied.
 
     Rows must be whole blocks of 128 and columns of 64 (`spec.unsupported`).
     """
-    for expert in weights.w13_block_scales.view(torch.uint8):
-        expert.copy_(_blocks(_interleave_gate_up(expert)).view_as(expert))
-    for expert in weights.w2_block_scales.view(torch.uint8):
-        expert.copy_(_blocks(expert).view_as(expert))
+    for tensor, gate_up in ((weights.w13_block_scales, True), (weights.w2_block_scales, False)):
+        _, rows, columns = tensor.shape
+        assert rows % BLOCK_ROWS == 0 and columns % BLOCK_SCALES == 0, tensor.shape
+        for scales in tensor.view(torch.int32).tensor_split(_PARTS):
+            scales.copy_(_blocks(scales, gate_up).view_as(scales))
     return weights
 
 
-def _interleave_gate_up(rows: torch.Tensor) -> torch.Tensor:
-    """(2 I, n), gate then up, -> (2 I, n) in groups of 16 of each."""
-    gate, up = (half.unflatten(0, (-1, 16)) for half in rows.chunk(2))
-    return torch.stack((gate, up), 1).flatten(0, 2)
-
-
-def _blocks(scales: torch.Tensor) -> torch.Tensor:
-    """(R, K // 16) uint8 -> (R / 128, K / 64, 32, 4, 4), a copy."""
-    rows, columns = scales.shape
-    assert rows % BLOCK_ROWS == 0 and columns % BLOCK_SCALES == 0, scales.shape
-    fields = scales.view(rows // BLOCK_ROWS, 4, 32, columns // BLOCK_SCALES, BLOCK_SCALES)
-    return fields.permute(0, 3, 2, 1, 4).contiguous()
+def _blocks(scales: torch.Tensor, gate_up: bool) -> torch.Tensor:
+    """(E, R, K / 64) int32 of four scales each -> (E, R / 128, K / 64, 32, 4) int32, a copy."""
+    if gate_up:
+        # Row r of group g in block b is row 64 b + 16 g + r of the gate's, and of the up's.
+        fields = scales.unflatten(1, (2, -1, 4, 16)).permute(0, 2, 5, 1, 4, 3)
+    else:
+        fields = scales.unflatten(1, (-1, 4, 32)).permute(0, 1, 4, 3, 2)
+    return fields.contiguous()
