@@ -28,6 +28,58 @@ def part_of(weights: ExpertWeights, experts: list[int]) -> ExpertWeights:
     return ExpertWeights(*(tensor[experts].contiguous() for tensor in weights))
 
 
+def slow_product_amax(weights: ExpertWeights, limit: float, headroom: int) -> torch.Tensor:
+    """(num_experts,) max|clamped SwiGLU| in float64, one expert and one size of tokens after
+    another."""
+    x = activation_scale.synthetic_tokens(weights.hidden).double()
+    largest = torch.zeros(weights.num_local_experts, dtype=torch.float64)
+    for expert, (codes, scales) in enumerate(
+        zip(weights.w13, weights.w13_block_scales, strict=True)
+    ):
+        dense = reference.nvfp4_dequantize(codes, scales, 1.0).double()
+        gate, up = (x @ half.T for half in dense.chunk(2))
+        for power in range(headroom.bit_length()):
+            sizes = 2**power * weights.w13_global_scales[expert].double()
+            g, u = (gate * sizes[0]).clamp(max=limit), (up * sizes[1]).clamp(-limit, limit)
+            product = g * g.sigmoid() * u
+            largest[expert] = torch.maximum(largest[expert], product.abs().max())
+    return largest
+
+
+@pytest.mark.parametrize("limit", [1.0, 10.0, NEVER])
+@pytest.mark.parametrize("headroom", [1, 32, 1024])
+def test_warmup_is_the_slow_version(weights, headroom, limit):
+    """Experts of several chunks, quiet and loud; only at a power of two may rounding decide."""
+    experts = [*range(8), *range(8), 3]
+    many = part_of(weights, experts)
+    loudness = 2.0 ** torch.arange(len(experts))[:, None] / 256
+    many = many._replace(
+        w13_global_scales=many.w13_global_scales * loudness * torch.tensor([1, 1.25])
+    )
+    exact = slow_product_amax(many, limit, headroom) * SCALING / 2688
+    scales = warmup(many, limit, headroom=headroom).fc2.double()
+    assert (exact <= scales * (1 + 1e-5)).all() and (scales <= 2 * exact * (1 + 1e-5)).all()
+    assert (torch.frexp(scales).mantissa == 0.5).all()
+
+
+def test_warmup_multiplies_in_full_fp32_whatever_was_set(weights, monkeypatch):
+    seen = []
+    multiply = torch.mm
+
+    def spy(*given, **named):
+        seen.append(torch.get_float32_matmul_precision())
+        return multiply(*given, **named)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        warmup(weights)
+        assert seen == ["highest"] * 8 and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_warmup_is_the_same_at_every_start(weights):
     first = warmup(weights)
     torch.manual_seed(1234)
