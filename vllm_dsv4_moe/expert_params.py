@@ -4,6 +4,7 @@ Names: `w13_weight` in vLLM is what the checkpoint calls `experts.E.w1.weight` (
 `experts.E.w3.weight` (up), and so on with `weight_scale`, `weight_scale_2` and `input_scale`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -193,13 +194,14 @@ def check_scales(layer: Module) -> None:
     """ValueError that names the first scale which no calibration produces."""
     for name in GLOBAL_SCALES:
         scales = getattr(layer, name).data
-        bad = ~(scales.isfinite() & (scales > 0))
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"{_tensor_name(layer, name, where)} is {float(scales[tuple(where)])}, and a "
-                "global scale must be a positive number"
-            )
+        smallest, largest = scales.aminmax()  # NaN if any is
+        if float(smallest) > 0 and float(largest) < math.inf:
+            continue
+        where = (~(scales.isfinite() & (scales > 0))).nonzero()[0].tolist()
+        raise ValueError(
+            f"{_tensor_name(layer, name, where)} is {float(scales[tuple(where)])}, and a "
+            "global scale must be a positive number"
+        )
     for name in BLOCK_SCALES:
         codes = getattr(layer, name).data.view(torch.uint8)
         if int(codes.amax()) <= LARGEST_SCALE_BYTE:

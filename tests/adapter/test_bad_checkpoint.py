@@ -84,6 +84,7 @@ BAD_TENSORS = {
     "infinite global scale": (f"{EXPERTS}.0.w2.weight_scale_2", with_value(torch.inf), "is inf"),
     "NaN block scale": (f"{EXPERTS}.5.w3.weight_scale", with_value(NAN, (7, 2)), "[7, 2]"),
     "negative block scale": (f"{EXPERTS}.5.w2.weight_scale", with_value(-2.0, (9, 1)), "-2.0"),
+    "minus zero as block scale": (f"{EXPERTS}.5.w1.weight_scale", with_value(-0.0, (8, 3)), "-0.0"),
     "half as wide": (f"{EXPERTS}.1.w1.weight", lambda t: t[:, :32].contiguous(), "uint8 [64, 32]"),
     "E8M0 scales": (
         f"{EXPERTS}.1.w2.weight_scale",

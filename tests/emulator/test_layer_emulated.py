@@ -37,13 +37,6 @@ def checkpoint(tmp_path_factory):
     return write_tiny_checkpoint(tmp_path_factory.mktemp("emulated") / "tiny", CONFIG)
 
 
-def on_gpu(capability):
-    """What the plugin asks vLLM's platform, answered as on that GPU."""
-    answers = {"get_device_capability": lambda: capability, "is_cpu": lambda: True}
-    platform = SimpleNamespace(**answers)
-    return mock.patch("vllm_dsv4_moe.moe_method.current_platform", platform)
-
-
 @pytest.fixture(scope="module", params=list(GPUS))
 def gpu(request, checkpoint):
     """name, launches of GEMMs so far, and (config, MoE layers): ours, and the reference's."""
@@ -52,7 +45,7 @@ def gpu(request, checkpoint):
     capability, module, emulation = GPUS[request.param]
     emulation = emulation(mode="random", seed=2)
     with (
-        on_gpu(capability),
+        loading.on_gpu(capability),
         mock.patch.object(module, "launch", emulation.launch),
         mock.patch("vllm_dsv4_moe.runner.fused_gate", fused_and_kept),
         mock.patch("vllm_dsv4_moe.moe_method.WARM_UP", WarmUp()),

@@ -16,6 +16,7 @@ os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -57,3 +58,10 @@ def load_model(config) -> torch.nn.Module:
         # Like the CPU's worker: stand-ins for what vLLM calls although there is no accelerator.
         with mock.patch("torch.cuda.Event"), mock.patch("torch.accelerator.empty_cache"):
             return get_model(vllm_config=config)
+
+
+def on_gpu(capability):
+    """What the plugin asks vLLM's platform, answered as on that GPU."""
+    answers = {"get_device_capability": lambda: capability, "is_cpu": lambda: True}
+    platform = SimpleNamespace(**answers)
+    return mock.patch("vllm_dsv4_moe.moe_method.current_platform", platform)
