@@ -14,11 +14,10 @@ from dsv4_kernels import reference
 
 from tests.support import loading
 from tests.support.plain_moe import PlainMoe
+from tests.support.routed_experts import load_experts, routed_experts
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
-from vllm_dsv4_moe.settings import Settings
 
 CONFIG = TinyConfig(layers=1, hash_layers=0, hidden=64, intermediate=32, experts=12, heads=4)
-LAYER = "model.layers.0.ffn.experts"
 TOKENS = 40
 # fp32 sums of at most top_k rows, each rounded to bf16, in another grouping.
 TOLERANCE = 2.0**-7
@@ -42,77 +41,15 @@ def tensors(checkpoint):
     return tensors
 
 
-def rank_layer(
-    vllm_config,
-    tensors,
-    ep_size,
-    ep_rank,
-    *,
-    redundant=0,
-    placement="linear",
-    tp=(1, 0),
-    **settings,
-):
-    """vLLM's RoutedExperts of one rank with this plugin's method, loaded and processed."""
+def rank_layer(vllm_config, tensors, ep_size, ep_rank, **options):
+    """One rank's layer with this plugin's method, loaded and processed."""
     from vllm.config import set_current_vllm_config
-    from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-    from vllm.model_executor.layers.fused_moe.config import (
-        FusedMoEParallelConfig,
-        RoutingMethodType,
-    )
-    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 
-    from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
-
-    parallel = FusedMoEParallelConfig(
-        *(tp[0], 1, 1, ep_size), *(tp[1], 0, 0, ep_rank), sp_size=1, use_ep=ep_size > 1,
-        all2all_backend="allgather_reducescatter", enable_eplb=redundant > 0,
-    )  # fmt: skip
-    num_experts = CONFIG.experts + redundant
-    manager = ExpertMapManager(
-        256, CONFIG.top_k, num_experts, redundant, 2, parallel, placement, redundant > 0
-    )
-    moe_config = FusedMoEConfig(
-        num_experts=num_experts,
-        experts_per_token=CONFIG.top_k,
-        hidden_dim=CONFIG.hidden,
-        intermediate_size=CONFIG.intermediate,
-        num_local_experts=manager.local_num_experts,
-        num_logical_experts=CONFIG.experts,
-        activation=MoEActivation.SILU,
-        device="cpu",
-        routing_method=RoutingMethodType.Renormalize,
-        moe_parallel_config=parallel,
-        in_dtype=torch.bfloat16,
-        max_num_tokens=256,
-        swiglu_limit=10.0,
-    )
-    quant_config = SimpleNamespace(
-        get_quant_method=lambda layer, prefix: ModelOptNvFp4Dsv4Method(
-            moe_config, Settings(**settings)
-        ),
-        get_name=lambda: "deepseek_v4_fp8",
-        online_quantization_config=None,
-    )
+    layer = routed_experts(vllm_config, CONFIG, ep=(ep_size, ep_rank), **options)
     with set_current_vllm_config(vllm_config):
-        layer = RoutedExperts(
-            LAYER, torch.bfloat16, moe_config, quant_config, manager, "w1", "w2", "w3",
-            routed_scaling_factor=1.5, swiglu_limit=10.0,
-        )  # fmt: skip
-        load(layer, tensors, redundant)
+        load_experts(layer, tensors.items())
         layer.quant_method.process_weights_after_loading(layer)
     return layer
-
-
-def load(layer, tensors, redundant) -> None:
-    """As vLLM's models do: each checkpoint tensor goes to every physical copy of its expert."""
-    mapping = layer.build_expert_params_mapping("w1", "w2", "w3", CONFIG.experts, redundant, "")
-    for name, tensor in tensors.items():
-        for param_name, weight_name, expert, shard in mapping:
-            if weight_name in name:
-                param = getattr(layer, name.replace(weight_name, param_name).split(".")[-1])
-                param.weight_loader(param, tensor, name, shard, expert, return_success=True)
 
 
 def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,16 +10,16 @@ import math
 from collections import Counter
 from unittest import mock
 
-import loading  # first: it sets what Triton reads when it is imported
 import pytest
 import torch
 from dsv4_kernels import activation_scale
 from dsv4_kernels.types import ExpertWeights
-from serve_probe import fused_and_kept
 
-from tests.launches import counted_launches, peak_bytes
+from tests.support import loading
+from tests.support.launches import counted_launches, peak_bytes
+from tests.support.serve_probe import fused_and_kept
+from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
 from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
-from vllm_dsv4_moe.tiny import TinyConfig, write_tiny_checkpoint
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 PROCESS = "process_weights_after_loading"
