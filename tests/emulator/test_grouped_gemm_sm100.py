@@ -368,18 +368,16 @@ def test_what_it_cannot_run_is_refused(change, reason):
 
 
 def test_swizzled_scales_are_where_the_isa_wants_them():
-    problem = make_problem([1, 1], 64)
+    problem = make_problem([1] * 9, 64)
     swizzled = prepared(problem.weights)
-    plain = problem.weights.w2_block_scales.view(torch.uint8)
-    for expert in range(2):
-        result = swizzled.w2_block_scales[expert].view(torch.uint8)
-        assert torch.equal(from_blocks(result), plain[expert])
     # Row 32 g + r of a tile of fc1 is gate row 16 g + r, row 32 g + 16 + r its up row.
-    plain = problem.weights.w13_block_scales.view(torch.uint8)[1]
-    result = from_blocks(swizzled.w13_block_scales[1].view(torch.uint8))
-    for row in (0, 15, 16, 31, 32, 200, 2 * INTERMEDIATE - 1):
-        source = row // 32 * 16 + row % 16 + (INTERMEDIATE if row % 32 >= 16 else 0)
-        assert torch.equal(result[row], plain[source]), row
+    row = torch.arange(2 * INTERMEDIATE)
+    source = row // 32 * 16 + row % 16 + row % 32 // 16 * INTERMEDIATE
+    for name, rows in (("w13", source), ("w2", slice(None))):
+        plain = getattr(problem.weights, f"{name}_block_scales").view(torch.uint8)
+        result = getattr(swizzled, f"{name}_block_scales").view(torch.uint8)
+        for expert in range(9):
+            assert torch.equal(from_blocks(result[expert]), plain[expert][rows]), (name, expert)
     assert torch.equal(swizzled.w13, problem.weights.w13)
 
 
