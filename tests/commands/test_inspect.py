@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
-from test_checkpoint_layout import FLASH, NVFP4, PRO
 
+from tests.adapter.test_checkpoint_layout import FLASH, NVFP4, PRO
 from vllm_dsv4_moe.checkpoint_layout import ModelSizes, checkpoint_tensors
 from vllm_dsv4_moe.commands.checkpoint_scales import e4m3_value
 from vllm_dsv4_moe.commands.cli import main

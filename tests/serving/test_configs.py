@@ -6,8 +6,8 @@ import pytest
 from dsv4_kernels.backends import SM90, SM100
 from dsv4_kernels.moe import workspace_bytes
 from dsv4_kernels.types import MoeShape
-from test_checkpoint_layout import FLASH, NVFP4, PRO, tensors_of
 
+from tests.adapter.test_checkpoint_layout import FLASH, NVFP4, PRO, tensors_of
 from vllm_dsv4_moe.commands.inspect_checkpoint import weight_bytes_per_gpu
 
 DEPLOYMENTS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
