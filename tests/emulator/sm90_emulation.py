@@ -31,18 +31,19 @@ class Emulation:
     mode: str = "eager"
     seed: int = 0
     num_sms: int = 3  # few, so that each block works on several tiles and on parts of tiles
+    kernel: type = Dsv4GroupedGemmSm90
     ptx: str | None = None  # instead of what was compiled
     max_instructions: int = 50_000_000
     statistics: list[Statistics] = field(default_factory=list)
 
     def launch(self, gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -> None:
-        blocks = self.num_sms * gemm.config.blocks_per_sm
-        partials = torch.full((blocks * sm90.MOST_PARTIALS,), float("nan"))
-        flags = aligned(torch.zeros(blocks * sm90.FLAGS, dtype=torch.int32))
+        grid = sm90.num_blocks(gemm, self.num_sms)
+        partials = torch.full((grid * sm90.MOST_PARTIALS,), float("nan"))
+        flags = aligned(torch.zeros(grid * sm90.FLAGS, dtype=torch.int32))
         limit = math.inf if limit is None else limit
-        statistics = emulated(gemm).run(
+        statistics = emulated(gemm, self.kernel).run(
             *(*tensors, aligned(partials), flags, limit, len(tensors[3])),
-            sm90.num_blocks(gemm, self.num_sms),
+            grid,
             None,
             mode=self.mode,
             seed=self.seed,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.emulator.ptx_emulator.findings import Finding
 from tests.emulator.ptx_emulator.snippet import run_snippet
 
 U32 = np.uint32
@@ -113,3 +114,22 @@ def test_a_cta_polls_a_flag_of_a_later_cta(mode):
         mode=mode,
     )
     assert target[0] == 55
+
+
+@pytest.mark.parametrize("looks", [1, 500])
+@pytest.mark.parametrize("mode", [*MODES, "starved"])
+def test_a_poll_that_counts_its_looks_may_trap(mode, looks):
+    """And one that does not ends in a deadlock."""
+    poll = """
+        mov.b32 %r2, 0;
+        POLL:
+        ld.acquire.gpu.global.b32 %r3, [flag];
+        add.u32 %r2, %r2, 1;
+        setp.eq.u32 %p2, %r2, {looks};
+        @%p2 trap;
+        setp.eq.u32 %p3, %r3, 0;
+        @%p3 bra POLL;
+        """
+    for given, message in ((looks, "trap"), (0, "nothing can go on")):
+        with pytest.raises(Finding, match=message):
+            run_snippet(poll.format(looks=given), {"flag": np.zeros(1, U32)}, mode=mode)

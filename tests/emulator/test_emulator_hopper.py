@@ -6,16 +6,19 @@ longer holds and is made again by that command; a case's config and blocks are i
 `choose_config` may change freely. `pytest -m gpu` asks the GPU at hand instead of the recording.
 """
 
+import re
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from dsv4_kernels.sm90 import gemm as sm90
+from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 
 from tests.emulator.instruction_probes import APPROXIMATE, EXACT, Approximation, answers
 from tests.emulator.ptx_emulator import tensor_core
-from tests.emulator.sm90_emulation import Emulation
+from tests.emulator.ptx_emulator.findings import Finding
+from tests.emulator.sm90_emulation import Emulation, emulated
 from tests.gpu.hopper_recordings import CASES, DATA, INSTRUCTIONS, run_case
 from tests.support.sm90_problems import digest, live_rows, make_inputs
 
@@ -106,11 +109,11 @@ def assert_equals_the_gpu(name: str, recording) -> None:
 
 
 @pytest.fixture
-def in_emulator(monkeypatch) -> Callable[[str], None]:
+def in_emulator(monkeypatch) -> Callable[..., None]:
     """Makes sm90's launches, of as many blocks as the named case has, go to the emulator."""
 
-    def prepare(name: str) -> None:
-        emulation = Emulation(num_sms=CASES[name].num_blocks)
+    def prepare(name: str, **options) -> None:
+        emulation = Emulation(num_sms=CASES[name].num_blocks, **options)
         monkeypatch.setattr(sm90, "launch", emulation.launch)
 
     return prepare
@@ -120,6 +123,26 @@ def in_emulator(monkeypatch) -> Callable[[str], None]:
 def test_a_kernel_equals_the_gpu(in_emulator, name):
     in_emulator(name)
     assert_equals_the_gpu(name, np.load(DATA / f"sm90_{name}.npz"))
+
+
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+def test_a_flag_that_never_comes_ends_in_a_trap(in_emulator, op):
+    """With a spin limit; without one, as served, nothing in the kernel traps."""
+
+    class Patient(Dsv4GroupedGemmSm90):
+        spin_limit = 500
+
+    case = CASES[f"{op}-one-token"]
+    inputs = make_inputs(case.problem)
+    in_emulator(f"{op}-one-token", kernel=Patient)
+    run_case(case, inputs)
+    ptx = emulated(case.gemm, Patient).ptx
+    missing, flags = re.subn(r"st\.release\.gpu\.global\.b32[^;]*;", "", ptx)
+    assert flags
+    in_emulator(f"{op}-one-token", kernel=Patient, ptx=missing)
+    with pytest.raises(Finding, match="trap"):
+        run_case(case, inputs)
+    assert "trap;" in ptx and "trap" not in emulated(case.gemm).ptx
 
 
 def test_the_comparison_sees_one_wrong_element(in_emulator):

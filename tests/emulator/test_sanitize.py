@@ -9,8 +9,7 @@ import pytest
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.heuristic import choose_config
 
-from tests.emulator import sm90_emulation
-from tests.emulator.sm90_emulation import Emulation
+from tests.emulator.sm90_emulation import Emulation, emulated
 from tests.gpu import racecheck, sanitize
 
 CASES = sanitize.cases()
@@ -78,13 +77,12 @@ def test_the_gemms_run_and_are_right(emulation, case):
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[-1]], ids=["one-block", "a-cluster"])
-def test_what_racecheck_follows_is_right(emulation, monkeypatch, case):
+def test_what_racecheck_follows_is_right(emulation, case):
     case = smaller(case)
     gemm = sanitize.gemm_of(case)
-    followed = sm90_emulation.emulated(gemm, racecheck.EveryLaneArrives)
+    emulation.kernel = racecheck.EveryLaneArrives
     arrive = "mbarrier.arrive"
-    assert followed.ptx.count(arrive) > sm90_emulation.emulated(gemm).ptx.count(arrive)
-    monkeypatch.setattr(sm90_emulation, "emulated", lambda gemm: followed)
+    assert emulated(gemm, emulation.kernel).ptx.count(arrive) > emulated(gemm).ptx.count(arrive)
     sanitize.run_gemms([case], "cpu", (4,))
 
 

@@ -22,7 +22,13 @@ UNSCALE = 128.0  # the 2^7 that widened weights lack
 
 
 class Sm90Epilogue(Sm90Schedule):
-    """Methods over what the kernel is specialised on."""
+    """Methods over what the kernel is specialised on.
+
+    spin_limit: for debugging, looks at a flag after which a thread that waits for partial sums
+    traps, so that a hang ends in an error; None, as served, waits without a limit.
+    """
+
+    spin_limit: int | None = None
 
     config: Sm90Config
     fc1: bool
@@ -107,6 +113,15 @@ class Sm90Epilogue(Sm90Schedule):
         return partials + (first * (64 * self.tile_n_max) + tidx % 128 * 4)
 
     @cute.jit
+    def _await(self, flag: cute.Pointer):
+        spins = Int32(0)
+        while ptx.get_flag(flag) == 0:
+            if cutlass.const_expr(self.spin_limit is not None):
+                spins += 1
+                if spins == self.spin_limit:
+                    ptx.trap()
+
+    @cute.jit
     def _leave(self, n: cutlass.Constexpr, acc: list, fix_up: tuple):
         """The sums of a tile that an earlier block began."""
         partials, flags = fix_up
@@ -148,8 +163,7 @@ class Sm90Epilogue(Sm90Schedule):
             is_part = other < grid and begins < tile_end
             if is_part and ends > begins:
                 flag = flags + ((other * self.cluster + rank) * FLAGS + cute.arch.warp_idx())
-                while ptx.get_flag(flag) == 0:
-                    pass
+                self._await(flag)
                 flag.store(Int32(0))
             cute.arch.sync_warp()
             found = cute.arch.popc(cute.arch.vote_ballot_sync(is_part))

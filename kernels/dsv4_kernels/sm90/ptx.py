@@ -55,6 +55,12 @@ def get_flag(ptr, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
+def trap(*, loc=None, ip=None) -> None:
+    """Ends the kernel with an error that the host sees."""
+    cute.arch.inline_ptx("trap;", loc=loc, ip=ip)
+
+
+@dsl_user_op
 def load_partial(ptr, *, loc=None, ip=None):
     """Four floats that another block wrote."""
     return cute.arch.inline_ptx(

@@ -26,6 +26,7 @@ GANG_WARPS = 4
 PARAM_ALIGN = 128
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # cudaLaunchAttributeProgrammaticStreamSerialization
 MORSEL = 32  # instructions after which a starved strand looks whether the others can go on
+SPINS = 1000  # looks at memory that nobody changes, after which a kernel does not count them
 
 
 class Launch(NamedTuple):
@@ -175,7 +176,7 @@ class Machine:
             # Everyone waits. A failed try_wait may go on without the phase, so try that first.
             if self._wake(live) or self.engine.retire_one() or self._feed(live):
                 continue
-            if not self._wake(live, starved=True):
+            if not (self._wake(live, starved=True) or self._spin(live)):
                 raise reports.deadlock(self.kernel, live)
 
     def _run_gang(self, gang: Gang) -> bool:
@@ -224,6 +225,17 @@ class Machine:
                     self._run_until_an_event(gang, strand)
                     # One that polls the same place again, nothing having happened, got nowhere.
                     if strand.polled is None or strand.polled != polled:
+                        return True
+        return False
+
+    def _spin(self, live: list[Gang]) -> bool:
+        """More looks for strands that poll memory: some count them, and give up."""
+        for gang in live:
+            for strand in list(gang.strands):
+                polled = strand.polled
+                for _ in range(SPINS if polled else 0):
+                    self._run_strand(gang, strand, self.quantum)
+                    if strand.polled != polled or strand not in gang.strands:
                         return True
         return False
 
