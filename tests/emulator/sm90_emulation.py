@@ -31,13 +31,14 @@ class Emulation:
     mode: str = "eager"
     seed: int = 0
     num_sms: int = 3  # few, so that each block works on several tiles and on parts of tiles
+    blocks: int | None = None  # of a grid, if not num_sms: more run one wave after another
     kernel: type = Dsv4GroupedGemmSm90
     ptx: str | None = None  # instead of what was compiled
     max_instructions: int = 50_000_000
     statistics: list[Statistics] = field(default_factory=list)
 
     def launch(self, gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -> None:
-        grid = sm90.num_blocks(gemm, self.num_sms)
+        grid = sm90.num_blocks(gemm, self.blocks or self.num_sms)
         partials = torch.full((grid * sm90.MOST_PARTIALS,), float("nan"))
         flags = aligned(torch.zeros(grid * sm90.FLAGS, dtype=torch.int32))
         limit = math.inf if limit is None else limit

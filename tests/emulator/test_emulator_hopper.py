@@ -113,7 +113,8 @@ def in_emulator(monkeypatch) -> Callable[..., None]:
     """Makes sm90's launches, of as many blocks as the named case has, go to the emulator."""
 
     def prepare(name: str, **options) -> None:
-        emulation = Emulation(num_sms=CASES[name].num_blocks, **options)
+        blocks = CASES[name].num_blocks
+        emulation = Emulation(**{"num_sms": blocks, "blocks": blocks} | options)
         monkeypatch.setattr(sm90, "launch", emulation.launch)
 
     return prepare
@@ -122,6 +123,20 @@ def in_emulator(monkeypatch) -> Callable[..., None]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_equals_the_gpu(in_emulator, name):
     in_emulator(name)
+    assert_equals_the_gpu(name, np.load(DATA / f"sm90_{name}.npz"))
+
+
+class Impatient(Dsv4GroupedGemmSm90):
+    """Traps at the first look at a flag that is not set."""
+
+    spin_limit = 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_resident_block_equals_the_gpu_and_waits_for_none(in_emulator, name):
+    """As where other kernels hold all multiprocessors but one: a block, or cluster, starts when the
+    one before has ended."""
+    in_emulator(name, num_sms=1, kernel=Impatient)
     assert_equals_the_gpu(name, np.load(DATA / f"sm90_{name}.npz"))
 
 

@@ -120,6 +120,18 @@ def test_a_tile_in_more_parts_than_a_warp_has_lanes(emulation, mode, seed):
     assert_rounded(out[live], expected(problem, inputs, "fc1")[live])
 
 
+@pytest.mark.parametrize("op", ["fc1", "fc2"])
+@pytest.mark.parametrize("blocks", [78, 114], ids=["h20", "h100-pcie"])
+def test_the_grids_of_other_gpus(emulation, blocks, op):
+    """With one resident block, which waits for those that have ended."""
+    problem = Problem("grid", 1, 4, 2, 1024, 1024)
+    inputs = make_inputs(problem)
+    emulation.blocks, emulation.num_sms = blocks, 1
+    out = run(problem, inputs, op)
+    live = live_rows(inputs)
+    assert_rounded(out[live], expected(problem, inputs, op)[live])
+
+
 def test_four_experts_and_a_k_of_1024_take_less_than_ten_seconds(emulation):
     problem = Problem("speed", 64, 4, 2, 1024, 512)
     inputs = make_inputs(problem)

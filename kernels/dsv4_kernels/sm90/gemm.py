@@ -130,7 +130,7 @@ def _fix_up(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def num_blocks(gemm: Gemm, multiprocessors: int) -> int:
-    """Thread blocks of a launch: whole clusters, all resident at once."""
+    """Thread blocks of a launch: whole clusters, all resident at once if alone."""
     return multiprocessors // gemm.config.cluster * gemm.config.cluster
 
 

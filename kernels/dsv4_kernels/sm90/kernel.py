@@ -316,7 +316,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         k_blocks_total = self.k // 64
         stage_bytes = self.m_blocks_tile * self.k_blocks * (CODE_BLOCK_BYTES + SCALE_BLOCK_BYTES)
         is_first = Boolean(True)
-        rank = cute.arch.block_idx()[0] % self.cluster
+        rank = self._rank()
         everyone = cutlass.Int16((1 << self.cluster) - 1) if self.cluster > 1 else None
         whole, first, end = self._share(tables)
         position = Int32(0) if whole > 0 else first

@@ -3,8 +3,14 @@
 Row tiles are numbered expert by expert; times the tiles of weight rows they are all tiles, and a
 tile has k_stages stages. With `grid` thread blocks, whole rounds of `grid` tiles go one tile to a
 block, so that blocks at work together share experts in L2; what is left is one line of stages, cut
-into a stretch for every block. The blocks of a cluster do the same stages, each with its own share
-of a tile's weight rows: here they are one block, and its tile is as high as theirs together.
+into a stretch for every block (stream-K). The blocks of a cluster do the same stages, each with its
+own share of a tile's weight rows: here they are one block, and its tile is as high as theirs
+together.
+
+Blocks are numbered from the last of the grid to the first. One that began a tile adds the partial
+sums of those after it, so it waits only for lower block indices. GPUs start those first, though
+CUDA does not promise it: no block waits for one that is not resident yet, however few
+multiprocessors other kernels leave.
 
 Small tiles take the time of their weights: all the same, so less than a round is left and its
 stretches are equal. Large ones take longer the more rows they have (`by_cost`): a round more is
@@ -54,10 +60,17 @@ class Sm90Schedule:
 
     @cute.jit
     def _this_block(self):
-        """Its number, and how many there are, those of a cluster counted as one."""
+        """Its number, and how many there are, those of a cluster counted as one; the grid's last
+        has number 0."""
         bidx, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
-        return bidx // self.cluster, grid // self.cluster
+        grid = grid // self.cluster
+        return grid - 1 - bidx // self.cluster, grid
+
+    @cute.jit
+    def _rank(self):
+        """Of this block in its cluster."""
+        return cute.arch.block_idx()[0] % self.cluster
 
     @cute.jit
     def _plan(self, counts: cute.Pointer, offsets: cute.Pointer, tables: tuple):
@@ -246,16 +259,16 @@ class Sm90Schedule:
     def _share(self, tables: tuple):
         """This block's work, in stages: whole tiles block, block + grid, ... up to `whole`, then
         the stretch [first, end) of what is left of all tiles. -> (whole, first, end)"""
-        bidx, _ = self._this_block()
+        block, _ = self._this_block()
         whole = self._rounds(tables) * self.k_stages
-        return whole, self._cut(bidx, tables), self._cut(bidx + 1, tables)
+        return whole, self._cut(block, tables), self._cut(block + 1, tables)
 
     @cute.jit
     def _tile_at(self, position: Int32, whole: Int32):
         """The tile that a position of this block's work is in."""
-        bidx, grid = self._this_block()
+        block, grid = self._this_block()
         step = position // self.k_stages
-        tile = bidx + step * grid
+        tile = block + step * grid
         if position >= whole:
             steps = whole // self.k_stages
             tile = steps * grid + (step - steps)
