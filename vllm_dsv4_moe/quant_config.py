@@ -23,12 +23,12 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_s
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
+from vllm_dsv4_moe import METHOD_NAME
 from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
 from vllm_dsv4_moe.options import refusal
 from vllm_dsv4_moe.safetensors_files import read_header
 from vllm_dsv4_moe.settings import Settings, read_settings
 
-METHOD_NAME = "deepseek_v4_fp8"
 logger = init_logger("vllm.dsv4_moe")
 
 
@@ -128,6 +128,9 @@ def _ranges(numbers: tuple[int, ...]) -> str:
 
 
 _VllmsOwn: Any = get_quantization_config(METHOD_NAME)
+for _name in ("expert_dtype", "moe_quant_algo"):
+    if not hasattr(_VllmsOwn, _name):
+        raise ImportError(f"vLLM's {_VllmsOwn.__name__} has no {_name}")
 
 
 class Dsv4Fp8Config(OurLayers, _VllmsOwn):

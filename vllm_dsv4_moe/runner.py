@@ -3,6 +3,9 @@
 The gate goes with the router where one launch can do both, see gate.py.
 """
 
+import inspect
+from typing import Any
+
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
@@ -16,28 +19,33 @@ from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
 from vllm_dsv4_moe.router import Dsv4Router, why_not_ours
 
 logger = init_logger("vllm.dsv4_moe")
+READ = ("layer_name", "moe_config", "router", "routed_experts", "gate")  # of MoERunner's arguments
 
 
 class Dsv4MoERunner(MoERunner):
     """vLLM's runner with this package's router, on layers whose experts are this package's."""
 
-    def __init__(
-        self,
-        layer_name: str,
-        moe_config,
-        router: FusedMoERouter,
-        routed_experts: RoutedExperts,
-        *args,
-        gate: torch.nn.Module | None = None,
-        **kwargs,
-    ) -> None:
-        if isinstance(routed_experts.quant_method, ModelOptNvFp4Dsv4Method):
-            router = _our_router(layer_name, router, routed_experts)
-        if isinstance(router, Dsv4Router):
-            op, is_hash = routed_experts.quant_method.gate_op(), router.table is not None
-            router.gate = fused_gate(gate, moe_config, op, is_hash)
-            gate = None if router.gate is not None else gate
-        super().__init__(layer_name, moe_config, router, routed_experts, *args, gate=gate, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Every model's MoE layers come through here: what is not ours is passed on unread.
+        if any(map(_is_ours, (*args, *kwargs.values()))):
+            call = inspect.signature(MoERunner.__init__).bind(self, *args, **kwargs)
+            _take_router(call.arguments)
+            args, kwargs = call.args[1:], call.kwargs
+        super().__init__(*args, **kwargs)
+
+
+def _is_ours(experts: Any) -> bool:
+    return isinstance(getattr(experts, "quant_method", None), ModelOptNvFp4Dsv4Method)
+
+
+def _take_router(given: dict[str, Any]) -> None:
+    """Put this package's router, and where it can the gate, into what the runner is built with."""
+    experts, gate = given["routed_experts"], given.get("gate")
+    router = given["router"] = _our_router(given["layer_name"], given["router"], experts)
+    if isinstance(router, Dsv4Router):
+        op, is_hash = experts.quant_method.gate_op(), router.table is not None
+        router.gate = fused_gate(gate, given["moe_config"], op, is_hash)
+        given["gate"] = None if router.gate is not None else gate
 
 
 def _our_router(
@@ -72,7 +80,13 @@ def _mark_as_not_loaded(router: Dsv4Router) -> None:
 
 
 def install() -> None:
-    """Have vLLM build its MoE layers with Dsv4MoERunner. RuntimeError if another plugin has one."""
+    """Have vLLM build its MoE layers with Dsv4MoERunner.
+
+    RuntimeError if another plugin has one, or if vLLM's is not built as it was.
+    """
+    taken = inspect.signature(MoERunner.__init__).parameters
+    if not set(READ) <= taken.keys():
+        raise RuntimeError(f"vLLM's MoERunner takes {', '.join(taken)}, not all of {READ}")
     present = op_registry_oot.get(MoERunner.__name__)
     if present is Dsv4MoERunner:
         return

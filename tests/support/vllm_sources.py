@@ -38,3 +38,17 @@ def next_with_installed_operators(folder: Path) -> Path:
     for path in (*(sources("0.33") / "vllm").iterdir(), *compiled):
         (package / path.name).symlink_to(path)
     return folder
+
+
+def installed_under_another_version(folder: Path, version: str) -> Path:
+    """A folder for PYTHONPATH: the installed vLLM, which says that it is that version."""
+    package = folder / "vllm"
+    package.mkdir()
+    for path in (sources("0.32") / "vllm").iterdir():
+        if path.name not in ("_version.py", "__pycache__"):
+            (package / path.name).symlink_to(path)
+    numbers = tuple(map(int, version.split(".")))
+    (package / "_version.py").write_text(
+        f"__version__ = {version!r}\n__version_tuple__ = {numbers}\n"
+    )
+    return folder
