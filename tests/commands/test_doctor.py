@@ -1,9 +1,12 @@
 """`dsv4-moe doctor`, and that the command line starts without torch."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from unittest import mock
 
 import pytest
 
@@ -12,7 +15,6 @@ from vllm_dsv4_moe.commands.cli import COMMANDS, main
 
 OURS = EntryPoint("dsv4_moe", "vllm_dsv4_moe:register", doctor.PLUGIN_GROUP)
 OTHER = EntryPoint("other", "other:register", doctor.PLUGIN_GROUP)
-INSTALLED = {"vllm": "0.32.0+cpu", "torch": "2.13.0", "triton": "3.9.0"}
 H200 = doctor.Gpu("NVIDIA H200", (9, 0), 150_754_820_096)
 
 
@@ -22,18 +24,88 @@ def only(checks):
 
 
 @pytest.mark.parametrize(
-    ("changes", "bad", "words"),
+    ("found", "status", "words"),
     [
-        pytest.param({}, None, "", id="supported"),
-        pytest.param({"vllm": "0.33.1"}, None, "", id="patch-release"),
-        pytest.param({"vllm": "0.31.0"}, "vllm", "is not supported", id="old-vllm"),
-        pytest.param({"triton": None}, "triton", "not installed", id="no-triton"),
+        pytest.param("0.32.0+cpu", "ok", "0.32.0+cpu", id="supported"),
+        pytest.param("0.33.1", "ok", "0.33.1", id="patch-release"),
+        pytest.param(
+            "0.31.0", "bad", "0.31.0 is not supported: this plugin is for vLLM 0.32 or", id="old"
+        ),
     ],
 )
-def test_versions(changes, bad, words):
-    checks = list(doctor.check_versions(INSTALLED | changes))
-    assert [check.name for check in checks if check.status == "bad"] == ([bad] if bad else [])
-    assert any(words in check.text for check in checks)
+def test_the_version_of_vllm(found, status, words):
+    check = doctor.check_library("vllm", "vllm", found, has_gpu=False)
+    assert check.status == status and words in check.text
+
+
+# Library -> what its module does when it is imported, and what the row says, remedy included.
+BROKEN = {
+    "torch": ("raise OSError('libcudart.so.13 is cut short')", "OSError: libcudart.so.13"),
+    "triton": ("import triton_of_another_name", "No module named 'triton_of_another_name'"),
+    "nvidia-cutlass-dsl": ("raise SystemExit(3)", "importing it raises SystemExit: 3"),
+    "vllm": ("class Panic(BaseException): ...\nraise Panic('no')", "importing it raises Panic: no"),
+    "rich": ("1 / 0", "ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize("library", BROKEN)
+def test_a_library_that_cannot_be_imported_is_a_row(tmp_path, monkeypatch, library):
+    code, words = BROKEN[library]
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"broken_{library[:4]}.py").write_text(code)
+    broken = doctor.check_library(library, f"broken_{library[:4]}", "1.0", has_gpu=True)
+    missing = doctor.check_library(library, "of_no_package", None, has_gpu=True)
+    assert broken.status == missing.status == "bad"
+    assert words in broken.text and "into a new environment" in broken.text
+    assert re.match(r"not installed: (it comes with vLLM: install|install vLLM|pip) ", missing.text)
+
+
+DOCTOR = [sys.executable, "-m", "vllm_dsv4_moe.commands.cli", "doctor"]
+
+
+def shadowed(folder, **modules):
+    """An environment in which a folder's modules come before those that are installed."""
+    for name, code in modules.items():
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(code)
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def test_a_machine_without_any_library_is_told_so(tmp_path):
+    names = ("torch", "triton", "vllm", "rich")
+    environment = shadowed(tmp_path, **dict.fromkeys(names, "raise ImportError('broken')"))
+    done = subprocess.run(DOCTOR, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    for name in names:
+        assert f"BAD  {name:<18} importing it raises ImportError: broken: install" in done.stdout
+    assert done.stdout.endswith("not healthy: see what is BAD\n")
+
+
+def test_cutlass_is_not_needed_without_a_gpu(tmp_path):
+    # It is found through the folder of another package, which Python looks up as it starts.
+    environment = shadowed(tmp_path, nvidia_cutlass_dsl="")
+    command = [*DOCTOR, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    gpus = [check for name, check in found.items() if name.startswith("GPU ")]
+    row = found["nvidia-cutlass-dsl"]
+    assert row["status"] == ("bad" if gpus else "note") and row["text"].startswith("not installed")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == bool(gpus)
+
+
+@pytest.mark.parametrize("check", ["check_entry_point", "check_registration", "check_backends"])
+def test_a_check_that_raises_is_a_row(monkeypatch, check):
+    monkeypatch.setattr(doctor, check, mock.Mock(return_value=(1 / 0 for _ in "x")))
+    bad = only(found for found in doctor.diagnose() if found.status == "bad")
+    assert "ZeroDivisionError: division by zero: install vLLM" in bad.text
+
+
+def test_a_torch_that_cannot_look_for_gpus_is_a_row(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", mock.Mock(side_effect=RuntimeError("no driver")))
+    bad = only(found for found in doctor.diagnose() if found.status == "bad")
+    assert bad.name == "GPU" and "RuntimeError: no driver: is NVIDIA's driver" in bad.text
 
 
 @pytest.mark.parametrize(
@@ -52,24 +124,27 @@ def test_entry_point(found, environ, status, words):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "flags", "status", "words"),
+    ("gpus", "cuda", "flags", "status", "words"),
     [
-        pytest.param([H200], "", "ok", "NVIDIA H200, compute capability 9.0, 140 GiB", id="h200"),
-        pytest.param([], "avx512f avx512_bf16", "note", "small checkpoints", id="cpu"),
-        pytest.param([], "avx512f", "bad", "lacks avx512_bf16", id="old-cpu"),
+        pytest.param([H200], "13.0", "", "ok", "NVIDIA H200, compute capability 9.0, 140 GiB"),
+        pytest.param([], None, "avx512f avx512_bf16", "note", "small checkpoints"),
+        pytest.param([], None, "avx512f", "bad", "lacks avx512_bf16"),
+        pytest.param([], "13.0", "avx512_bf16", "bad", "install NVIDIA's driver for CUDA 13.0"),
     ],
+    ids=["h200", "cpu", "old-cpu", "no-driver"],
 )
-def test_devices(tmp_path, gpus, flags, status, words):
+def test_devices(tmp_path, gpus, cuda, flags, status, words):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"flags\t\t: fpu {flags} tsc\n")
-    check = only(doctor.check_devices(gpus, [], cpuinfo))
+    check = only(doctor.check_devices(gpus, [], cuda, cpuinfo))
     assert check.status == status and words in check.text
 
 
-@pytest.mark.parametrize("cuda, words", [("13.0", "CUDA 13.0: is the driver"), (None, "CPU build")])
-def test_a_gpu_that_torch_does_not_see(tmp_path, monkeypatch, cuda, words):
-    monkeypatch.setattr("torch.version.cuda", cuda)
-    check = only(doctor.check_devices([], ["GPU 0 (NVIDIA H200)"], tmp_path))
+@pytest.mark.parametrize(
+    "cuda, words", [("13.0", "CUDA 13.0: update the driver"), (None, "CPU build: install vLLM")]
+)
+def test_a_gpu_that_torch_does_not_see(tmp_path, cuda, words):
+    check = only(doctor.check_devices([], ["GPU 0 (NVIDIA H200)"], cuda, tmp_path))
     assert check.status == "bad" and "GPU 0 (NVIDIA H200) is there" in check.text
     assert words in check.text
 
@@ -137,7 +212,14 @@ def test_every_backend_says_whether_and_why_not(capability, runs):
     assert checks.pop("backend").status != "bad"
     assert {name for name, check in checks.items() if check.status == "ok"} == runs
     for name in checks.keys() - runs:
-        assert checks[name].text.startswith("would not run V4-Flash here: the " + name)
+        words = "runs on NVIDIA GPUs" if capability is None else f"would not run .*: the {name}"
+        assert re.match(words, checks[name].text)
+
+
+def test_a_machine_without_a_gpu_is_told_to_set_no_option():
+    checks = list(doctor.check_backends(None, {}))
+    assert {"sm90", "sm100"} <= {check.name for check in checks if "there is none" in check.text}
+    assert not [check for check in checks if re.search(r"\bset\b|VLLM_DSV4_MOE|--", check.text)]
 
 
 def test_this_machine_is_healthy_as_vllm_sees_it():

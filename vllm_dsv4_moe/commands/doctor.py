@@ -5,19 +5,34 @@ and why not the others, and the settings in the environment. Exit status 0 healt
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
+from vllm_dsv4_moe import METHOD_NAME, SUPPORTED_VLLM, install, is_supported
 from vllm_dsv4_moe.commands import gpus as driver
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "dsv4_moe"
 GIB = 2**30
+# Distribution -> the module that it is there for.
+LIBRARIES = {
+    "torch": "torch",
+    "triton": "triton",
+    "nvidia-cutlass-dsl": "cutlass",
+    "vllm": "vllm",
+    "rich": "rich",
+    "vllm-dsv4-moe": "vllm_dsv4_moe",
+}
+VLLM = f"vLLM {' or '.join(SUPPORTED_VLLM)}"
+WITH_VLLM = f"it comes with vLLM: install {VLLM} into this environment"
+REMEDIES = {"vllm": f"install {VLLM} into this environment", "rich": "pip install rich"}
+AGAIN = f"install {VLLM} and then vllm-dsv4-moe into a new environment"
 
 
 @dataclass(frozen=True)
@@ -54,69 +69,96 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(checks: Sequence[Check], healthy: bool) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False, soft_wrap=True)
-    marks = {"ok": "[green]ok[/]  ", "note": "[yellow]note[/]", "bad": "[red]BAD[/] "}
+    """In plain text: rich may be what is missing."""
+    marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
     for check in checks:
-        console.print(f"{marks[check.status]} {check.name:<18} {escape(check.text)}")
-    verdict = "[green]healthy[/]" if healthy else "[red]not healthy: see what is BAD[/]"
-    console.print(verdict)
+        print(f"{marks[check.status]} {check.name:<18} {check.text}")
+    print("healthy" if healthy else "not healthy: see what is BAD")
 
 
 def diagnose() -> Iterator[Check]:
     """Every check, in the order in which a failure explains the next."""
-    names = ("vllm", "torch", "triton", "nvidia-cutlass-dsl", "vllm-dsv4-moe")
-    installed = {name: _version(name) for name in names}
-    yield from check_versions(installed)
-    gpus = []
-    if installed["torch"]:
-        gpus = visible_gpus()
-        listed = [str(gpu) for gpu in driver.supported_gpus(driver.visible_gpus())]
-        yield from check_devices(gpus, listed, Path("/proc/cpuinfo"))
-    yield from check_entry_point(entry_points(group=PLUGIN_GROUP), os.environ)
-    yield from check_settings(os.environ)
-    if installed["vllm"] and installed["torch"]:
-        yield from check_registration()
-        yield from check_backends(gpus[0].capability if gpus else None, os.environ)
+    yield Check("python", "ok", platform.python_version())
+    listed = [str(gpu) for gpu in driver.supported_gpus(driver.visible_gpus())]
+    broken = set()
+    for name, module in LIBRARIES.items():
+        check = check_library(name, module, _version(name), has_gpu=bool(listed))
+        if check.status != "ok":
+            broken.add(name)
+        yield check
+    gpus: list[Gpu] = []
+    if "torch" not in broken:
+        try:
+            gpus, cuda = torch_devices()
+        except Exception as error:
+            words = f"torch cannot look for GPUs: {_named(error)}: is NVIDIA's driver installed?"
+            yield Check("GPU", "bad", words)
+        else:
+            yield from check_devices(gpus, listed, cuda, Path("/proc/cpuinfo"))
+    yield from _guarded("plugin", check_entry_point(entry_points(group=PLUGIN_GROUP), os.environ))
+    yield from _guarded("settings", check_settings(os.environ))
+    if not broken & {"vllm", "torch", "triton"}:
+        yield from _guarded("register", check_registration())
+        capability = gpus[0].capability if gpus else None
+        yield from _guarded("backend", check_backends(capability, os.environ))
+
+
+def _guarded(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """The checks, and one more for what they raise."""
+    try:
+        yield from checks
+    except Exception as error:
+        yield Check(name, "bad", f"{_named(error)}: {AGAIN}")
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:
+    except Exception:  # no metadata, or damaged ones
         return None
 
 
-def check_versions(installed: Mapping[str, str | None]) -> Iterator[Check]:
-    from vllm_dsv4_moe import SUPPORTED_VLLM, is_supported
+def check_library(name: str, module: str, found: str | None, has_gpu: bool) -> Check:
+    """Import it, as serving will."""
+    # Without a GPU the reference backend serves, which is plain PyTorch.
+    bad = "note" if name == "nvidia-cutlass-dsl" and not has_gpu else "bad"
+    try:
+        imported = importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            return Check(name, bad, f"not installed: {REMEDIES.get(name, WITH_VLLM)}")
+        return Check(name, bad, f"{_named(error)}: {AGAIN}")
+    except BaseException as error:  # whatever it is, SystemExit too, it is the finding
+        return Check(name, bad, f"importing it raises {_named(error)}: {AGAIN}")
+    found = found or getattr(imported, "__version__", None) or "of unknown version"
+    if name == "vllm" and not is_supported(found):
+        return Check(name, "bad", f"{found} is not supported: this plugin is for {VLLM}")
+    return Check(name, "ok", found)
 
-    yield Check("python", "ok", platform.python_version())
-    for name, found in installed.items():
-        if found is None:
-            yield Check(name, "bad", "not installed: it comes with vLLM, into the same environment")
-        elif name == "vllm" and not is_supported(found):
-            supported = " and ".join(SUPPORTED_VLLM)
-            yield Check(name, "bad", f"{found} is not supported: this plugin is for {supported}")
-        else:
-            yield Check(name, "ok", found)
 
-
-def visible_gpus() -> list[Gpu]:
+def torch_devices() -> tuple[list[Gpu], str | None]:
+    """The GPUs that torch sees, and the CUDA that it was built for."""
     import torch
 
-    if not torch.cuda.is_available():
-        return []
     found = []
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        found.append(Gpu(gpu.name, (gpu.major, gpu.minor), gpu.total_memory))
-    return found
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            found.append(Gpu(gpu.name, (gpu.major, gpu.minor), gpu.total_memory))
+    return found, torch.version.cuda
 
 
-def check_devices(gpus: Sequence[Gpu], listed: Sequence[str], cpuinfo: Path) -> Iterator[Check]:
-    """gpus are what torch sees, listed those with kernels that the driver has."""
+def check_devices(
+    gpus: Sequence[Gpu], listed: Sequence[str], cuda: str | None, cpuinfo: Path
+) -> Iterator[Check]:
+    """gpus are what torch, built for that CUDA, sees; listed those with kernels that the driver
+    has."""
     for index, gpu in enumerate(gpus):
         major, minor = gpu.capability
         words = f"{gpu.name}, compute capability {major}.{minor}, {gpu.memory / GIB:.0f} GiB"
@@ -124,11 +166,16 @@ def check_devices(gpus: Sequence[Gpu], listed: Sequence[str], cpuinfo: Path) -> 
     if gpus:
         return
     if listed:
-        import torch
-
-        cuda = torch.version.cuda
-        built = f"was built for CUDA {cuda}: is the driver too old?" if cuda else "is a CPU build"
-        words = f"{listed[0]} is there, and torch sees none: this torch {built}"
+        built = f"was built for CUDA {cuda}: update the driver if it is older"
+        words = f"{listed[0]} is there, and torch sees none: this torch "
+        words += built if cuda else f"is a CPU build: install {VLLM} as built for CUDA"
+        yield Check("GPU", "bad", words)
+        return
+    if cuda:
+        words = (
+            "none: this vLLM is built for GPUs. If there is one, install NVIDIA's driver for CUDA "
+            f"{cuda} (nvidia-smi must list it), or give it to this container"
+        )
         yield Check("GPU", "bad", words)
         return
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
@@ -159,20 +206,17 @@ def check_entry_point(found: Sequence[EntryPoint], environ: Mapping[str, str]) -
 
 def check_registration() -> Iterator[Check]:
     """Load the plugin as vLLM does, and see that vLLM then takes our method."""
-    try:
-        from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.model_executor.layers.quantization import get_quantization_config
 
-        from vllm_dsv4_moe import register
-
-        register()
-        method = get_quantization_config("deepseek_v4_fp8")
-    except Exception as error:  # noqa: BLE001 (whatever it is, it is the finding)
-        yield Check("register", "bad", f"{type(error).__name__}: {error}")
+    reason = install()
+    if reason is not None:
+        yield Check("register", "bad", f"vLLM keeps every layer: {reason}: {AGAIN}")
         return
+    method = get_quantization_config(METHOD_NAME)
     if method.__module__.partition(".")[0] == "vllm_dsv4_moe":
-        yield Check("register", "ok", f"deepseek_v4_fp8 is {method.__name__}")
+        yield Check("register", "ok", f"{METHOD_NAME} is {method.__name__}")
     else:
-        words = f"deepseek_v4_fp8 is {method.__module__}.{method.__name__}: another plugin took it"
+        words = f"{METHOD_NAME} is {method.__module__}.{method.__name__}: another plugin took it"
         yield Check("register", "bad", words)
 
 
@@ -216,16 +260,21 @@ def check_backends(
         check_device(chosen, capability, is_eager=True)
         return chosen
 
-    for name in dict.fromkeys([*AUTO.values(), *BACKENDS]):
+    needs = {name: major for major, name in AUTO.items()}
+    for name in dict.fromkeys([*needs, *BACKENDS]):
+        if capability is None and name in needs:
+            words = f"runs on NVIDIA GPUs of compute capability {needs[name]}, and there is none"
+            yield Check(name, "note", words)
+            continue
         try:
             choose(name)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             yield Check(name, "note", f"would not run V4-Flash here: {error}")
         else:
             yield Check(name, "ok", "would run V4-Flash here")
     try:
         chosen = choose(settings.backend)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         yield Check("backend", "bad", f"{settings.backend}: {error}")
         return
     multiplies = "NVFP4 activations (W4A4)" if quantized else "bf16 activations (W4A16)"

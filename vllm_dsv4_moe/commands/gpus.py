@@ -40,7 +40,9 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[Gpu]:
     """Those that CUDA_VISIBLE_DEVICES leaves, in nvidia-smi's order; none without a driver."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        listed = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     if listed.returncode:
