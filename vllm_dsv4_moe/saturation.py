@@ -23,6 +23,8 @@ class SaturationLog:
         self.seen: dict[str, int] = {}
         self.captures = False
         self.thread: threading.Thread | None = None
+        self.stream: torch.cuda.Stream | None = None  # one for the process's life
+        self.failed = False
 
     def add(self, layer_name: str, counter: torch.Tensor, interval: float) -> None:
         """Watch a layer's (1,) int64 counter every interval seconds; 0 is never."""
@@ -42,16 +44,27 @@ class SaturationLog:
     def _watch(self, interval: float) -> None:
         while True:
             time.sleep(interval)
-            if not self.captures or graphs_are_captured():
-                grown = self.look()
-                if grown:
-                    logger.warning("dsv4-moe: %s", describe(grown))
+            self.report()
+
+    def report(self) -> None:
+        """Look and log. An error is logged once, and does not end the looking."""
+        try:
+            grown = self.look() if not self.captures or graphs_are_captured() else {}
+        except Exception as error:  # whatever the device says, serving goes on
+            if not self.failed:
+                logger.warning("dsv4-moe: saturated blocks could not be counted: %s", error)
+            self.failed = True
+            return
+        if grown:
+            logger.warning("dsv4-moe: %s", describe(grown))
 
     def look(self) -> dict[str, int]:
         """Blocks by layer since the last look, where there are any. Blocks its own stream only."""
         names, counters = zip(*list(self.counters.items()), strict=True)
         if counters[0].is_cuda:
-            with torch.cuda.stream(torch.cuda.Stream(counters[0].device)):
+            if self.stream is None:
+                self.stream = torch.cuda.Stream(counters[0].device)
+            with torch.cuda.stream(self.stream):
                 totals = torch.cat(counters).tolist()
         else:
             totals = torch.cat(counters).tolist()

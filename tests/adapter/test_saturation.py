@@ -75,3 +75,41 @@ def test_it_waits_for_cuda_graphs_to_be_captured(saturation):
         log.add("one", counter, 1.0)
     assert log.captures
     assert not saturation.graphs_are_captured()  # no workspace manager, let alone a locked one
+
+
+def test_an_error_is_said_once_and_looking_goes_on(saturation):
+    log = watched(saturation, one=5)
+    errors = [RuntimeError("out of memory"), RuntimeError("again"), None]
+
+    def cat(tensors, real=torch.cat):
+        error = errors.pop(0)
+        if error is not None:
+            raise error
+        return real(tensors)
+
+    with (
+        mock.patch.object(saturation.torch, "cat", cat),
+        mock.patch.object(saturation.logger, "warning") as say,
+        mock.patch.object(saturation.time, "sleep", side_effect=[None] * 3 + [KeyboardInterrupt]),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        log._watch(1.0)
+    said = [call.args[0] % call.args[1:] for call in say.mock_calls]
+    assert len(said) == 2
+    assert said[0] == "dsv4-moe: saturated blocks could not be counted: out of memory"
+    assert said[1].startswith("dsv4-moe: 5 NVFP4 blocks of activations did not fit")
+
+
+def test_all_looks_share_one_stream(saturation):
+    counter = mock.Mock(is_cuda=True, device="cuda:1")
+    log = watched(saturation)
+    log.counters = {"one": counter}
+    with (
+        mock.patch.object(saturation.torch.cuda, "Stream") as stream,
+        mock.patch.object(saturation.torch.cuda, "stream") as entered,
+        mock.patch.object(saturation.torch, "cat", return_value=torch.tensor([7])),
+    ):
+        assert [log.look(), log.look()] == [{"one": 7}, {}]
+    stream.assert_called_once_with("cuda:1")
+    assert entered.mock_calls[0] == mock.call(stream.return_value)
+    assert entered.call_count == 2
