@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from vllm_dsv4_moe import METHOD_NAME
+from vllm_dsv4_moe.layer_config import LayerConfig
 from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
 from vllm_dsv4_moe.options import refusal
 from vllm_dsv4_moe.safetensors_files import read_header
@@ -52,7 +53,9 @@ class OurLayers(QuantizationConfig):
         reason = self.why_vllms(layer, prefix)
         if reason is None:
             self._check_files()
-            refused = refusal(get_current_vllm_config(), layer.moe_config, prefix)
+            config = get_current_vllm_config()
+            refused = refusal(config, layer.moe_config, prefix)
+            refused = refused or config_refusal(config.model_config.hf_config, layer)
             if refused is not None:
                 raise ValueError(f"{prefix}: {refused}")
             self._ours += (extract_layer_index(prefix),)
@@ -116,6 +119,18 @@ class OurLayers(QuantizationConfig):
         if what not in self._announced:
             self._announced |= {what}
             logger.info("dsv4-moe: %s (first: %s)", what, prefix)
+
+
+def config_refusal(hf_config: Any, layer: RoutedExperts) -> str | None:
+    """Why the layer that config.json describes cannot be served, or None."""
+    config = LayerConfig(
+        layer.swiglu_limit,
+        layer.scoring_func,
+        layer.moe_config.experts_per_token,
+        layer.moe_config.num_logical_experts,
+        getattr(hf_config, "quantization_config", None) or {},
+    )
+    return next(iter(config.problems()), None)
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -13,11 +13,14 @@ import vllm.envs as envs
 from dsv4_kernels.route.gate_route import GateScratch
 from dsv4_kernels.types import ImageBias, Routing
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 
 from vllm_dsv4_moe.gate import FusedGate
+
+logger = init_logger("vllm.dsv4_moe")
 
 
 class Dsv4Router(BaseRouter):
@@ -134,7 +137,8 @@ class Dsv4Router(BaseRouter):
     def check_loaded(self, gate: str) -> None:
         """ValueError for a bias or a table that is missing, or that no layer could route by.
 
-        gate is the checkpoint's name of the module that holds them.
+        Rows of the table that name an expert twice are counted in one warning. gate is the
+        checkpoint's name of the module that holds them.
         """
         image_bias = self._image_bias()
         biases = {"bias": self.bias, "bias_vl": None if image_bias is None else image_bias.bias}
@@ -155,6 +159,13 @@ class Dsv4Router(BaseRouter):
                 f"{gate}.tid2eid[{row}, {slot}] is {int(self.table[row, slot])}, and expert ids go "
                 f"from 0 to {self.num_experts - 1}"
             )
+        ids = self.table.sort(dim=1).values
+        count = int((ids[:, 1:] == ids[:, :-1]).any(dim=1).sum())
+        if count:
+            logger.warning_once(
+                "dsv4-moe: %d of %d rows of %s.tid2eid name an expert twice: both count",
+                count, len(ids), gate,
+            )  # fmt: skip
 
 
 def why_not_ours(vllm_router: FusedMoERouter) -> str | None:

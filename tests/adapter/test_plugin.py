@@ -155,6 +155,7 @@ def test_layers_that_are_not_ours_get_vllms_own_method(changes, prefix, ours):
         mock.patch.object(quant_config, "ModelOptNvFp4Dsv4Method", return_value="ours"),
         mock.patch.object(quant_config, "get_current_vllm_config"),
         mock.patch.object(quant_config, "refusal", return_value=None),
+        mock.patch.object(quant_config, "config_refusal", return_value=None),
         mock.patch.object(quant_config.logger, "info") as say,
     ):
         answers = [config.get_quant_method(layer, prefix) for _ in range(2)]

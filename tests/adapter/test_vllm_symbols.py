@@ -82,7 +82,7 @@ SIGNATURES = {
 ATTRIBUTES = {
     ROUTED_EXPERTS: (
         "layer_name moe_config quant_method expert_map local_num_experts global_num_experts"
-        " swiglu_limit routed_scaling_factor activation apply_router_weight_on_input"
+        " swiglu_limit scoring_func routed_scaling_factor activation apply_router_weight_on_input"
     ),
     MOE_CONFIG: (
         "num_experts num_local_experts num_logical_experts experts_per_token hidden_dim"

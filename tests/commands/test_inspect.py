@@ -307,6 +307,30 @@ def test_experts_of_another_format(checkpoint):
     assert any("no layer has NVFP4 experts" in problem for problem in found.problems)
 
 
+def test_a_block_of_another_format_is_not_held_against_nvfp4(checkpoint):
+    change_config(checkpoint, quantization_config={"quant_method": "fp8", "group_size": 32})
+    assert not any("group_size" in problem for problem in inspect(checkpoint).problems)
+
+
+@pytest.mark.parametrize("dtype", ["<i8", "<i4"])
+def test_rows_that_name_an_expert_twice_are_counted(checkpoint, dtype):
+    shard = Shard(checkpoint / "model-00002-of-00005.safetensors")
+    name = "layers.0.ffn.gate.tid2eid"
+    entry = shard.header[name]
+    first, last = entry["data_offsets"]
+    table = np.frombuffer(shard.data[first:last], "<i8").reshape(entry["shape"]).astype(dtype)
+    table[[3, 500], 4] = table[[3, 500], 1]
+    table[9] = 7
+    shard.data += table.tobytes()
+    offsets = [len(shard.data) - table.nbytes, len(shard.data)]
+    shard.header[name] = entry | {"dtype": "I" + str(8 * int(dtype[2])), "data_offsets": offsets}
+    shard.save()
+    found = inspect(checkpoint)
+    assert found.problems == []
+    assert f"3 of 512 rows of {name} name an expert twice: both count" in found.notes
+    assert sum("twice" in note for note in found.notes) == 1
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [

@@ -1,8 +1,8 @@
 """Check a checkpoint in seconds, without loading a weight.
 
-Reads config.json and the headers of the safetensors files: which layers are hash or dense, ours or
-vLLM's; what is missing, extra or shaped for another model. Exit status 0: it can be served with
-this plugin; 1: it cannot; 2: there is nothing to check.
+Reads config.json, the headers of the safetensors files and the hash tables: which layers are hash
+or dense, ours or vLLM's; what is missing, extra or shaped for another model. Exit status 0: it can
+be served with this plugin; 1: it cannot; 2: there is nothing to check.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Check a checkpoint from config.json and safetensors headers, without loading a weight."""
+"""Check a checkpoint from config.json, safetensors headers and hash tables; no weight is loaded."""
 
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from vllm_dsv4_moe.checkpoint_layout import (
     checkpoint_tensors,
 )
 from vllm_dsv4_moe.commands.checkpoint_scales import LayerScales, layer_scales
+from vllm_dsv4_moe.layer_config import SCORING, LayerConfig
 from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
 
 # Sizes by which a model is recognised; every other size is taken from the config.
@@ -103,10 +105,27 @@ def inspect(
     _compare(found, stored.tensors, expected, another_model(sizes, stored.tensors))
     _add_bytes(found, expected)
     found.kinds = kinds(expected)
+    found.notes += _repeated_experts(found.layers, stored.tensors)
     if scales:
         _add_scales(found, sizes, stored.tensors, num_sampled)
     found.weight_bytes_per_gpu = weight_bytes_per_gpu(expected, tp, dp)
     return found
+
+
+def _repeated_experts(layers: list[Layer], stored: dict[str, StoredTensor]) -> Iterator[str]:
+    """A sentence for each hash table with rows that name an expert more than once."""
+    import numpy as np
+
+    for layer in layers:
+        name = f"{layer.name}.ffn.gate.tid2eid"
+        tensor = stored.get(name)
+        if tensor is None or len(tensor.shape) != 2 or tensor.dtype not in ("I64", "I32"):
+            continue
+        dtype = np.int64 if tensor.dtype == "I64" else np.int32
+        table = np.sort(np.frombuffer(tensor.read(), dtype).reshape(tensor.shape), axis=1)
+        count = int((table[:, 1:] == table[:, :-1]).any(axis=1).sum())
+        if count:
+            yield f"{count:,} of {len(table):,} rows of {name} name an expert twice: both count"
 
 
 def _recognised(sizes: ModelSizes) -> dict[str, int]:
@@ -168,8 +187,14 @@ def _check_ours(found: Inspection, sizes: ModelSizes, config: dict[str, Any]) ->
         )
     if config.get("expert_dtype", "fp4") != "fp4":
         found.problems.append(f"expert_dtype is {config['expert_dtype']!r}, and NVFP4 is fp4")
-    if sizes.top_k > sizes.num_experts:
-        found.problems.append(f"top-{sizes.top_k} of {sizes.num_experts} experts cannot be routed")
+    layer = LayerConfig(
+        config.get("swiglu_limit"),
+        config.get("scoring_func", SCORING),
+        sizes.top_k,
+        sizes.num_experts,
+        quant if any(layer.ours for layer in found.layers) else {},
+    )
+    found.problems += layer.problems()
 
 
 def _compare(
