@@ -348,8 +348,3 @@ def test_faults_under_starved_lanes_of_the_sm90_kernel(monkeypatch):
     problem = sm90_problems.Problem("starved", 3, 2, 2, 192, 128)
     upper_lanes = 20  # after its 20 warps
     check_all(sm90_kernel(monkeypatch, problem, [("starved", upper_lanes)]), SM90_STARVED_FAULTS)
-
-
-def test_the_lists_are_long():
-    for faults in (SM100_FAULTS, SM90_FAULTS):
-        assert len({fault.what for fault in faults}) >= 20

@@ -91,21 +91,27 @@ def test_every_expert_layer_is_ours(answers, server):
     assert [len(answer) for answer in tokens] == [16] * len(PROMPTS)
 
 
-def test_agrees_with_vllms_backends_as_they_do(answers, record_property):
+# Mean differences, nats, of backends that multiply the same bf16 activations: 0.022 to Marlin and
+# 0.020 to the reference (H200). What quantises activations too is 0.155 from Marlin.
+SAME_NUMERICS = 0.04
+
+
+def test_agrees_with_vllms_backends(answers, record_property):
     """Marlin multiplies bf16 activations, as sm90 does; emulation quantises them too."""
     ours, marlin, emulation = (answers(name)[0] for name in ("ours", "marlin", "emulation"))
     between = distance(marlin, emulation)
     record_property("marlin_emulation", between)
     record_property("ours_marlin", distance(ours, marlin))
     record_property("ours_emulation", distance(ours, emulation))
-    assert distance(ours, marlin) <= between
-    assert distance(ours, emulation) <= 1.25 * between
+    # Which holds ours as far from emulation as Marlin is, within that bound.
+    assert distance(ours, marlin) <= SAME_NUMERICS
+    assert between > 2 * SAME_NUMERICS, "the bound would not tell other numerics apart"
 
 
 def test_agrees_with_the_reference_backend(answers, record_property):
     reference = distance(answers("ours")[0], answers("ours_bf16_reference")[0])
     record_property("ours_reference", reference)
-    assert reference <= distance(answers("marlin")[0], answers("emulation")[0])
+    assert reference <= SAME_NUMERICS
 
 
 def test_greedy_tokens_start_like_marlins(answers, record_property):
@@ -120,6 +126,6 @@ def test_none_of_our_kernels_is_compiled_while_serving(answers):
     assert "Kernel JIT monitor activated" in log
     compiled = set(re.findall(r"JIT compilation during inference: (\w+)", log))
     kernels = Path(dsv4_kernels.__file__).parent
-    ours = {n for f in kernels.glob("*.py") for n in re.findall(r"def (\w+)\(", f.read_text())}
+    ours = {n for f in kernels.rglob("*.py") for n in re.findall(r"def (\w+)\(", f.read_text())}
     assert "_layout_kernel" in ours
     assert not compiled & ours

@@ -77,7 +77,10 @@ class Lane:
             self.logits.copy_(logits)
             self.x.copy_(x)
             self.out.fill_(torch.nan)
-            self.routing.ids.fill_(12345)
+            # What a launch does not write is not the last one's.
+            self.routing.weights.fill_(torch.nan)
+            for part in (self.routing.ids, *self.buffers.layout):
+                part.fill_(12345)
 
     def replay(self) -> None:
         with torch.cuda.stream(self.stream):
@@ -86,8 +89,11 @@ class Lane:
     def check(self) -> None:
         self.stream.synchronize()
         ids, expert_map, x = self.routing.ids.cpu(), self.expert_map.cpu(), self.x.cpu()
-        expected = reference.router_topk(self.logits.cpu(), TOP_K, bias=self.bias.cpu())
+        logits, bias = self.logits.cpu(), self.bias.cpu()
+        expected = reference.router_topk(logits, TOP_K, bias=bias, scaling=2.5)
         assert (ids != expected.ids).sum() <= 1 + ids.numel() // 10000  # near ties
+        same, weights = (ids == expected.ids).all(1), self.routing.weights.cpu()
+        torch.testing.assert_close(weights[same], expected.weights[same], rtol=1e-6, atol=0)
         layout = reference.expert_layout(ids, NUM_LOCAL, expert_map, TILE)
         for ours, theirs in zip(self.buffers.layout, layout, strict=True):
             assert torch.equal(ours.cpu(), theirs)
