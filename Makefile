@@ -3,14 +3,21 @@ PYTEST = .venv/bin/python -m pytest
 # Tests of the PTX emulator whose few lines of PTX a GPU can run as well.
 SNIPPETS = arithmetic memory barriers matrix findings
 
-.PHONY: demo test test-gpu sanitize bench bench-serve lint setup
+.PHONY: demo check test emulator test-gpu sanitize bench bench-serve lint setup
 
 demo:  ## write a tiny checkpoint, serve it with the plugin, ask it, stop
 	@sh tests/setup.sh serve
 	@.venv/bin/dsv4-moe demo
 
+check: setup lint  ## lint, types, layering, unit tests: no server, no emulator, nothing slow
+	@$(PYTEST) -q -m "not gpu and not slow" -n 2 --dist loadfile \
+	  tests/test_layering.py tests/test_readme.py tests/kernels tests/adapter tests/commands
+
 test: setup lint  ## everything that needs no GPU
 	@$(PYTEST) -m "not gpu" -n 2 --dist loadfile
+
+emulator: setup  ## the PTX emulator's own tests, and the kernels in it: a part of test
+	@$(PYTEST) -m "not gpu" -n 2 --dist loadfile tests/emulator
 
 test-gpu: setup  ## what needs a GPU (mostly compilation, hence processes); kept in test-gpu.json
 	@$(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
