@@ -1,12 +1,12 @@
 """The quantisation method of NVFP4 expert layers: create weights, and make a layer of them."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from dsv4_kernels.backends import AUTO, MoeLayer, choose_backend
-from dsv4_kernels.compiled import arch_of, load_objects
+from dsv4_kernels.compile_processes import num_processes
+from dsv4_kernels.compiled import arch_of
 from dsv4_kernels.moe import prepare_layer
 from dsv4_kernels.types import MoeShape
 from torch.nn import Parameter
@@ -29,6 +29,7 @@ from vllm_dsv4_moe.expert_params import (
     gate_and_up_differ,
 )
 from vllm_dsv4_moe.experts import Dsv4Experts
+from vllm_dsv4_moe.kernel_cache import COMPILATION, num_local_ranks
 from vllm_dsv4_moe.router import Dsv4Router
 from vllm_dsv4_moe.saturation import SATURATION
 from vllm_dsv4_moe.scale_policy import activation_scales
@@ -62,6 +63,9 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         self.shape = moe_shape(moe_config, settings, self.capability)
         self.backend = choose_backend(settings.backend, self.shape, self.capability)
         check_device(self.backend.name, self.capability, config.model_config.enforce_eager)
+        if self.capability is not None:
+            processes = num_processes(num_local_ranks(config.parallel_config))
+            COMPILATION.begin(self.backend, self.shape, arch_of(self.capability), processes)
 
     @property
     def supports_eplb(self) -> bool:
@@ -140,8 +144,7 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
             delattr(layer, name)
             layer._parameters.pop(f"{name}_2", None)
         limit = layer.swiglu_limit
-        if self.settings.kernel_objects and self.capability is not None:
-            load_objects(Path(self.settings.kernel_objects), arch_of(self.capability))
+        COMPILATION.wait()
         moe_layer = prepare_layer(
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )

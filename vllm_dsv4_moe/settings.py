@@ -74,9 +74,6 @@ class Settings:
         "most 64 tokens where that is faster; `vllm` leaves every batch to vLLM's GateLinear",
         allowed=("auto", "vllm"),
     )
-    kernel_objects: str = _option(
-        "", "what `dsv4-moe compile` wrote for this GPU and model; empty compiles at load"
-    )
     saturation_log_interval: float = _option(
         60.0,
         "seconds between looks at the counter of NVFP4 blocks that did not fit; 0 never looks",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv4_kernels.compiled import Kernel
 from dsv4_kernels.types import (
     NVFP4_BLOCK,
     ActivationAmax,
@@ -43,6 +44,8 @@ class Backend:
     places_rows: Callable[[MoeShape, int], bool] | None = None
     # (shape, device): all that serving would otherwise compile or allocate; called at load
     compile: Callable[[MoeShape, torch.device], None] | None = None
+    # (shape, arch): what `compile` finds in the kernel cache, or compiles; needs no GPU
+    kernels: Callable[[MoeShape, str], list[Kernel]] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,12 @@ def _compile_sm90(shape: MoeShape, device: torch.device) -> None:
     compile_layer(shape, device)
 
 
+def _kernels_sm90(shape: MoeShape, arch: str) -> list[Kernel]:
+    from dsv4_kernels.sm90.gemm import kernels
+
+    return kernels(shape, arch)
+
+
 def _fc1_sm90(x, routing_weights, layout, layer: MoeLayer, *, out: torch.Tensor) -> None:
     from dsv4_kernels.sm90.gemm import fc1
 
@@ -151,6 +160,7 @@ SM90 = Backend(
     fc2=_fc2_sm90,
     places_rows=_places_rows_sm90,
     compile=_compile_sm90,
+    kernels=_kernels_sm90,
 )
 
 
@@ -183,6 +193,12 @@ def _compile_sm100(shape: MoeShape, device: torch.device) -> None:
     compile_layer(shape, device)
 
 
+def _kernels_sm100(shape: MoeShape, arch: str) -> list[Kernel]:
+    from dsv4_kernels.sm100.gemm import kernels
+
+    return kernels(shape, arch)
+
+
 def _fc1_sm100(x, routing_weights, layout, layer, *, out) -> None:
     from dsv4_kernels.sm100.gemm import fc1
 
@@ -204,6 +220,7 @@ SM100 = Backend(
     fc1=_fc1_sm100,
     fc2=_fc2_sm100,
     compile=_compile_sm100,
+    kernels=_kernels_sm100,
 )
 BACKENDS = {backend.name: backend for backend in (REFERENCE, SM90, SM100)}
 # The backend that `auto` means, by the major compute capability; `reference` without a GPU.

@@ -1,26 +1,32 @@
-"""CuTe DSL kernels compiled ahead of time: written to a folder, and found there by a server.
+"""Compiled CuTe DSL kernels: from a cache on disk, or compiled now.
 
-    FOLDER/manifest.json   {"format", "arch", "versions", "objects": {specialisation: file}}
-    FOLDER/*.o             one object each: the cubin and its host launcher
-
-A specialisation's key is the repr of its op's Gemm: sizes, config, everything that the compiler
-was given. Versions are CuTe DSL's and a digest of the kernels' sources: objects of another source
-are refused, never run.
+A kernel's key is a digest of all that its object depends on: arch, machine, CuTe DSL's version,
+compiler options, the values it is specialised on, and every source file of this package. What has
+no object under its key is compiled; nothing is ever refused for being of another version.
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-_REMEDY = "run dsv4-moe compile again with this installation"
-# (arch, key) -> launcher, and the folder that they came from
-_loaded: dict[tuple[str, str], Any] = {}
-_folders: dict[str, str] = {}
+from dsv4_kernels.trusted_folder import TrustedFolder
+
+
+class Kernel(NamedTuple):
+    """A specialisation. compile, a function of a module, takes gemm and the compiler's options."""
+
+    compile: Callable[[Any, str], Any]
+    gemm: Any  # the op's Gemm: numbers, strings, and tuples and dataclasses of them
+    arch: str
 
 
 def arch_of(capability: tuple[int, int]) -> str:
@@ -28,86 +34,137 @@ def arch_of(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}a"
 
 
-def versions() -> dict[str, str]:
-    """What must be the same where objects are made and where they run."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return {
+def options(arch: str) -> str:
+    """Of the compiler, for a launcher that this process calls."""
+    return f"--gpu-arch={arch}"
+
+
+def object_options(arch: str) -> str:
+    """Of the compiler, for an object. Its host code must run on any CPU of this kind: by default
+    it has the vector instructions of the one that compiles."""
+    machine = platform.machine()
+    cpu = " -mcpu=x86-64" if machine == "x86_64" else ""
+    return f"{options(arch)} --host-target 'llvm -mtriple={machine}-unknown-linux-gnu{cpu}'"
+
+
+@functools.cache
+def key_of(kernel: Kernel) -> str:
+    """32 hexadecimal digits."""
+    facts = {
+        "arch": kernel.arch,
+        "machine": platform.machine(),
         "nvidia-cutlass-dsl": metadata.version("nvidia-cutlass-dsl"),
-        "kernel sources": digest.hexdigest()[:16],
+        "options": object_options(kernel.arch),
+        "sources": sources_digest(Path(__file__).parent),
+        "compile": f"{kernel.compile.__module__}.{kernel.compile.__qualname__}",
+        "gemm": plain(kernel.gemm),
     }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def compiled(key: str, arch: str, compile: Callable[[], Any]) -> Any:
-    """The launcher of a specialisation: a loaded object, or compiled now if none were loaded.
+@functools.cache
+def sources_digest(package: Path) -> str:
+    """Of the name and content of every file in the package, compiled Python aside."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(package)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
-    ValueError if objects were loaded for the arch and this one is not among them.
+
+def plain(value: Any) -> Any:
+    """What JSON can hold of a specialisation; TypeError for a value whose meaning is not its own.
+
+    Two specialisations are the same kernel exactly if these are equal.
     """
-    if arch not in _folders:
-        return compile()
-    if (arch, key) not in _loaded:
-        raise ValueError(
-            f"{_folders[arch]} has no object for {key}: it was made for another model, parallel "
-            f"size, scale policy or table of configs; {_REMEDY}, or unset the option to compile at "
-            "load"
-        )
-    return _loaded[arch, key]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return [plain(part) for part in value]
+    raise TypeError(f"a kernel is specialised on {value!r}: only plain values have a stable key")
 
 
-def write_objects(folder: Path, arch: str, kernels: Mapping[str, Callable[[], Any]]) -> list[Path]:
-    """Compile and write every kernel, then the manifest; no GPU is needed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    objects = {}
-    for key, compile in kernels.items():
-        name = "dsv4_" + hashlib.sha256(f"{arch} {key}".encode()).hexdigest()[:16]
-        compile().export_to_c(str(folder), name, name)
-        (folder / f"{name}.h").unlink()
-        objects[key] = f"{name}.o"
-    manifest = {"format": FORMAT, "arch": arch, "versions": versions(), "objects": objects}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    return [folder / name for name in objects.values()]
+class KernelCache:
+    """Folders of objects, in the order in which they are looked through.
 
-
-def load_objects(folder: Path, arch: str) -> int:
-    """Use the folder's objects for this arch from now on; returns how many there are.
-
-    ValueError says what does not fit, and with what to compare it.
+    warn is called once with a sentence for each object that must not be loaded.
     """
-    if _folders.get(arch) == str(folder):
-        return sum(loaded == arch for loaded, _ in _loaded)
-    manifest = _read_manifest(folder)
-    if manifest["arch"] != arch:
-        raise ValueError(
-            f"{folder} holds kernels for {manifest['arch']}, and this GPU runs {arch}: run "
-            f"dsv4-moe compile --arch {arch}"
-        )
-    for name, here in versions().items():
-        there = manifest["versions"].get(name)
-        if there != here:
-            raise ValueError(
-                f"{folder} was made with {name} {there}, and this installation has {here}: "
-                f"{_REMEDY}"
-            )
+
+    def __init__(
+        self, folders: Iterable[TrustedFolder], warn: Callable[[str], None] = warnings.warn
+    ) -> None:
+        self.folders = list(folders)
+        self.warn = functools.cache(warn)
+
+    def has(self, kernel: Kernel) -> bool:
+        fd = self._open(kernel)
+        if fd is not None:
+            os.close(fd)
+        return fd is not None
+
+    def launcher(self, kernel: Kernel) -> Any | None:
+        """From the kernel's object; None if there is none that may be loaded."""
+        fd = self._open(kernel)
+        if fd is None:
+            return None
+        try:
+            return load_object(f"/proc/self/fd/{fd}", symbol(kernel))
+        except Exception as error:  # noqa: BLE001 (whatever it is, the kernel can be compiled)
+            self.warn(f"the compiled {kernel.gemm} could not be loaded: {error}")
+            return None
+        finally:
+            os.close(fd)
+
+    def _open(self, kernel: Kernel) -> int | None:
+        for folder in self.folders:
+            try:
+                fd = folder.open_object(key_of(kernel))
+            except (OSError, ValueError) as error:
+                self.warn(f"a compiled kernel is not used: {error}")
+                continue
+            if fd is not None:
+                return fd
+        return None
+
+
+def symbol(kernel: Kernel) -> str:
+    """The prefix of the object's names."""
+    return f"dsv4_{key_of(kernel)}"
+
+
+def object_of(kernel: Kernel) -> bytes:
+    """Compile the kernel to an object: the cubin and its host launcher. No GPU is needed."""
+    launcher = kernel.compile(kernel.gemm, object_options(kernel.arch))
+    with tempfile.TemporaryDirectory() as folder:
+        launcher.export_to_c(folder, "kernel", symbol(kernel))
+        return Path(folder, "kernel.o").read_bytes()
+
+
+def load_object(path: str, name: str) -> Any:
     from cutlass.cute.runtime import load_module
 
-    for key, name in manifest["objects"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{folder} lacks {name}, which its manifest names: {_REMEDY}")
-        _loaded[arch, key] = getattr(load_module(str(path)), path.stem)
-    _folders[arch] = str(folder)
-    return len(manifest["objects"])
+    return getattr(load_module(path), name)
 
 
-def _read_manifest(folder: Path) -> dict:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {MANIFEST}: name a folder that dsv4-moe compile wrote")
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): {_REMEDY}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of format {FORMAT}: {_REMEDY}")
-    return manifest
+_cache = KernelCache(())
+
+
+def use_cache(cache: KernelCache) -> None:
+    """Look there from now on, in this process."""
+    global _cache
+    _cache = cache
+
+
+def compiled(kernel: Kernel) -> Any:
+    """The kernel's launcher: loaded from the cache in use, or compiled now and not kept."""
+    launcher = _cache.launcher(kernel)
+    if launcher is None:
+        launcher = kernel.compile(kernel.gemm, options(kernel.arch))
+    return launcher

@@ -71,6 +71,26 @@ def test_sm90_launches_six_a_chunk_of_eight_experts(checkpoint, experts, load_fo
         assert launched.total() <= 6 * chunks + 24, launched
 
 
+def test_compiling_goes_on_while_weights_are_read(checkpoint):
+    """It begins when a layer is built, and is waited for when one has its weights."""
+    seen = mock.Mock()
+    with (
+        loading.on_gpu(HOPPER) as compilation,
+        mock.patch("vllm_dsv4_moe.moe_method.prepare_layer") as prepare,
+        mock.patch.object(ModelOptNvFp4Dsv4Method, "_build_kernel"),
+        mock.patch("vllm_dsv4_moe.runner.fused_gate", fused_and_kept),
+    ):
+        seen.attach_mock(compilation, "compilation")
+        seen.attach_mock(prepare, "prepare")
+        loading.load_model(loading.engine_config(checkpoint(8)))
+    names = [name for name, *_ in seen.mock_calls]
+    layer = ["compilation.wait", "prepare"]
+    assert names == ["compilation.begin", "compilation.begin", *layer, *layer]
+    (_, (backend, shape, arch, processes), _), *_ = seen.mock_calls
+    assert (backend.name, arch, shape) == ("sm90", "sm_90a", prepare.call_args.args[1])
+    assert 1 <= processes <= 8
+
+
 def test_sm100_launches_the_same_whatever_the_experts(checkpoint):
     token = {"activation_scale": "token"}
     few, many = (launches(checkpoint(experts), BLACKWELL, **token) for experts in (7, 20))

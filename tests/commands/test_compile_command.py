@@ -1,17 +1,23 @@
-"""`dsv4-moe compile`: objects made without a GPU, found again, refused where they do not fit."""
+"""`dsv4-moe compile`: kernels made without a GPU, kept where a server finds them."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from dsv4_kernels import compiled
-from dsv4_kernels.sm100 import gemm as sm100
+import torch
+from dsv4_kernels.backends import BACKENDS
+from dsv4_kernels.compiled import key_of
 from dsv4_kernels.sm100.spec import all_gemms
 from dsv4_kernels.types import MoeShape
 
+from tests.serving.test_configs import DEPLOYMENTS, parse
+from vllm_dsv4_moe.commands import compile as command
 from vllm_dsv4_moe.commands.cli import main
+from vllm_dsv4_moe.commands.compile import MODELS, shape_of_config
 
 SIZES = {
     "n_routed_experts": 8,
@@ -19,70 +25,47 @@ SIZES = {
     "hidden_size": 256,
     "moe_intermediate_size": 128,
 }
-SHAPE = MoeShape(8, 4, 2, 256, 128, 8, True)
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """What the command writes for a tiny model, of which a rank owns half the experts."""
-    folder = tmp_path_factory.mktemp("objects")
-    config = folder / "config.json"
-    config.write_text(json.dumps(SIZES))
-    command = ["compile", "--arch", "sm_100a", "--model", str(config), "--out", str(folder / "out")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUTE_DSL_ARCH", "sm_100a")  # the command sets it for its process
-        assert main([*command, "--ep-size", "2", "--max-num-tokens", "8"]) == 0
-    return folder / "out"
+def dsv4_moe(*arguments: str, **environ: str) -> str:
+    """What the command prints, in a process of its own: CuTe DSL settles on one arch."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_dsv4_moe.commands.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environ},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-@pytest.fixture(autouse=True)
-def nothing_loaded(monkeypatch):
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_100a")
-    monkeypatch.setattr(compiled, "_loaded", {})
-    monkeypatch.setattr(compiled, "_folders", {})
-    sm100.compile_gemm.cache_clear()
-    yield
-    sm100.compile_gemm.cache_clear()
+def compile_tiny(folder: Path, arch: str, *arguments: str) -> list[str]:
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    model = ["--arch", arch, "--model", str(folder), "--max-num-tokens", "1"]
+    return ["compile", *model, *arguments]
 
 
-def test_a_loaded_object_is_used_instead_of_the_compiler(objects, monkeypatch):
-    assert compiled.load_objects(objects, "sm_100a") == 2
-    monkeypatch.setattr(sm100.cute, "compile", lambda *a, **k: pytest.fail("it compiled"))
-    for gemm in all_gemms(SHAPE):
-        assert callable(sm100.compile_gemm(gemm))
+def cpu_seconds() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
 
 
-def test_what_was_not_compiled_is_named(objects):
-    compiled.load_objects(objects, "sm_100a")
-    (gemm, _) = all_gemms(SHAPE._replace(num_local_experts=8))
-    with pytest.raises(ValueError, match=r"no object for Gemm\(op='fc1', num_experts=8.*unset"):
-        sm100.compile_gemm(gemm)
-
-
-def test_another_arch_is_refused(objects):
-    with pytest.raises(ValueError, match="holds kernels for sm_100a, and this GPU runs sm_90a"):
-        compiled.load_objects(objects, "sm_90a")
-
-
-def test_a_folder_without_objects_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no manifest.json: name a folder that dsv4-moe"):
-        compiled.load_objects(tmp_path, "sm_100a")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": 0}, "is not of format 1"),
-        ({"versions": {"nvidia-cutlass-dsl": "1.0"}}, "made with nvidia-cutlass-dsl 1.0, and this"),
-        ({"objects": {"x": "missing.o"}}, "lacks missing.o, which its manifest names"),
-    ],
-    ids=["format", "version", "file"],
-)
-def test_a_manifest_that_does_not_fit_is_refused(objects, tmp_path, change, message):
-    manifest = json.loads((objects / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **change}))
-    with pytest.raises(ValueError, match=message):
-        compiled.load_objects(tmp_path, "sm_100a")
+@pytest.mark.parametrize("arch, for_image", [("sm_90a", False), ("sm_100a", True)])
+def test_a_second_time_nothing_is_compiled(arch, for_image, tmp_path):
+    """In this user's folder, or one that every user of an image may read; 10 s is the bar."""
+    folder = tmp_path / "cache" / f"dsv4_moe_kernels-{os.geteuid()}"
+    mode, arguments = 0o700, []
+    if for_image:
+        folder, mode = tmp_path / "image/kernels", 0o755
+        arguments = ["--out", str(folder)]
+    command = compile_tiny(tmp_path, arch, *arguments)
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    first = dsv4_moe(*command, **cache)
+    assert first.startswith(f"2 kernels for {arch} in {folder}: 2 compiled, 0 were there")
+    assert folder.stat().st_mode & 0o777 == mode
+    before = cpu_seconds()
+    assert ": 0 compiled, 2 were there" in dsv4_moe(*command, **cache)
+    assert cpu_seconds() - before < 10  # not the clock: the tests share their cores
 
 
 @pytest.mark.parametrize(
@@ -91,13 +74,23 @@ def test_a_manifest_that_does_not_fit_is_refused(objects, tmp_path, change, mess
         (["--model", "nano"], "nano is not pro, flash, a config.json or a folder with one"),
         (["--model", "pro", "--ep-size", "7"], "384 experts cannot be divided among 7 ranks"),
         (["--model", "pro", "--tp-size", "64"], "intermediate size 48 of this rank is not a"),
+        (["--config", "/dev/null"], "/dev/null does not say max-num-batched-tokens and model"),
     ],
-    ids=["model", "experts", "intermediate"],
+    ids=["model", "experts", "intermediate", "config"],
 )
 def test_a_users_mistake_is_a_sentence(arguments, message, tmp_path, capsys):
-    assert main(["compile", "--arch", "sm_100a", "--out", str(tmp_path), *arguments]) == 2
+    out = tmp_path / "out"
+    assert main(["compile", "--arch", "sm_100a", "--out", str(out), *arguments]) == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_filled_is_an_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    assert main(compile_tiny(tmp_path, "sm_90a", "--out", str(tmp_path / "out"))) == 2
+    error = capsys.readouterr().err
+    assert "2 of 2 kernels could not be compiled and kept in" in error and "no-python" in error
 
 
 def test_pro_on_eight_ranks_is_what_a_rank_serves():
@@ -108,23 +101,81 @@ def test_pro_on_eight_ranks_is_what_a_rank_serves():
     assert {gemm.config.tile for gemm in more} == {64, 128, 256}
 
 
-def test_hoppers_kernels_are_written_too(tmp_path):
-    """In a process of its own: CuTe DSL settles on one arch when it is imported."""
-    (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    command = ["compile", "--arch", "sm_90a", "--model", str(tmp_path), "--max-num-tokens", "1"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "vllm_dsv4_moe.commands.cli",
-            *command,
-            "--out",
-            str(tmp_path / "out"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+def served_shape(args, capability, monkeypatch) -> MoeShape:
+    """What a layer of that server asks for, by vLLM's own parser and parallel arithmetic."""
+    from vllm.model_executor.layers.fused_moe import config as moe
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from vllm_dsv4_moe.moe_method import moe_shape
+    from vllm_dsv4_moe.settings import read_settings
+
+    for group in ("get_dp_group", "get_pcp_group"):
+        monkeypatch.setattr(moe, group, lambda: SimpleNamespace(rank_in_group=0))
+    monkeypatch.setattr(moe, "get_tensor_model_parallel_rank", lambda: 0)
+    parallel = moe.FusedMoEParallelConfig.make(
+        tp_size_=args.tensor_parallel_size,
+        pcp_size_=args.prefill_context_parallel_size,
+        dp_size_=args.data_parallel_size,
+        sp_size_=1,
+        vllm_parallel_config=args,
     )
-    assert done.returncode == 0, done.stderr
-    assert "2 kernels for sm_90a" in done.stdout
-    assert compiled.load_objects(tmp_path / "out", "sm_90a") == 2
+    experts, top_k, hidden, intermediate = MODELS[args.model]
+    config = moe.FusedMoEConfig(
+        num_experts=experts,
+        experts_per_token=top_k,
+        hidden_dim=hidden,
+        intermediate_size=intermediate,
+        num_local_experts=experts // parallel.ep_size,
+        num_logical_experts=experts,
+        activation=MoEActivation.SILU,
+        device="cuda",
+        routing_method=moe.RoutingMethodType.DeepSeekV3,
+        moe_parallel_config=parallel,
+        in_dtype=torch.bfloat16,
+        swiglu_limit=10.0,  # of both releases
+        max_num_tokens=args.max_num_batched_tokens,
+    )
+    return moe_shape(config, read_settings(args.additional_config, {}), capability)
+
+
+@pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.stem)
+def test_an_image_has_every_kernel_of_its_deployments(path, monkeypatch):
+    """The keys of what is compiled for a file are those that its server looks for."""
+    gpu = path.stem[-4:]
+    arch, capability = {"h200": ("sm_90a", (9, 0)), "b200": ("sm_100a", (10, 0))}[gpu]
+    served = served_shape(parse(path), capability, monkeypatch)
+    kernels = BACKENDS[command.BACKENDS[arch]].kernels
+    filled = {key_of(kernel) for kernel in kernels(shape_of_config(path, arch), arch)}
+    assert filled == {key_of(kernel) for kernel in kernels(served, arch)}
+    assert len(filled) >= 6
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("tensor-parallel-size: 4", {"intermediate": 512}),
+        ("tensor-parallel-size: 4\nenable-expert-parallel: true", {"num_local_experts": 64}),
+        (
+            "data-parallel-size: 2\nenable-expert-parallel: true",
+            {"num_local_experts": 128, "max_num_tokens": 200},
+        ),
+        (
+            "tensor-parallel-size: 8\nenable-expert-parallel: true",
+            {"num_local_experts": 32, "max_num_tokens": 104},
+        ),
+        (
+            "enable-eplb: true\neplb-config: '{\"num_redundant_experts\": 4}'",
+            {"num_experts": 260, "num_local_experts": 260},
+        ),
+        (
+            "additional-config: {dsv4_moe: {activation_scale: token}}",
+            {"scale_per_row": True},
+        ),
+    ],
+    ids=["tp", "tp-ep", "dp-ep", "sequence", "eplb", "token-scale"],
+)
+def test_a_deployment_is_divided_as_vllm_divides_it(text, changes, tmp_path):
+    path = tmp_path / "flash.yaml"
+    path.write_text(f"model: nvidia/DeepSeek-V4-Flash-NVFP4\nmax-num-batched-tokens: 100\n{text}\n")
+    whole = MoeShape(256, 256, 6, 4096, 2048, 100, True)
+    assert shape_of_config(path, "sm_100a") == whole._replace(**changes)

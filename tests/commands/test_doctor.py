@@ -157,10 +157,14 @@ def test_settings_are_shown_and_refused_by_name():
 
 
 def test_settings_that_name_a_path_which_is_not_there(tmp_path):
-    environ = {"VLLM_DSV4_MOE_KERNEL_OBJECTS": str(tmp_path / "objects")}
+    path = tmp_path / "scales.json"
+    environ = {
+        "VLLM_DSV4_MOE_ACTIVATION_SCALE": "file",
+        "VLLM_DSV4_MOE_ACTIVATION_SCALE_FILE": str(path),
+    }
     bad, given = doctor.check_settings(environ)
     assert (bad.status, given.status) == ("bad", "ok") and "there is no such path" in bad.text
-    (tmp_path / "objects").mkdir()
+    path.touch()
     assert only(doctor.check_settings(environ)).status == "ok"
 
 

@@ -6,6 +6,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from dsv4_kernels.compiled import Kernel
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.heuristic import choose_config
 
@@ -59,9 +60,23 @@ def test_all_that_runs_is_compiled(emulation):
     for case in CASES:
         sanitize.choose(case, 3)
         gemm = sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"]
-        assert repr(gemm) in served and repr(gemm) in followed
+        assert Kernel(sm90.compile_now, gemm, sanitize.ARCH) in served
+        assert Kernel(racecheck.compile_gemm, gemm, sanitize.ARCH) in followed
     sanitize.sm90_problems.use_choice(choose_config)
-    assert {repr(gemm) for gemm in sm90.all_gemms(sanitize.LAYER)} <= set(served)
+    assert {*sm90.kernels(sanitize.LAYER, sanitize.ARCH)} <= {*served}
+
+
+@pytest.mark.parametrize("name", [sanitize.SERVED, sanitize.FOLLOWED])
+def test_the_kernels_of_the_folder_are_run(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sm90, "compile_now", sm90.compile_now)
+    monkeypatch.setattr(sanitize, "use_cache", lambda cache: None)
+    (tmp_path / name).mkdir(0o700)
+    sanitize.use_kernels(tmp_path / name)
+    launched: list[Kernel] = []
+    monkeypatch.setattr(sm90, "compiled", launched.append)
+    gemm = sanitize.gemm_of(CASES[0])
+    sm90.compile_gemm.__wrapped__(gemm)
+    assert launched[0] in sanitize.kernels()[name]
 
 
 def smaller(case: sanitize.Case) -> sanitize.Case:

@@ -26,6 +26,5 @@ class EveryLaneArrives(Dsv4GroupedGemmSm90):
         Dsv4GroupedGemmSm90._give_back(self, empty, lane, is_read)
 
 
-def compile_gemm(gemm: Gemm, arch: str):
-    options = f"--gpu-arch={arch}"
+def compile_gemm(gemm: Gemm, options: str):
     return cute.compile(EveryLaneArrives(gemm), *example_arguments(gemm), options=options)

@@ -25,17 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from bench.checkout import checkout_commit
-from dsv4_kernels import compiled, reference
+from dsv4_kernels import reference
 from dsv4_kernels.backends import SM90
+from dsv4_kernels.compile_processes import fill
+from dsv4_kernels.compiled import Kernel, KernelCache, use_cache
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
 from dsv4_kernels.route.gate_route import gate_route
 from dsv4_kernels.route.router_topk import router_topk
@@ -44,6 +44,7 @@ from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.heuristic import choose_config
 from dsv4_kernels.sm90.spec import LayerConfig
+from dsv4_kernels.trusted_folder import TrustedFolder
 from dsv4_kernels.types import ExpertLayout, MoeShape, Routing
 
 from tests.gpu import racecheck
@@ -118,21 +119,29 @@ def gemm_of(case: Case) -> sm90.Gemm:
     return sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"]
 
 
-def kernels() -> dict[str, dict[str, Callable]]:
-    """By folder: key -> compile function of everything that `run` launches."""
-    of_layer = sm90.all_gemms(LAYER)
+def kernels() -> dict[str, list[Kernel]]:
+    """By folder: everything that `run` launches."""
+    of_layer = sm90.kernels(LAYER, ARCH)
     followed = [*map(gemm_of, cases())]
-    served = [*of_layer, *followed]
     return {
-        SERVED: {repr(gemm): partial(sm90.compile_gemm, gemm, ARCH) for gemm in served},
-        FOLLOWED: {repr(gemm): partial(racecheck.compile_gemm, gemm, ARCH) for gemm in followed},
+        SERVED: [*of_layer, *(Kernel(sm90.compile_now, gemm, ARCH) for gemm in followed)],
+        FOLLOWED: [Kernel(racecheck.compile_gemm, gemm, ARCH) for gemm in followed],
     }
 
 
 def write_kernels(folder: Path) -> int:
-    """Compile all and write them; returns their number."""
-    found = kernels().items()
-    return sum(len(compiled.write_objects(folder / name, ARCH, each)) for name, each in found)
+    """Compile what is not there; returns the number of all."""
+    found = kernels()
+    for name, each in found.items():
+        fill(TrustedFolder.make(folder / name, 0o700), each)
+    return sum(map(len, found.values()))
+
+
+def use_kernels(folder: Path) -> None:
+    """Run what was written there, in this process."""
+    use_cache(KernelCache([TrustedFolder(folder)]))
+    if folder.name == FOLLOWED:
+        sm90.compile_now = racecheck.compile_gemm
 
 
 def run_gemms(chosen: list[Case], device: str, block_counts: tuple[int, ...]) -> None:
@@ -285,8 +294,7 @@ def check_all(out: Path, objects: Path, commit: str) -> bool:
     The JSON is written after each, so that a run that is cut short keeps what it showed.
     """
     program = [sys.executable, __file__]
-    if not (objects / FOLLOWED / compiled.MANIFEST).is_file():
-        watched([*program, "compile", str(objects)])
+    watched([*program, "compile", str(objects)])
     version = watched([sanitizer(), "--version"])[0].strip().splitlines()[-1]
     for work in ("gemms", "layer"):  # right without a tool, and Triton's kernels are compiled now
         watched([*program, "run", work, str(objects / SERVED)])
@@ -324,7 +332,7 @@ def main() -> int:
         assert os.environ.get("CUTE_DSL_ARCH") == ARCH, "CuTe DSL reads it when it is imported"
         print(write_kernels(Path(args.rest[0])), "kernels")
     elif args.what == "run":
-        compiled.load_objects(Path(args.rest[1]), ARCH)
+        use_kernels(Path(args.rest[1]))
         if args.rest[0] == "gemms":
             num_sms = torch.cuda.get_device_properties(0).multi_processor_count
             wanted = args.rest[2:]

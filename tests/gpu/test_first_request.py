@@ -58,7 +58,7 @@ def compiled(monkeypatch) -> list:
     hook = lambda **facts: names.append(facts["fn"].name)  # noqa: E731
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", hook)
     compile_now = sm90.compiled
-    spy = lambda key, *rest: names.append(key) or compile_now(key, *rest)  # noqa: E731
+    spy = lambda kernel: names.append(repr(kernel.gemm)) or compile_now(kernel)  # noqa: E731
     monkeypatch.setattr(sm90, "compiled", spy)
     return names
 

@@ -1,5 +1,6 @@
 """Load a checkpoint as vLLM does, in this process: config resolution, model, weights."""
 
+import contextlib
 import os
 from importlib.util import find_spec
 
@@ -60,8 +61,14 @@ def load_model(config) -> torch.nn.Module:
             return get_model(vllm_config=config)
 
 
+@contextlib.contextmanager
 def on_gpu(capability):
-    """What the plugin asks vLLM's platform, answered as on that GPU."""
+    """What the plugin asks vLLM's platform, answered as on that GPU; yields the mock that stands
+    for the compilation of its kernels."""
     answers = {"get_device_capability": lambda: capability, "is_cpu": lambda: True}
     platform = SimpleNamespace(**answers)
-    return mock.patch("vllm_dsv4_moe.moe_method.current_platform", platform)
+    with (
+        mock.patch("vllm_dsv4_moe.moe_method.current_platform", platform),
+        mock.patch("vllm_dsv4_moe.moe_method.COMPILATION") as compilation,
+    ):
+        yield compilation

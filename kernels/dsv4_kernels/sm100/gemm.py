@@ -18,7 +18,7 @@ import torch
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
-from dsv4_kernels.compiled import arch_of, compiled
+from dsv4_kernels.compiled import Kernel, arch_of, compiled
 from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100
 from dsv4_kernels.sm100.spec import CONFIGS, Gemm, all_gemms
 from dsv4_kernels.types import (
@@ -60,13 +60,17 @@ def _pointer(dtype, address: int):
 
 @functools.cache
 def compile_gemm(gemm: Gemm, arch: str = "sm_100a"):
-    """The specialisation's launcher, from an object that was loaded or compiled; needs no GPU."""
+    """The specialisation's launcher, from the kernel cache or compiled; needs no GPU."""
+    return compiled(Kernel(compile_now, gemm, arch))
 
-    def compile_now():
-        options = f"--gpu-arch={arch}"
-        return cute.compile(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), options=options)
 
-    return compiled(repr(gemm), arch, compile_now)
+def compile_now(gemm: Gemm, options: str):
+    return cute.compile(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), options=options)
+
+
+def kernels(shape: MoeShape, arch: str) -> list[Kernel]:
+    """All that `compile_layer` needs compiled."""
+    return [Kernel(compile_now, gemm, arch) for gemm in all_gemms(shape)]
 
 
 def compile_layer(shape: MoeShape, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from cuda.bindings import driver
 from cutlass import BFloat16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
-from dsv4_kernels.compiled import compiled
+from dsv4_kernels.compiled import Kernel, compiled
 from dsv4_kernels.sm90.heuristic import choose_config
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import FLAGS, MOST_PARTIALS, Gemm
@@ -97,13 +97,17 @@ def _pointer(dtype, address: int):
 
 @functools.cache
 def compile_gemm(gemm: Gemm, arch: str = "sm_90a"):
-    """The specialisation's launcher, from an object that was loaded or compiled; needs no GPU."""
+    """The specialisation's launcher, from the kernel cache or compiled; needs no GPU."""
+    return compiled(Kernel(compile_now, gemm, arch))
 
-    def compile_now():
-        options = f"--gpu-arch={arch}"
-        return cute.compile(Dsv4GroupedGemmSm90(gemm), *example_arguments(gemm), options=options)
 
-    return compiled(repr(gemm), arch, compile_now)
+def compile_now(gemm: Gemm, options: str):
+    return cute.compile(Dsv4GroupedGemmSm90(gemm), *example_arguments(gemm), options=options)
+
+
+def kernels(shape: MoeShape, arch: str) -> list[Kernel]:
+    """All that `compile_layer` needs compiled."""
+    return [Kernel(compile_now, gemm, arch) for gemm in all_gemms(shape)]
 
 
 def compile_layer(shape: MoeShape, device: torch.device) -> None:
