@@ -32,6 +32,7 @@ def watch_plugin(watch: Stopwatch) -> None:
     register()
     watch.time(f"{METHOD}.__init__", "build")
     watch.time(f"{METHOD}.process_weights_after_loading", "prepare", opens_layer=True)
+    watch.time("vllm_dsv4_moe.kernel_cache:Compilation.wait", "compile")
     watch.time("vllm_dsv4_moe.warm_up:WarmUp.__call__", "warm_up", before=note_arena(watch))
 
     @functools.cache
