@@ -1,106 +1,137 @@
-"""The image's recipe without an engine: its RUN lines are executed in a plain directory."""
+"""The image's recipe without an engine: RUN lines in a plain directory, then what they installed,
+started as the users that containers have (the latter needs root, for setpriv)."""
 
+import fnmatch
+import http.server
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import threading
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-DOCKER = ROOT / "docker"
+from tests.support.plain_image import (
+    DOCKERFILE,
+    PYTHON,
+    ROOT,
+    SYSTEM_PATH,
+    VLLM,
+    Container,
+    Image,
+    User,
+    instructions,
+)
 
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DEFAULT = ROOT / "configs/flash-b200.yaml"
 
-def instructions(text: str) -> list[tuple[str, str]]:
-    joined = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^\s*#.*\n", "", text))
-    return [tuple(line.split(None, 1)) for line in joined.splitlines() if line.strip()]
+as_root = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv"
+)
+USERS = [
+    pytest.param(User(), id="caller"),
+    pytest.param(User(1000, 0), id="1000:0", marks=as_root),
+    pytest.param(User(1000, 1000), id="1000:1000", marks=as_root),
+    pytest.param(User(54321, 0), id="54321:0", marks=as_root),
+]
 
 
 @pytest.fixture(scope="module")
-def dockerfile() -> list[tuple[str, str]]:
-    return instructions((DOCKER / "Dockerfile").read_text())
-
-
-@pytest.fixture
-def image(tmp_path) -> Path:
-    """A virtual environment in the place of the image's Python, with what vLLM's image has."""
-    venv = tmp_path / "venv"
+def image():
+    """The image's files in a directory that every user can enter. `dsv4-moe compile` there writes
+    its arguments instead of kernels: how kernels are compiled has tests of its own."""
+    root = Path(tempfile.mkdtemp(prefix="dsv4-moe-image-"))
+    root.chmod(0o755)
+    venv = root / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     (site,) = venv.glob("lib/python*/site-packages")
     has = sysconfig.get_path("purelib")
     (site / "image.pth").write_text(f"import site; site.addsitedir({has!r})\n")
-    return venv
+    compiler = root / "compiler/dsv4-moe"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        f"#!{PYTHON}\nimport json, os, sys\n"
+        "out = sys.argv[sys.argv.index('--out') + 1]\n"
+        "os.makedirs(out, mode=0o700, exist_ok=True)\n"
+        "with open(os.path.join(out, 'calls'), 'a') as file:\n"
+        "    file.write(json.dumps(sys.argv[1:]) + '\\n')\n"
+    )
+    compiler.chmod(0o755)
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environ["PATH"] = f"{compiler.parent}:{venv}/bin:{environ['PATH']}"
+    built = Image(root)
+    built.build(environ)
+    yield built
+    shutil.rmtree(root)
 
 
-def test_run_lines_install_the_plugin(dockerfile, image, tmp_path):
-    """Every ENV folder becomes one under tmp_path, COPY copies, and RUN runs, in their order."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    env = {**env, "PATH": f"{image}/bin:{os.environ['PATH']}"}
-    # All of them take minutes; every deployment's command is checked below.
-    env["DEPLOYMENTS"] = "flash-b200"
-    folders: dict[str, Path] = {}
-    ran = 0
-    for name, value in dockerfile:
-        if name == "ENV":
-            for key, path in re.findall(r"(\w+)=(\S+)", value):
-                env[key] = path
-                if path.startswith("/"):
-                    folders[path] = tmp_path / "root" / path[1:]
-                    env[key] = str(folders[path])
-        elif name == "COPY":
-            *sources, target = re.sub(r"--from=\S+\s+", "", value).split()
-            target = re.sub(r"\$\{(\w+)\}", lambda m: env[m[1]], target)
-            Path(target if target.endswith("/") else Path(target).parent).mkdir(
-                parents=True, exist_ok=True
-            )
-            if "--from" not in value:
-                for source in sources:
-                    subprocess.run(["cp", "-R", ROOT / source, target], check=True)
-        elif name == "RUN":
-            done = subprocess.run(
-                ["/bin/sh", "-c", value], env=env, capture_output=True, text=True, cwd=tmp_path
-            )
-            assert done.returncode == 0, f"RUN {value}\n{done.stdout}{done.stderr}"
-            ran += 1
-    assert ran >= 4
-    (wheel,) = (tmp_path / "root/wheels").glob("*.whl")
+def test_run_lines_install_the_plugin(image):
+    assert len(image.ran) == 4
+    assert len(list(image.path("/wheels").glob("*.whl"))) == 1
     found = subprocess.run(
-        [
-            image / "bin/python",
-            "-I",
-            "-c",
-            "import vllm_dsv4_moe, dsv4_kernels; "
-            "print(vllm_dsv4_moe.__file__, dsv4_kernels.__path__[0])",
-        ],
+        [image.root / "venv/bin/python", "-I", "-c"]
+        + ["import vllm_dsv4_moe as p, dsv4_kernels.moe as k; print(p.__file__, k.__file__)"],
         capture_output=True,
         text=True,
         check=True,
-        cwd=tmp_path,
+        cwd=image.root,
     )
-    assert found.stdout.count(str(image)) == 2
-    assert (image / "bin/dsv4-moe").exists()
-    manifest = json.loads((tmp_path / "root/kernels/flash-b200/manifest.json").read_text())
-    assert manifest["arch"] == "sm_100a" and len(manifest["objects"]) > 0
+    assert all(str(image.root / "venv") in path for path in found.stdout.split())
+    assert (image.root / "venv/bin/dsv4-moe").exists()
 
 
-def test_runs_as_a_plain_user_with_preflight_and_health_check(dockerfile):
-    last = {name: value for name, value in dockerfile}
-    assert int(last["USER"].split(":")[0]) > 0
-    assert "/health" in last["HEALTHCHECK"]
-    assert "/configs/serve" in last["ENTRYPOINT"]
-    serve = (DOCKER / "serve").read_text()
-    assert serve.index("dsv4-moe doctor") < serve.index("exec vllm serve")
-    assert (ROOT / "configs" / "flash-b200.yaml").exists() and last["CMD"] == '["flash-b200"]'
+def test_kernels_of_every_config_are_compiled_for_its_gpu(image):
+    calls = map(
+        json.loads, (image.path("/opt/dsv4-moe/kernels") / "calls").read_text().split("\n")[:-1]
+    )
+    compiled = set()
+    for call in calls:
+        assert call[:2] == ["compile", "--arch"] and call[3] == "--config"
+        assert call[-2:] == ["--out", str(image.path("/opt/dsv4-moe/kernels"))]
+        compiled.update({(Path(config).name, call[2]) for config in call[4:-2]})
+    arches = {"*h200.yaml": "sm_90a", "*b200.yaml": "sm_100a"}
+    wanted = {
+        (c.name, arch)
+        for c in CONFIGS
+        for glob, arch in arches.items()
+        if fnmatch.fnmatch(c.name, glob)
+    }
+    assert sorted(compiled) == sorted(wanted) and len(wanted) == len(CONFIGS)
 
 
-def test_versions_are_pinned_and_agree(dockerfile):
+def test_image_folders_are_for_all_to_read_and_for_root_to_write(image):
+    owner = os.geteuid()
+    for path in image.path("/opt/dsv4-moe").rglob("*"):
+        found = path.stat()
+        assert found.st_uid == owner and not found.st_mode & 0o022, path
+        assert found.st_mode & 0o444 == 0o444 and (path.is_file() or found.st_mode & 0o111), path
+    kernels = image.path("/opt/dsv4-moe/kernels")
+    assert kernels.stat().st_mode & 0o7777 == 0o755
+    for volume in image.env["HF_HOME"], image.env["DSV4_MOE_CACHE"]:
+        assert Path(volume).stat().st_mode & 0o7777 == 0o1777
+        assert not kernels.is_relative_to(volume)
+
+
+def test_runs_as_a_plain_user_and_waits_for_the_load(image):
+    assert int(image.last["USER"].split(":")[0]) > 0
+    assert image.command("CMD") == ["flash-b200"] and DEFAULT.exists()
+    # V4-Pro's 850 GB take 1.9 h at 1 Gbit/s.
+    assert "--start-period=2h" in image.last["HEALTHCHECK"]
+
+
+def test_versions_are_pinned_and_agree():
+    dockerfile = instructions(DOCKERFILE.read_text())
     tag = next(value for name, value in dockerfile if name == "ARG").split("=")[1]
-    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["vllm"]
+    compose = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]["vllm"]
     assert re.fullmatch(r"v\d+\.\d+\.\d+", tag)
     assert compose["build"]["args"]["VLLM_VERSION"] == tag
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -108,62 +139,264 @@ def test_versions_are_pinned_and_agree(dockerfile):
     assert f"VLLM={tag[1:]} " in (ROOT / "tests/setup.sh").read_text()
 
 
-def test_kernels_of_every_deployment_are_compiled(dockerfile):
-    """The sizes of one rank: experts over all GPUs, tokens of all data-parallel ranks."""
-    deployments = next(v for n, v in dockerfile if n == "ARG" and v.startswith("DEPLOYMENTS"))
-    paths = sorted((ROOT / "configs").glob("*.yaml"))
-    assert sorted(deployments.split("=")[1].strip('"').split()) == [path.stem for path in paths]
-    sys.path.insert(0, str(DOCKER))
-    try:
-        from compile import command
-    finally:
-        sys.path.pop(0)
-    commands = {path.stem: command(Path("/k"), path)[2:] for path in paths}
-    assert commands["flash-b200"] == [
-        "--arch=sm_100a", "--model=flash", "--ep-size=1", "--max-num-tokens=8192",
-        "--out=/k/flash-b200",
-    ]  # fmt: skip
-    assert commands["pro-8xh200"][:3] == ["--arch=sm_90a", "--model=pro", "--ep-size=8"]
-    assert "--max-num-tokens=32768" in commands["flash-4xh200"]
+@pytest.fixture
+def container(image):
+    """Makes a container for a user. New volumes have the modes of the image's folders."""
+    made = []
+
+    def start(user: User) -> Container:
+        volumes = Path(tempfile.mkdtemp(prefix="container-", dir=image.root))
+        made.append(volumes)
+        volumes.chmod(0o755)
+        environ = {**image.env, "PATH": f"{volumes}/bin:{SYSTEM_PATH}"}
+        environ["HOME"] = str(volumes)  # root's, as / is, which an unknown uid is given
+        for name in ("HF_HOME", "DSV4_MOE_CACHE", "TMPDIR"):
+            (volumes / name).mkdir()
+            (volumes / name).chmod(
+                0o1777 if name == "TMPDIR" else Path(image.env[name]).stat().st_mode & 0o7777
+            )
+            environ[name] = str(volumes / name)
+        (volumes / "bin").mkdir()
+        for name, text in {
+            "dsv4-moe": '#!/bin/sh\necho "doctor in $HOME: $*" >&2\nexit ${DOCTOR:-0}\n',
+            "vllm": VLLM,
+        }.items():
+            (volumes / "bin" / name).write_text(text)
+            (volumes / "bin" / name).chmod(0o755)
+        # vLLM's image has PyYAML.
+        shutil.copytree(Path(yaml.__file__).parent, volumes / "python/yaml")
+        environ["PYTHONPATH"] = str(volumes / "python")
+        return Container(image, user, volumes, environ)
+
+    yield start
+    for volumes in made:
+        shutil.rmtree(volumes)
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_any_user_finds_writable_caches_in_an_empty_volume(container, user):
+    box = container(user)
+    seen = box.vllm("flash-b200")
+    if user.uid is not None:
+        assert seen["uid"] == [user.uid] * 3 and seen["gid"] == [user.gid] * 3
+        assert seen["groups"] == []
+    assert seen["user"] == "vllm" and not seen["imports_cwd"]
+    home = box.volumes / "DSV4_MOE_CACHE" / str(user.number)
+    assert seen["home"] == str(home)
+    assert home.stat().st_mode & 0o7777 == 0o700 and home.stat().st_uid == user.number
+    assert len(seen["written"]) == 10
+    assert all(Path(folder).is_relative_to(home) for folder in seen["written"].values())
+
+
+def test_libraries_take_their_folders_from_there(container):
+    """What vLLM, Triton and Hugging Face say in the environment that vLLM was started with."""
+    box = container(User())
+    seen = box.vllm("flash-b200")
+    ask = (
+        "import vllm.envs as v, triton, huggingface_hub.constants as h\n"
+        "print(v.VLLM_CACHE_ROOT, triton.knobs.cache.dir, h.HF_HUB_CACHE, sep='\\n')"
+    )
+    environ = {**seen["environ"], "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", ask], env=environ, capture_output=True, text=True, check=True
+    )
+    vllm, triton, hub = done.stdout.splitlines()[-3:]
+    assert vllm == seen["written"]["VLLM_CACHE_ROOT"]
+    assert triton == seen["written"]["TRITON_CACHE_DIR"]
+    assert hub == str(box.volumes / "HF_HOME/hub")
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_caches_of_an_earlier_container_are_used(container, user):
+    box = container(user)
+    home = box.volumes / "DSV4_MOE_CACHE" / str(user.number)
+    assert box.vllm("flash-b200")["home"] == str(home)
+    kernel = home / ".triton/cache/written"
+    kernel.write_text("compiled earlier")
+    home.chmod(0o2770)  # as Kubernetes' fsGroup leaves it
+    again = box.serve("flash-b200", VLLM_CACHE_ROOT=str(home / "elsewhere"))
+    seen = json.loads(again.stdout)
+    assert seen["home"] == str(home) and home.stat().st_mode & 0o7777 == 0o700
+    assert seen["written"]["VLLM_CACHE_ROOT"] == str(home / "elsewhere")
+    assert "lost with this container" not in again.stderr
+
+
+@as_root
+@pytest.mark.parametrize("user", [*USERS[1:], pytest.param(User(0, 0), id="root")])
+@pytest.mark.parametrize("volume", ["root's", "another's folder", "a link", "group's"])
+def test_volumes_of_an_older_image_or_of_another_owner(container, user, volume):
+    """Where the volume has no place for this uid the server starts all the same, and says so."""
+    box = container(user)
+    cache = box.volumes / "DSV4_MOE_CACHE"
+    mine = cache / str(user.uid)
+    if volume == "root's":
+        cache.chmod(0o755)
+    elif volume == "another's folder":
+        mine.mkdir()
+        mine.chmod(0o777)
+        os.chown(mine, 4242, 4242)
+    elif volume == "a link":
+        (box.volumes / "target").mkdir()
+        os.chown(box.volumes / "target", user.uid, user.gid)
+        mine.symlink_to(box.volumes / "target")
+    else:
+        os.chown(cache, 0, user.gid)
+        cache.chmod(0o2775)
+    done = box.serve("flash-b200")
+    seen = json.loads(done.stdout)
+    warned = f"mount a volume at {cache} that uid {user.uid} can write" in done.stderr
+    usable = volume == "group's" or (volume == "root's" and user.uid == 0)
+    assert Path(seen["home"]).is_relative_to(cache) == usable
+    assert warned != usable
+    assert Path(seen["home"]).stat().st_mode & 0o7777 == 0o700
+    assert all(Path(f).is_relative_to(seen["home"]) for f in seen["written"].values())
+
+
+@pytest.mark.parametrize("layout", ["folder", "hub"])
+@pytest.mark.parametrize("user", [USERS[0], USERS[3]])
+def test_models_are_where_the_config_looks(container, user, layout):
+    """In a volume that uid 1000 of an older image filled, which others may only read."""
+    box = container(user)
+    models = box.volumes / "HF_HOME"
+    model = yaml.safe_load(DEFAULT.read_text())["model"]
+    if layout == "folder":
+        wanted = models / model
+    else:
+        repository = models / "hub" / f"models--{model.replace('/', '--')}"
+        wanted = repository / "snapshots/0123"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/main").write_text("0123")
+    wanted.mkdir(parents=True)
+    (wanted / "config.json").write_text("{}")
+    if user.uid is not None:
+        models.chmod(0o755)
+        subprocess.run(["chown", "-R", "1000:1000", models], check=True)
+    done = box.serve("flash-b200")
+    seen = json.loads(done.stdout)
+    assert ("none is downloaded" in done.stderr) == (user.uid is not None)
+    ask = (
+        "import os, sys; from huggingface_hub import snapshot_download as get\n"
+        "model = sys.argv[1]\n"
+        "print(os.path.abspath(model) if os.path.exists(model) else "
+        "get(model, local_files_only=True))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", ask, model],
+        env={**seen["environ"], "PYTHONPATH": ""},
+        cwd=seen["cwd"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(wanted)
+    assert box.run("cat", str(wanted / "config.json")).stdout == "{}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_options_are_passed_on_as_they_are(container, path):
+    box = container(User())
+    config = str(box.image.path(f"/opt/dsv4-moe/configs/{path.name}"))
+    options = ["--max-num-seqs", "64", "--additional-config", '{"dsv4_moe": {"backend": "sm90"}}']
+    assert box.vllm(path.stem, *options)["argv"] == ["serve", "--config", config, *options]
+    options += ["--config", config]
+    assert box.vllm(*options)["argv"] == ["serve", *options]
+
+
+def test_serves_only_after_a_clean_preflight(container):
+    box = container(User())
+    assert f"doctor in {box.volumes}/DSV4_MOE_CACHE/" in box.serve("flash-b200").stderr
+    refused = box.serve("flash-b200", DOCTOR="3")
+    assert (refused.returncode, refused.stdout) == (3, "")
+
+
+def test_refusals_are_sentences(container):
+    box = container(User())
+    unknown = box.serve("flash-b100")
+    assert unknown.returncode == 1 and "flash-4xh200 flash-b200 pro-8xb200" in unknown.stderr
+    absent = box.serve("--config", "/absent.yaml")
+    assert absent.returncode == 1 and "No such file or directory: '/absent.yaml'" in absent.stderr
+    assert "Traceback" not in unknown.stderr + absent.stderr
 
 
 @pytest.fixture
-def stand_ins(tmp_path):
-    """docker/serve with a doctor that is content and a vllm that says how it was called."""
-    for name, body in {
-        "dsv4-moe": "exit ${DOCTOR:-0}",
-        "vllm": 'echo "vllm $@ objects=${VLLM_DSV4_MOE_KERNEL_OBJECTS:-none}"',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "kernels/flash-b200").mkdir(parents=True)
+def server():
+    """Starts servers of GET /health on any port of a loopback address; gives the port."""
+    started = []
 
-    def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        folders = {"CONFIGS": str(ROOT / "configs"), "KERNELS": str(tmp_path / "kernels")}
-        return subprocess.run(
-            ["/bin/sh", DOCKER / "serve", *arguments],
-            env={"PATH": f"{tmp_path}:/usr/bin:/bin", **folders, **environment},
-            capture_output=True,
-            text=True,
-        )
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.end_headers()
 
-    return serve
+        def log_message(self, *words) -> None:
+            pass
 
+    def start(address: str = "127.0.0.1") -> int:
+        made = http.server.ThreadingHTTPServer((address, 0), Answer)
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        started.append(made)
+        return made.server_port
 
-def test_serve_gives_the_server_its_config_and_kernels(stand_ins, tmp_path):
-    done = stand_ins("flash-b200", "--port=9000")
-    config = ROOT / "configs/flash-b200.yaml"
-    objects = tmp_path / "kernels/flash-b200"
-    assert done.stdout == f"vllm serve --config {config} --port=9000 objects={objects}\n"
-    assert "objects=none" in stand_ins("pro-8xh200").stdout
-    assert "objects=/mine" in stand_ins("flash-b200", VLLM_DSV4_MOE_KERNEL_OBJECTS="/mine").stdout
+    yield start
+    for made in started:
+        made.shutdown()
+        made.server_close()
 
 
-def test_serve_starts_only_after_a_clean_preflight(stand_ins):
-    done = stand_ins("flash-b200", DOCTOR="1")
-    assert (done.returncode, done.stdout) == (1, "")
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--port {port}",
+        "--port=1 --port={port}",
+        "--config {file}",
+        "--config {other} --port={port}",
+    ],
+)
+def test_health_check_follows_the_port(container, server, user, options):
+    box = container(user)
+    port = server()
+    for name, value in {"file": port, "other": 1}.items():
+        (box.volumes / f"{name}.yaml").write_text(f"model: m\nport: {value}\n")
+    assert not box.healthy()  # before the server is started there is nothing to ask
+    files = {name: box.volumes / f"{name}.yaml" for name in ("file", "other")}
+    box.vllm(*options.format(port=port, **files).split())
+    assert box.healthy()
 
 
-def test_serve_names_the_deployments_that_there_are(stand_ins):
-    done = stand_ins("flash-b100")
-    assert done.returncode == 1 and "flash-b200.yaml" in done.stderr
+def test_health_check_fails_where_nothing_answers(container, server):
+    box = container(User())
+    server()
+    box.vllm("flash-b200", "--port=1")
+    assert not box.healthy()
+
+
+@pytest.mark.parametrize(
+    "options, url",
+    [
+        ("", "http://127.0.0.1:8000/health"),
+        ("--host 0.0.0.0", "http://127.0.0.1:8000/health"),
+        ("--host=:: --port 9000", "http://[::1]:9000/health"),
+        ("--host fd00::1", "http://[fd00::1]:8000/health"),
+        ("--ssl-certfile c --ssl-keyfile k", "https://127.0.0.1:8000/health"),
+        ("--ssl_certfile=c --host 10.0.0.2", "https://10.0.0.2:8000/health"),
+    ],
+)
+def test_health_check_asks_where_the_server_listens(container, options, url):
+    box = container(User())
+    box.vllm("flash-b200", *options.split())
+    (written,) = Path(box.environ["TMPDIR"]).iterdir()
+    assert written.read_text() == url
+
+
+def test_compose_gives_the_container_what_it_needs():
+    compose = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+    service = compose["services"]["vllm"]
+    named = [volume.split(":/")[1] for volume in service["volumes"]]
+    assert named == ["models", "cache"] and set(compose["volumes"]) == {"models", "cache"}
+    words = re.sub(
+        r"\$\{(\w+):-([^}]*)\}",
+        lambda m: {"OPTIONS": "--a 'b c'"}.get(m[1], m[2]),
+        service["command"],
+    )
+    assert shlex.split(words) == ["flash-b200", "--host=0.0.0.0", "--port=8000", "--a", "b c"]
