@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 NVFP4_BLOCK = 16
+MXFP4_BLOCK = 32
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 NUM_IMAGE_TOKEN_IDS = 5
@@ -54,6 +55,9 @@ class ExpertWeights(NamedTuple):
 
     w13 holds the gate's rows first, then the up's. Gate and up may have different global scales:
     both are kept, exactly.
+
+    MXFP4 has one block scale every MXFP4_BLOCK values instead: a uint8, UE8M0, that stands for
+    2^(byte - 127).
     """
 
     w13: torch.Tensor  # (num_local_experts, 2 * intermediate, hidden // 2) uint8
@@ -94,6 +98,7 @@ class MoeShape(NamedTuple):
     max_num_tokens: int  # in one call, all dispatched ranks' tokens together
     quantize_activations: bool  # W4A4; otherwise W4A16
     scale_per_row: bool = False  # of x or h: `token`, and `warmup` of a layer without a limit
+    weight_format: str = "nvfp4"  # or "mxfp4"
 
 
 class ActivationAmax(NamedTuple):
