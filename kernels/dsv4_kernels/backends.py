@@ -11,6 +11,7 @@ import torch
 
 from dsv4_kernels.compiled import Kernel
 from dsv4_kernels.types import (
+    MXFP4_BLOCK,
     NVFP4_BLOCK,
     ActivationAmax,
     ActivationScales,
@@ -27,8 +28,9 @@ class Backend:
     name: str
     # (shape, compute capability or None without a GPU) -> why it cannot run the layer, or None
     supports: Callable[[MoeShape, tuple[int, int] | None], str | None]
-    # Checkpoint layout -> this backend's, in place; called once, at load.
-    prepare: Callable[[ExpertWeights], ExpertWeights]
+    # (weights, rounding) -> weights: checkpoint layout -> this backend's, in place; called once, at
+    # load. rounding is MoeLayer's.
+    prepare: Callable[[ExpertWeights, torch.Tensor], ExpertWeights]
     # (shape, num_tokens) -> rows that a group is padded to; 0 if it needs no workspace at all
     tile: Callable[[MoeShape, int], int]
     # (hidden_states, routing, layer, workspace, expert_map, out): all of it, if not by the steps of
@@ -58,6 +60,9 @@ class MoeLayer:
     limit: float | None  # swiglu_limit
     activation_scales: ActivationScales | None  # None exactly in W4A16
     saturated: torch.Tensor  # (1,) int64 on the device: NVFP4 blocks that did not fit, so far
+    # (1,) float32 on the device: the largest error of a weight that its backend cannot hold exactly,
+    # over the largest scale of its expert; 0 where all are exact, as all of NVFP4 are
+    rounding: torch.Tensor
     amax: ActivationAmax | None = None  # recorded while calibrating, see `moe.recording_layer`
 
 
@@ -85,22 +90,33 @@ def _run_reference(
     )
 
 
-def _supports_nvfp4(shape: MoeShape) -> str | None:
-    """What no backend can do: NVFP4 scales 16 values at a time, along hidden and intermediate."""
+def _supports_weights(shape: MoeShape) -> str | None:
+    """What no backend can do: a scale is of 16 or 32 values along hidden and intermediate, and
+    MXFP4 weights with NVFP4 activations are nobody's numerics."""
+    blocks = {"nvfp4": NVFP4_BLOCK, "mxfp4": MXFP4_BLOCK}
+    if shape.weight_format not in blocks:
+        return f"weight format {shape.weight_format} is not known: use {_listed(blocks)}"
+    if shape.weight_format == "mxfp4" and shape.quantize_activations:
+        return (
+            "activations nvfp4 (W4A4) are for NVFP4 experts, and these are MXFP4: set activations "
+            "to bf16"
+        )
+    block = blocks[shape.weight_format]
     for name in ("hidden", "intermediate"):
         size = getattr(shape, name)
-        if size <= 0 or size % NVFP4_BLOCK:
+        if size <= 0 or size % block:
             return (
-                f"{name} size {size} of this rank is not a positive multiple of the NVFP4 block, "
-                f"{NVFP4_BLOCK}: use a tensor-parallel size that divides it evenly"
+                f"{name} size {size} of this rank is not a positive multiple of the "
+                f"{shape.weight_format.upper()} block, {block}: use a tensor-parallel size that "
+                "divides it evenly"
             )
     return None
 
 
 REFERENCE = Backend(
     name="reference",
-    supports=lambda shape, capability: _supports_nvfp4(shape),
-    prepare=lambda weights: weights,
+    supports=lambda shape, capability: _supports_weights(shape),
+    prepare=lambda weights, rounding: weights,
     tile=lambda shape, num_tokens: 0,
     run=_run_reference,
 )
@@ -112,13 +128,13 @@ def _supports_sm90(shape: MoeShape, capability: tuple[int, int] | None) -> str |
     if capability is not None and capability[0] != 9:
         major, minor = capability
         return f"it is made for compute capability 9.0, and this GPU has {major}.{minor}"
-    return _supports_nvfp4(shape) or unsupported(shape)
+    return _supports_weights(shape) or unsupported(shape)
 
 
-def _shuffle_sm90(weights: ExpertWeights) -> ExpertWeights:
+def _shuffle_sm90(weights: ExpertWeights, rounding: torch.Tensor) -> ExpertWeights:
     from dsv4_kernels.sm90.weights import shuffle_sm90
 
-    return shuffle_sm90(weights)
+    return shuffle_sm90(weights, rounding)
 
 
 def _places_rows_sm90(shape: MoeShape, num_tokens: int) -> bool:
@@ -175,7 +191,7 @@ def _supports_sm100(shape: MoeShape, capability: tuple[int, int] | None) -> str 
     return unsupported(shape)
 
 
-def _prepare_sm100(weights: ExpertWeights) -> ExpertWeights:
+def _prepare_sm100(weights: ExpertWeights, rounding: torch.Tensor) -> ExpertWeights:
     from dsv4_kernels.sm100.weights import swizzle_sm100
 
     return swizzle_sm100(weights)

@@ -119,14 +119,18 @@ def prepare_layer(
     assert weights.num_local_experts == shape.num_local_experts, weights.w13.shape
     assert weights.hidden == shape.hidden, weights.w13.shape
     assert weights.intermediate == shape.intermediate, weights.w2.shape
+    assert (weights.w13_block_scales.dtype == torch.uint8) == (shape.weight_format == "mxfp4")
     assert (activation_scales is not None) == shape.quantize_activations, shape
     per_row = activation_scales is not None and activation_scales.fc2 is None
     assert per_row or None not in (activation_scales or ()), "FC1 alone has no scale per row"
     shape = shape._replace(scale_per_row=per_row)
-    saturated = torch.zeros(1, dtype=torch.int64, device=weights.w13.device)
+    device = weights.w13.device
+    saturated = torch.zeros(1, dtype=torch.int64, device=device)
+    rounding = torch.zeros(1, dtype=torch.float32, device=device)
     if backend.compile is not None and weights.w13.is_cuda:
-        backend.compile(shape, weights.w13.device)
-    return MoeLayer(backend, shape, backend.prepare(weights), limit, activation_scales, saturated)
+        backend.compile(shape, device)
+    weights = backend.prepare(weights, rounding)
+    return MoeLayer(backend, shape, weights, limit, activation_scales, saturated, rounding)
 
 
 def recording_layer(layer: MoeLayer) -> MoeLayer:

@@ -1,7 +1,7 @@
 """The layer in plain fp32 PyTorch, one function per op: the oracle, and the `reference` backend.
 
 Formulas: DeepSeek-V4 report section 2.1 and its reference code; NVFP4 as NVIDIA ModelOpt defines
-it. Kernels are compared with this file; it shares no code with them.
+it, MXFP4 as the OCP's MX specification does. Kernels are compared with this file; it shares no code with them.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dsv4_kernels.types import (
     E2M1_MAX,
     E4M3_MAX,
+    MXFP4_BLOCK,
     NUM_IMAGE_TOKEN_IDS,
     NVFP4_BLOCK,
     NVFP4_MAX,
@@ -170,6 +171,27 @@ def nvfp4_dequantize(
     return (blocks * block_scales.float()[..., None]).flatten(-2) * global_scale
 
 
+def mxfp4_dequantize(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
+    """(..., K // 2) uint8, (..., K // 32) uint8 -> (..., K) float32: E2M1 code * 2^(byte - 127).
+
+    A byte of 255 is NaN. Values of 2^128 and more, of bytes 253 and 254, are infinite.
+    """
+    blocks = unpack_e2m1(codes).unflatten(-1, (-1, MXFP4_BLOCK))
+    values = torch.ldexp(blocks.double(), block_scales[..., None].double() - 127).float()
+    return values.masked_fill((block_scales == 255)[..., None], torch.nan).flatten(-2)
+
+
+def _unit_weights(codes: torch.Tensor, block_scales: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(rows, K) float32, without the global scale, and a power of two that products with them are
+    multiplied by: MXFP4's are over their largest scale, so that none overflows."""
+    if block_scales.dtype != torch.uint8:
+        return nvfp4_dequantize(codes, block_scales, 1.0), 1.0
+    largest = int(block_scales.max())
+    blocks = unpack_e2m1(codes).unflatten(-1, (-1, MXFP4_BLOCK))
+    scales = torch.exp2(block_scales.double() - largest).float()
+    return (blocks * scales[..., None]).flatten(-2), 2.0 ** (largest - 127)
+
+
 def nvfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
     """The global scale at which amax is the largest representable value; 1 where amax is 0.
 
@@ -245,16 +267,16 @@ def fc1(
     limit: float | None,
 ) -> torch.Tensor:
     """One expert's first GEMM with SwiGLU and routing weight: (rows, hidden) -> (rows, inter)."""
-    unit = nvfp4_dequantize(weights.w13[expert], weights.w13_block_scales[expert], 1.0)
-    gate, up = (x @ unit.T).chunk(2, dim=1)
+    unit, power = _unit_weights(weights.w13[expert], weights.w13_block_scales[expert])
+    gate, up = (x @ unit.T * power).chunk(2, dim=1)
     gate_scale, up_scale = weights.w13_global_scales[expert].unbind()
     return swiglu(gate * gate_scale, up * up_scale, limit) * slot_weights[:, None]
 
 
 def fc2(h: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tensor:
     """One expert's second GEMM: (rows, inter) -> (rows, hidden)."""
-    unit = nvfp4_dequantize(weights.w2[expert], weights.w2_block_scales[expert], 1.0)
-    return (h @ unit.T) * weights.w2_global_scales[expert]
+    unit, power = _unit_weights(weights.w2[expert], weights.w2_block_scales[expert])
+    return (h @ unit.T) * power * weights.w2_global_scales[expert]
 
 
 def moe(

@@ -147,7 +147,7 @@ def layer_of(backend, quantize: bool) -> tuple[MoeLayer, list]:
     backend = dataclasses.replace(
         backend, fc1=gemm, fc2=gemm, places_rows=None, tile=lambda shape, num_tokens: 8
     )
-    return MoeLayer(backend, shape, weights, 10.0, scales, torch.zeros(1)), calls
+    return MoeLayer(backend, shape, weights, 10.0, scales, torch.zeros(1), torch.zeros(1)), calls
 
 
 @pytest.mark.parametrize("backend, quantize", [(SM90, False), (SM100, True)], ids=["sm90", "sm100"])

@@ -164,7 +164,7 @@ def run_layer(token_counts: tuple[int, ...], device: str) -> None:
     problem = Problem("layer", 1, LAYER.num_local_experts, 1, LAYER.hidden, LAYER.intermediate)
     inputs = sm90_problems.make_inputs(problem)
     prepared = type(inputs.prepared)(*(tensor.to(device) for tensor in inputs.prepared))
-    as_it_is = replace(SM90, prepare=lambda weights: weights)
+    as_it_is = replace(SM90, prepare=lambda weights, rounding: weights)
     layer = prepare_layer(as_it_is, LAYER, prepared, limit=LIMIT, activation_scales=None)
     size = workspace_bytes(layer.backend, LAYER)
     workspace = sm90_problems.aligned(torch.full((size,), 0xFF, dtype=torch.uint8)).to(device)

@@ -259,6 +259,6 @@ def test_shuffling_needs_at_most_one_expert_more():
     one_expert = sum(tensor[0].nbytes for tensor in weights)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    layer.backend.prepare(weights)
+    layer.backend.prepare(weights, layer.rounding)
     peak = torch.cuda.max_memory_allocated() - before
     assert weights.w13[0].nbytes < peak <= one_expert, (peak, one_expert)

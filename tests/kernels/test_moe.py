@@ -233,7 +233,7 @@ def oracle_fc2(h, layout, layer, *, out) -> None:
 CHAIN = Backend(
     name="chain",
     supports=lambda shape, capability: None,
-    prepare=lambda weights: weights,
+    prepare=lambda weights, rounding: weights,
     tile=lambda shape, num_tokens: 8 if num_tokens < 16 else 32,
     fc1=oracle_fc1,
     fc2=oracle_fc2,

@@ -1,6 +1,7 @@
 """The oracle of `sm90.weights.shuffle_sm90` in plain PyTorch, its inverse, and what one needs."""
 
 import torch
+from dsv4_kernels.reference import E2M1_VALUES, unpack_e2m1
 from dsv4_kernels.types import ExpertWeights
 
 # Of each register's code pair (codes at bits 3:0 and 19:16): which bits move, and how far left.
@@ -19,6 +20,44 @@ _FIVE_BIT_EXPONENT = (0, 104, 112, 116, 120, 122, 124, 126, *range(8 + 120, 0x7F
 def shuffled(weights: ExpertWeights) -> ExpertWeights:
     """New tensors in the kernel's order; those in the checkpoint's stay."""
     return _each_matrix(weights, _shuffle)
+
+
+def shuffled_mxfp4(weights: ExpertWeights) -> tuple[ExpertWeights, float]:
+    """The same of MXFP4, and the largest error of a weight over its expert's largest scale."""
+    values = {name: getattr(weights, name).clone() for name in weights._fields}
+    error = 0.0
+    for name, rows in (("w13", weights.intermediate), ("w2", weights.hidden)):
+        factors = values[f"{name}_global_scales"].view(weights.num_local_experts, -1)
+        for expert in range(weights.num_local_experts):
+            for half in range(len(factors[expert])):
+                part = (expert, slice(half * rows, (half + 1) * rows))
+                codes, scales = values[name][part], values[f"{name}_block_scales"][part]
+                codes[:], scales[:], power, part_error = _into_window(codes, scales)
+                factors[expert, half] *= power
+                error = max(error, part_error)
+    return _each_matrix(ExpertWeights(**values), _shuffle_mxfp4), error
+
+
+def _into_window(codes: torch.Tensor, scales: torch.Tensor) -> tuple:
+    """codes (R, K // 2), scales (R, K // 32) -> (codes, exponents 0 .. 30, the power of two of the
+    window, the largest error over the largest scale)."""
+    magnitudes = unpack_e2m1(codes).double().unflatten(-1, (-1, 32))
+    live = (magnitudes != 0).any(-1)
+    largest = int(scales[live].max()) if live.any() else 0
+    lowest = max(largest - 30, 0)
+    exact = torch.ldexp(magnitudes, scales[..., None].double() - lowest)  # over the lowest scale
+    grid = torch.tensor(E2M1_VALUES, dtype=torch.float64)
+    rounded = (exact.abs() * 2).round().clamp(max=12) / 2  # the grid's steps are 0.5 up to 2
+    inside = (scales >= lowest)[..., None]
+    rounded = torch.where(inside, magnitudes.abs(), rounded)
+    new = torch.searchsorted(grid, rounded)
+    assert torch.equal(grid[new], rounded)
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).unflatten(-1, (-1, 32))
+    nibbles = (new.to(torch.uint8) | (nibbles & 8)).flatten(-2)
+    error = (rounded.copysign(magnitudes) - exact).abs().masked_fill(inside, 0).max()
+    exponents = (scales.int() - lowest).clamp(0, 30).to(torch.uint8)
+    packed = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    return packed, exponents, 2.0 ** (lowest - 105), float(error) * 2.0 ** (lowest - largest)
 
 
 def unshuffled(weights: ExpertWeights) -> ExpertWeights:
@@ -56,6 +95,15 @@ def _shuffle(codes: torch.Tensor, scales: torch.Tensor, rows) -> tuple[torch.Ten
     return new_codes, new_scales
 
 
+def _shuffle_mxfp4(codes: torch.Tensor, scales: torch.Tensor, rows) -> tuple:
+    """Of one expert's codes and exponents in the window, (R, K // 32) uint8."""
+    new_codes = _code_words(codes[rows]).flatten().view(torch.uint8).view(codes.shape)
+    # (row block, warp, row half, row, k block, scale of two steps)
+    fields = scales[rows].int().view(len(scales) // 64, 4, 2, 8, -1, 2).permute(0, 4, 1, 3, 5, 2)
+    words = _words_of_scales(fields << 3)
+    return new_codes, words.flatten().view(torch.uint8).view(scales.shape)
+
+
 def _code_words(codes: torch.Tensor) -> torch.Tensor:
     """(R, K // 2) uint8 -> (R / 64, K / 64, 4 warps, 8 rows, 4 columns, 4 steps) int32 words."""
     # (row block, warp, row half, row, k block, step, k half, column pair)
@@ -80,7 +128,11 @@ def _scale_words(scales: torch.Tensor) -> torch.Tensor:
     # (row block, warp, row half, row, k block, pair of steps, step)
     fields = scales.view(len(scales) // 64, 4, 2, 8, -1, 2, 2).permute(0, 4, 1, 3, 5, 6, 2)
     table = torch.tensor(_FIVE_BIT_EXPONENT, dtype=torch.int32, device=scales.device)
-    bits = table[fields.contiguous().int()]
+    return _words_of_scales(table[fields.contiguous().int()])
+
+
+def _words_of_scales(bits: torch.Tensor) -> torch.Tensor:
+    """(..., 2 along K, row and row + 8) bytes -> (...) int32."""
     first, second = bits.unbind(-2)
     words = first[..., 0] << 4 | first[..., 1] << 20 | second[..., 0] << 12
     return words | second[..., 1] << 28 | second[..., 1] >> 4

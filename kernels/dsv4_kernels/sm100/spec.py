@@ -47,6 +47,11 @@ CONFIGS = {
 
 def unsupported(shape: MoeShape) -> str | None:
     """Why these kernels cannot run the layer, or None."""
+    if shape.weight_format != "nvfp4":
+        return (
+            f"it multiplies NVFP4 weights, and this layer's are {shape.weight_format.upper()}, "
+            "which vLLM's own kernels take with MXFP8 activations: leave the layer to vLLM"
+        )
     if not shape.quantize_activations:
         return (
             "it multiplies NVFP4 activations, and this layer keeps them in bf16: set activations "

@@ -3,8 +3,8 @@
     fc1: h[row]   = w_row * silu(min(g, L)) * clamp(u, -L, L),   g = W1_e x, u = W3_e x   (bf16)
     fc2: out[row] = W2_e h[row]                                                           (bf16)
 
-W4A16: NVFP4 weights, in `weights`'s order, are widened to bf16 exactly; sums are fp32. e and
-the token of a row are ExpertLayout's: rows that exist are written, padding rows are not. The
+W4A16: NVFP4 or MXFP4 weights, in `weights`'s order, are widened to bf16 exactly; sums are fp32. e
+and the token of a row are ExpertLayout's: rows that exist are written, padding rows are not. The
 routing weight multiplies in fp32, before the rounding to bf16. Nothing here synchronises,
 allocates or compiles once `compile_layer` has run for the layer's shape.
 
@@ -24,7 +24,7 @@ from dsv4_kernels.compiled import Kernel, compiled
 from dsv4_kernels.sm90.heuristic import choose_config
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import FLAGS, MOST_PARTIALS, Gemm
-from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
+from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertLayout, ExpertWeights, MoeShape
 
 H200_SMS = 132  # multiprocessors of an H200 or H100 (SXM): what is meant where there is no GPU
 _DTYPES = {
@@ -63,9 +63,10 @@ def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
     """(fc1, fc2) of a layer at a number of tokens."""
     gather, fc1, fc2 = choose_config(shape, num_tokens)
     experts, hidden, inter = shape.num_local_experts, shape.hidden, shape.intermediate
+    block = MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
     return (
-        Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1),
-        Gemm("fc2", experts, hidden, inter, shape.top_k, False, fc2),
+        Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1, block),
+        Gemm("fc2", experts, hidden, inter, shape.top_k, False, fc2, block),
     )
 
 

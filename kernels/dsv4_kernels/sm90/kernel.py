@@ -1,4 +1,4 @@
-"""The NVFP4 grouped GEMM on Hopper (sm_90a): W4A16, WGMMA with the weights from registers.
+"""The grouped GEMM on Hopper (sm_90a): FP4 weights from registers, bf16 WGMMA (W4A16).
 
     fc1: h[row, i]   = w_row * silu(min(g, L)) * clamp(u, -L, L),   g = gs_g W1 x,  u = gs_u W3 x
     fc2: out[row, m] = gs W2 h[row]
@@ -20,7 +20,8 @@ Widening. A word holds the eight codes of one thread in one m64k16 step; shifts 
 code's sign at bit 15 and its three other bits at 8:6 of a bf16, which reads it as code * 2^-126.
 A scale byte holds five exponent bits and three of mantissa; (byte << 4) | 0x7000 is the scale
 times 2^119. Their product is a normal bf16, scale * code * 2^-7, without rounding: E2M1 has 2
-significant bits and E4M3 has 4. The 2^7 is put back with the fp32 global scale.
+significant bits and E4M3 has 4. The 2^7 is put back with the fp32 global scale. An MXFP4 scale is
+such a byte without mantissa; it serves two steps, which NVFP4's does one.
 
 What a step (m64, n, k16) of a warpgroup costs a multiprocessor, measured on an H200 with all in
 shared memory and two warpgroups or more: WGMMA alone max(13, n / 2) cycles, whatever the groups and
@@ -39,9 +40,9 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from dsv4_kernels.sm90 import ptx as ptx
 from dsv4_kernels.sm90.epilogue import NOTES, STAGING_BYTES, Sm90Epilogue
 from dsv4_kernels.sm90.spec import FLAGS, Gemm
+from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK
 
 CODE_BLOCK_BYTES = 2048  # codes of a 64 x 64 block of weights
-SCALE_BLOCK_BYTES = 256  # its block scales
 SMEM_BYTES = 227 * 1024
 TMA_ROWS = 16  # of a box
 
@@ -50,7 +51,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
     """One grouped GEMM, compiled for one specialisation."""
 
     def __init__(self, gemm: Gemm):
-        op, num_experts, m, k, top_k, gather, config = gemm
+        op, num_experts, m, k, top_k, gather, config, scale_block = gemm
         fc1 = op == "fc1"
         assert op in ("fc1", "fc2"), op
         # Who gathers does not wait for the kernel before: fc1 has done so for all of its warps.
@@ -70,6 +71,9 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         self.m, self.k, self.top_k = m, k, top_k
         self.m_out = m // 2 if fc1 else m
         self.tile_n_max = config.tile_n[-1]
+        assert scale_block in (NVFP4_BLOCK, MXFP4_BLOCK), scale_block
+        self.scale_block = scale_block
+        self.scale_block_bytes = 64 * 64 // scale_block
         self.k_blocks = config.tile_k // 64
         self.k_stages = k // config.tile_k
         self.tile_n_min = config.tile_n[0]
@@ -90,6 +94,10 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         """Per thread block, of `partials`."""
         return self.config.tile_m * self.tile_n_max
 
+    def _block_bytes(self) -> int:
+        """Codes and scales of a 64 x 64 block of weights."""
+        return CODE_BLOCK_BYTES + self.scale_block_bytes
+
     def _fixed_smem(self) -> int:
         warps = 4 * self.config.warpgroups
         notes = NOTES * (16 + 4 * self.factors)
@@ -99,7 +107,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
 
     def _num_stages(self) -> int:
         rows = self.tile_n_max * 128 * self.k_blocks
-        weights = self.m_blocks_tile * self.k_blocks * (CODE_BLOCK_BYTES + SCALE_BLOCK_BYTES)
+        weights = self.m_blocks_tile * self.k_blocks * self._block_bytes()
         budget = SMEM_BYTES // self.config.blocks_per_sm - self._fixed_smem()
         return min(32, budget // (rows + weights))
 
@@ -209,7 +217,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         s_scales = self._allocate(
             smem,
             Uint32,
-            self.stages * self.m_blocks_tile * self.k_blocks * SCALE_BLOCK_BYTES // 4,
+            self.stages * self.m_blocks_tile * self.k_blocks * self.scale_block_bytes // 4,
             128,
         )
         s_staging = self._allocate(smem, Uint8, warps * 2 * STAGING_BYTES, 128)
@@ -314,7 +322,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         s_notes, s_factors, weighed, stored = notes
         m_blocks_total = self.m // 64
         k_blocks_total = self.k // 64
-        stage_bytes = self.m_blocks_tile * self.k_blocks * (CODE_BLOCK_BYTES + SCALE_BLOCK_BYTES)
+        stage_bytes = self.m_blocks_tile * self.k_blocks * self._block_bytes()
         is_first = Boolean(True)
         rank = self._rank()
         everyone = cutlass.Int16((1 << self.cluster) - 1) if self.cluster > 1 else None
@@ -363,9 +371,9 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                             full + stage,
                         )
                         ptx.copy_bulk(
-                            s_scales + in_stage * (SCALE_BLOCK_BYTES // 4),
-                            block_scales + block * SCALE_BLOCK_BYTES,
-                            Int32(self.k_blocks * SCALE_BLOCK_BYTES),
+                            s_scales + in_stage * (self.scale_block_bytes // 4),
+                            block_scales + block * self.scale_block_bytes,
+                            Int32(self.k_blocks * self.scale_block_bytes),
                             full + stage,
                         )
                 cute.arch.sync_warp()
@@ -607,7 +615,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             acc[mb].fill(0.0)
         t_codes, t_scales = self._thread_weights(thread, buffers[1], buffers[2])
         codes = cute.make_rmem_tensor((4,), Uint32)
-        scales = cute.make_rmem_tensor((2,), Uint32)
+        scales = cute.make_rmem_tensor((self._scale_words(),), Uint32)
         # In a register: an instruction has room for one constant, and this one's has another.
         scale_bits = Uint32(ptx.opaque(Int32(0x0FF00FF0)))
         units = self.k_blocks * config.m_blocks
@@ -628,7 +636,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                     words_w = cute.recast_tensor(frag, Uint32)
                     for i in cutlass.range_constexpr(steps):
                         step = group * steps + i
-                        words = ptx.widen(codes[step], scales[step // 2], scale_bits, step % 2)
+                        scale = step * 16 // self.scale_block
+                        words = ptx.widen(codes[step], scales[scale // 2], scale_bits, scale % 2)
                         for j in cutlass.range_constexpr(4):
                             words_w[i * 4 + j] = words[j]
                     warpgroup.fence()
@@ -673,9 +682,14 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         tile = cute.make_tensor(cute.recast_ptr(s_x, atom.inner, dtype=BFloat16), layout)
         return mma.make_fragment_B(mma.get_slice(thread).partition_B(tile))
 
+    def _scale_words(self) -> int:
+        """Of a thread in a 64 x 64 block: scales of two rows, two along K a word."""
+        return 64 // self.scale_block // 2
+
     def _thread_weights(self, thread, s_codes: cute.Pointer, s_scales: cute.Pointer):
-        """This thread's codes (4 words, k blocks, m blocks, stages) and scales (2 words, ...)."""
+        """This thread's codes (4 words, k blocks, m blocks, stages) and scales (1 or 2 words, ...)."""
         config = self.config
+        scale_words = self._scale_words()
         first_block = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4 * config.m_blocks
 
         def view(pointer, words, block_words):
@@ -692,5 +706,5 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
 
         return (
             view(s_codes + thread * 4, 4, CODE_BLOCK_BYTES // 4),
-            view(s_scales + thread // 4 * 2, 2, SCALE_BLOCK_BYTES // 4),
+            view(s_scales + thread // 4 * scale_words, scale_words, self.scale_block_bytes // 4),
         )

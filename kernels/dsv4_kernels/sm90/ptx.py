@@ -119,16 +119,17 @@ def store_transposed(ptr, words, *, loc=None, ip=None) -> None:
 
 
 @cute.jit
-def widen(word: Uint32, scale_word: Uint32, scale_bits: Uint32, step: cutlass.Constexpr):
-    """One word of codes -> four bf16 pairs of one m64k16 fragment, scaled."""
+def widen(word: Uint32, scale_word: Uint32, scale_bits: Uint32, scale: cutlass.Constexpr):
+    """One word of codes -> four bf16 pairs of one m64k16 fragment, times a scale word's first or
+    second (0 or 1) scales."""
     code_bits = Uint32(0x81C081C0)
     code_0 = word & code_bits
     code_1 = (word << 6) & code_bits
     code_2 = cute.arch.shf(word, word, 4, "r") & code_bits
     code_3 = ((word << 2) ^ (word >> 6)) & code_bits
-    # The scales of row and row + 8: of the first step at bits 11:4 and 27:20, and the second's
-    # come there by a rotation. The exponent's upper bits are the same for all.
-    if cutlass.const_expr(step == 1):
+    # The scales of row and row + 8: the first are at bits 11:4 and 27:20, and the second come there
+    # by a rotation. The exponent's upper bits are the same for all.
+    if cutlass.const_expr(scale == 1):
         scale_word = cute.arch.shf(scale_word, scale_word, 8, "r")
     pair = (scale_word & scale_bits) | Uint32(0x70007000)
     return (

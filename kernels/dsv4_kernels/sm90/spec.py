@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dsv4_kernels.types import NVFP4_BLOCK
+
 # Of 256 weight rows by 144 rows of an expert, per thread block: the most sums that a tile may have.
 MOST_PARTIALS = 256 * 144
 FLAGS = 16  # per thread block: one a consumer warp, of which there are not more
@@ -41,6 +43,7 @@ class Gemm(NamedTuple):
     top_k: int
     gather: bool  # rows of x are fetched by row_to_slot; otherwise they lie as the layout says
     config: Sm90Config
+    scale_block: int = NVFP4_BLOCK  # columns that share a scale; MXFP4_BLOCK for MXFP4's weights
 
 
 class LayerConfig(NamedTuple):

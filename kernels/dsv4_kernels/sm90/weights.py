@@ -1,10 +1,11 @@
 """Checkpoint layout -> kernel layout, in place, a chunk of experts at a time.
 
 sm90. Weights are cut into blocks of 64 rows by 64 columns; a block's codes are 2048 contiguous
-bytes and its scales 256, and blocks follow one another along K, then along the rows:
+bytes and its scales 256 (MXFP4: 128), and blocks follow one another along K, then along the rows:
 
     codes   (rows / 64, K / 64, 128 threads, 4 steps)     one 32-bit word
     scales  (rows / 64, K / 64, 32 row pairs, 2 pairs of steps)   one 32-bit word
+    MXFP4   (rows / 64, K / 64, 32 row pairs)             one 32-bit word
 
 Thread t = 32 w + l of the warpgroup owns, of each step (16 columns), the eight codes of WGMMA's
 register operand: register i = 0..3 holds row 16 w + l // 4 + 8 (i % 2), columns
@@ -25,6 +26,13 @@ x + 22, then 3 bits of mantissa. In the word of steps 2 i and 2 i + 1, the first
 11:4 (row) and 27:20 (row + 8), and a rotation by 8 brings the second's there. Zero has no such
 number: a zero scale becomes 0, and the codes it scales become zeros, which is the same matrix.
 
+MXFP4's scale of two steps is such a byte without mantissa, and a word holds those of steps 0 and 1,
+then those of 2 and 3. Its exponent counts from the lowest power of a window of 31, which ends at
+the largest scale of the expert (fc1: of its gate or its up) that has a code other than zero; the
+global scale takes the window's place, a power of two. A block under the window is rounded to the
+E2M1 values of the window's lowest scale, to nearest even, an error of at most 2^-32 of the largest
+scale. A block of zeros stays one under any scale.
+
 fc1's rows are permuted first: in each block, rows 16 w + r are gate rows 32 b + 8 w + r, and rows
 16 w + r + 8 the up rows of the same number, so that one thread owns both operands of SwiGLU.
 """
@@ -33,7 +41,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.types import ExpertWeights
+from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertWeights
 
 # Experts that are copied and then shuffled at a time; 190 MiB of scratch at V4-Pro's sizes.
 CHUNK = 8
@@ -41,52 +49,126 @@ CHUNK = 8
 _K_BLOCKS = 4
 
 
-def shuffle_sm90(weights: ExpertWeights) -> ExpertWeights:
+def shuffle_sm90(weights: ExpertWeights, rounding: torch.Tensor | None = None) -> ExpertWeights:
     """Rewrite the four big tensors in place; shapes stay, the meaning of the bytes is above.
 
-    Block scales must be 0 or positive numbers: who loads a checkpoint looks. Rows of both matrices
-    and their K are multiples of 64 (`grouped_gemm_sm90.unsupported`). Three launches a matrix and
-    chunk.
+    Block scales must be 0 or positive numbers, MXFP4's below 255 (NaN): who loads a checkpoint
+    looks. Rows of both matrices and their K are multiples of 64 (`sm90.gemm.unsupported`). Three
+    launches a matrix and chunk.
+
+    MXFP4 takes two launches a matrix more, multiplies the global scales, and rounding (1,) float32
+    grows to the largest error of a weight, over the largest scale of its expert: 0 if all is exact.
     """
     matrices = (
-        (weights.w13, weights.w13_block_scales, weights.intermediate),
-        (weights.w2, weights.w2_block_scales, 0),
+        (weights.w13, weights.w13_block_scales, weights.w13_global_scales, weights.intermediate),
+        (weights.w2, weights.w2_block_scales, weights.w2_global_scales, 0),
     )
     chunk = min(CHUNK, weights.num_local_experts)
-    words = max(codes[:chunk].nbytes + scales[:chunk].nbytes for codes, scales, _ in matrices) // 4
+    words = max(codes[:chunk].nbytes + scales[:chunk].nbytes for codes, scales, *_ in matrices) // 4
     scratch = torch.empty(words, dtype=torch.int32, device=weights.w13.device)
-    for codes, scales, gate_rows in matrices:
-        assert codes.is_contiguous() and scales.is_contiguous()
-        parts = (tensor.view(torch.int32).split(chunk) for tensor in (codes, scales))
-        for code_words, scale_words in zip(*parts, strict=True):
-            _shuffle(code_words, scale_words, gate_rows, scratch)
+    for codes, scales, global_scales, gate_rows in matrices:
+        assert codes.is_contiguous() and scales.is_contiguous() and global_scales.is_contiguous()
+        largest = _largest_scales(codes, scales, gate_rows) if scales.dtype == torch.uint8 else None
+        for first in range(0, len(codes), chunk):
+            part = slice(first, first + chunk)
+            window = None
+            if largest is not None:
+                window = (largest[part], global_scales[part], rounding)
+            _shuffle(codes[part], scales[part], gate_rows, window, scratch)
     return weights
 
 
-def _shuffle(
-    codes: torch.Tensor, scales: torch.Tensor, gate_rows: int, scratch: torch.Tensor
-) -> None:
-    """codes (E, R, K // 8) and scales (E, R, K // 64) int32, of four bytes each; scratch holds
-    both. gate_rows is R // 2 for fc1, 0 for fc2."""
-    experts, rows, k_blocks = scales.shape
-    assert codes.shape == (experts, rows, k_blocks * 8) and rows % 64 == 0, codes.shape
-    source_codes, source_scales = scratch[: codes.numel() + scales.numel()].split(
-        (codes.numel(), scales.numel())
+def _largest_scales(codes: torch.Tensor, scales: torch.Tensor, gate_rows: int) -> torch.Tensor:
+    """(experts, halves) int32, of MXFP4: the largest byte of a block that is not all zeros; fc1 has
+    two halves, gate and up, and fc2 one."""
+    experts, rows, _ = scales.shape
+    halves = 2 if gate_rows else 1
+    largest = torch.zeros((experts, halves), dtype=torch.int32, device=codes.device)
+    k_blocks = codes.shape[2] // 32
+    _largest_scales_kernel[(rows // 64, experts)](
+        codes.view(torch.int32),
+        scales.view(torch.int16),
+        largest,
+        ROWS=rows,
+        K_BLOCKS=k_blocks,
+        BLOCKS=_blocks_at_once(k_blocks),
+        HALVES=halves,
     )
-    source_codes.view_as(codes).copy_(codes)
-    source_scales.view_as(scales).copy_(scales)
-    # The largest power of two that divides them.
-    blocks = min(_K_BLOCKS, k_blocks & -k_blocks)
+    return largest
+
+
+def _shuffle(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    gate_rows: int,
+    window: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+    scratch: torch.Tensor,
+) -> None:
+    """A chunk's codes (E, R, K // 2) and scales (E, R, K // 16 or K // 32); scratch holds both, as
+    int32. gate_rows is R // 2 for fc1, 0 for fc2; window is (largest scales, global scales,
+    rounding) of MXFP4."""
+    experts, rows, k_blocks = len(codes), codes.shape[1], codes.shape[2] // 32
+    block = NVFP4_BLOCK if window is None else MXFP4_BLOCK
+    assert rows % 64 == 0 and scales.shape == (experts, rows, k_blocks * 64 // block), scales.shape
+    sources = []
+    for tensor in (codes, scales):
+        words = tensor.view(-1).view(torch.int32)
+        source, scratch = scratch[: len(words)], scratch[len(words) :]
+        sources.append(source.copy_(words))
+    # A row's scales of one block of K: four bytes, or two.
+    sources[1] = sources[1].view(torch.int32 if window is None else torch.int16)
+    largest, global_scales, rounding = window or (None, None, None)
+    blocks = _blocks_at_once(k_blocks)
     _shuffle_kernel[(rows // 64 * (k_blocks // blocks), experts)](
-        source_codes,
-        source_scales,
-        codes,
-        scales,
+        *sources,
+        codes.view(-1).view(torch.int32),
+        scales.view(-1).view(torch.int32),
+        largest,
+        global_scales,
+        rounding if rounding is None else rounding.view(torch.int32),
         ROWS=rows,
         K_BLOCKS=k_blocks,
         BLOCKS=blocks,
         GATE_ROWS=gate_rows,
+        MXFP4=window is not None,
     )
+
+
+def _blocks_at_once(k_blocks: int) -> int:
+    """The largest power of two that divides them, of those a program may have."""
+    return min(_K_BLOCKS, k_blocks & -k_blocks)
+
+
+@triton.jit
+def _largest_scales_kernel(
+    codes_ptr,
+    scales_ptr,
+    largest_ptr,
+    ROWS: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """A program looks at 64 rows."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * 64 + tl.arange(0, 64)
+    word = tl.arange(0, 8)
+    largest = tl.zeros([64, BLOCKS], dtype=tl.int32)
+    for k_block in range(0, K_BLOCKS, BLOCKS):
+        at = (expert * ROWS + row)[:, None] * K_BLOCKS + k_block + tl.arange(0, BLOCKS)[None, :]
+        scale = _scale_of_word(tl.load(scales_ptr + at))
+        codes = tl.load(codes_ptr + at[:, :, None] * 8 + word[None, None, :])
+        live = tl.where(codes & 0x77777777 != 0, scale, 0)
+        largest = tl.maximum(largest, tl.max(live, axis=2))
+    half = tl.program_id(0) * 64 // (ROWS // HALVES)
+    tl.atomic_max(largest_ptr + expert * HALVES + half, tl.max(largest))
+
+
+@triton.jit
+def _scale_of_word(scales):
+    """MXFP4's two scales of 64 columns, int16 -> the byte of each of their eight words of codes."""
+    word = tl.arange(0, 8)
+    return scales[:, :, None].to(tl.int32) >> (word // 4 * 8)[None, None, :] & 0xFF
 
 
 @triton.jit
@@ -95,10 +177,14 @@ def _shuffle_kernel(
     source_scales_ptr,
     codes_ptr,
     scales_ptr,
+    largest_ptr,
+    global_scales_ptr,
+    rounding_ptr,
     ROWS: tl.constexpr,
     K_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
     GATE_ROWS: tl.constexpr,
+    MXFP4: tl.constexpr,
 ):
     """A program makes BLOCKS blocks that follow one another along K: 32 row pairs, 64 columns."""
     expert = tl.program_id(1).to(tl.int64)
@@ -110,14 +196,30 @@ def _shuffle_kernel(
     else:
         row, to_second = row_block * 64 + pair // 8 * 16 + pair % 8, 8
 
-    # Read: scales (32, BLOCKS), a word of four steps' each; codes (32, BLOCKS, 4 steps), of which
+    # Read: scales (32, BLOCKS), those of four steps in each; codes (32, BLOCKS, 4 steps), of which
     # the left are columns 0 .. 7 of a step, the right 8 .. 15, and column pair c is in byte c.
     first = (expert * ROWS + row)[:, None] * K_BLOCKS + k_block[None, :]
     second = first + to_second * K_BLOCKS
     first_scales = tl.load(source_scales_ptr + first)
     second_scales = tl.load(source_scales_ptr + second)
-    first_left, first_right = _live_codes(source_codes_ptr, first, first_scales, BLOCKS)
-    second_left, second_right = _live_codes(source_codes_ptr, second, second_scales, BLOCKS)
+    first_codes = _codes(source_codes_ptr, first)
+    second_codes = _codes(source_codes_ptr, second)
+    if MXFP4:
+        HALVES: tl.constexpr = 2 if GATE_ROWS > 0 else 1
+        lowest_ptr = largest_ptr + expert * HALVES
+        first_lowest = tl.maximum(tl.load(lowest_ptr) - 30, 0)
+        second_lowest = tl.maximum(tl.load(lowest_ptr + HALVES - 1) - 30, 0)
+        first_codes = _into_window(first_codes, first_scales, first_lowest, rounding_ptr)
+        second_codes = _into_window(second_codes, second_scales, second_lowest, rounding_ptr)
+        if tl.program_id(0) == 0:
+            _move_window(global_scales_ptr + expert * HALVES, first_lowest)
+            if GATE_ROWS > 0:
+                _move_window(global_scales_ptr + expert * HALVES + 1, second_lowest)
+    else:
+        first_codes = _live_codes(first_codes, first_scales)
+        second_codes = _live_codes(second_codes, second_scales)
+    first_left, first_right = tl.split(tl.reshape(first_codes, [32, BLOCKS, 4, 2]))
+    second_left, second_right = tl.split(tl.reshape(second_codes, [32, BLOCKS, 4, 2]))
 
     # Write.
     block = (expert * (ROWS // 64) + row_block) * K_BLOCKS + k_block
@@ -130,18 +232,74 @@ def _shuffle_kernel(
             second_right >> (8 * c),
         )
         tl.store(codes_ptr + (out[:, :, None] * 4 + c) * 4 + step[None, None, :], word)
-    for i in tl.static_range(2):
-        word = _scale_word(first_scales >> (16 * i), second_scales >> (16 * i))
-        tl.store(scales_ptr + out * 2 + i, word)
+    if MXFP4:
+        word = _scale_word(
+            _exponent(first_scales, first_lowest),
+            _exponent(first_scales >> 8, first_lowest),
+            _exponent(second_scales, second_lowest),
+            _exponent(second_scales >> 8, second_lowest),
+        )
+        tl.store(scales_ptr + out, word)
+    else:
+        for i in tl.static_range(2):
+            word = _scale_word(
+                _five_bit_exponent(first_scales >> (16 * i)),
+                _five_bit_exponent(first_scales >> (16 * i + 8)),
+                _five_bit_exponent(second_scales >> (16 * i)),
+                _five_bit_exponent(second_scales >> (16 * i + 8)),
+            )
+            tl.store(scales_ptr + out * 2 + i, word)
 
 
 @triton.jit
-def _live_codes(codes_ptr, at, scales, BLOCKS: tl.constexpr):
-    """The two words of each step, (32, BLOCKS, 4); 0 where the step's scale is."""
-    word = tl.arange(0, 8)
-    codes = tl.load(codes_ptr + at[:, :, None] * 8 + word[None, None, :])
-    scale = scales[:, :, None] >> (word // 2 * 8)[None, None, :] & 0xFF
-    return tl.split(tl.reshape(tl.where(scale == 0, 0, codes), [32, BLOCKS, 4, 2]))
+def _codes(codes_ptr, at):
+    """The eight words of each block and row, two a step: (32, BLOCKS, 8)."""
+    return tl.load(codes_ptr + at[:, :, None] * 8 + tl.arange(0, 8)[None, None, :])
+
+
+@triton.jit
+def _live_codes(codes, scales):
+    """NVFP4: 0 where a step's scale is."""
+    scale = scales[:, :, None] >> (tl.arange(0, 8) // 2 * 8)[None, None, :] & 0xFF
+    return tl.where(scale == 0, 0, codes)
+
+
+@triton.jit
+def _into_window(codes, scales, lowest, rounding_ptr):
+    """MXFP4: what is scaled by less than the lowest byte, rounded to what that scale can have."""
+    below = tl.maximum(lowest - _scale_of_word(scales), 0)
+    shift = tl.minimum(below, 5)  # 6.0 is 0 from there on
+    rounded = codes & -0x77777778  # signs
+    left = tl.zeros_like(codes)
+    for i in tl.static_range(8):
+        # In halves: 0, 1, 2, 3, 4, 6, 8 or 12 -> at most 6, and never 5.
+        code = codes >> (4 * i) & 7
+        value = tl.where(code < 5, code, tl.where(code < 7, 2 * code - 4, 12))
+        new = (value + (1 << shift >> 1) - 1 + (value >> shift & 1)) >> shift
+        left = tl.maximum(left, tl.abs(value - (new << shift)))
+        rounded |= (new - (new > 4)) << (4 * i)
+    if rounding_ptr is not None:
+        # Of half a code's unit, 2^-below of the lowest scale, itself 2^-30 of the largest.
+        power = (tl.maximum(96 - below, 1) << 23).to(tl.float32, bitcast=True)
+        error = tl.max(tl.where(below > 0, left.to(tl.float32) * power, 0.0))
+        # Floats that are not negative are ordered as their bits are.
+        tl.atomic_max(rounding_ptr, error.to(tl.int32, bitcast=True), mask=error > 0)
+    return tl.where(below > 0, rounded, codes)
+
+
+@triton.jit
+def _exponent(scale, lowest):
+    """MXFP4's byte in the window: five bits of exponent, then no mantissa. A block of zeros may
+    have any scale: it takes one of the window's."""
+    return tl.minimum(tl.maximum((scale.to(tl.int32) & 0xFF) - lowest, 0), 30) << 3
+
+
+@triton.jit
+def _move_window(global_scale_ptr, lowest):
+    """A lowest scale of 2^-22 in the kernel, which its exponent of 0 is there, becomes 2^(lowest -
+    127): from 2^-105 to 2^119, with which sums are multiplied in float32."""
+    power = ((lowest + 22) << 23).to(tl.float32, bitcast=True)
+    tl.store(global_scale_ptr, tl.load(global_scale_ptr) * power)
 
 
 @triton.jit
@@ -171,16 +329,16 @@ def _code_pair(byte):
 
 
 @triton.jit
-def _scale_word(first, second):
-    """Of a row pair's E4M3 bytes of two steps, the lowest two of each word."""
-    word = _five_bit_exponent(first & 0xFF) << 4 | _five_bit_exponent(second & 0xFF) << 20
-    last = _five_bit_exponent(second >> 8 & 0xFF)
-    return word | _five_bit_exponent(first >> 8 & 0xFF) << 12 | last << 28 | last >> 4
+def _scale_word(row0, row1, next0, next1):
+    """Of a row pair's bytes, the first of the row and of the row 8 below (next), then the second
+    of both."""
+    return row0 << 4 | row1 << 12 | next0 << 20 | next1 << 28 | next1 >> 4
 
 
 @triton.jit
 def _five_bit_exponent(scale):
-    """E4M3 byte -> byte with a fifth exponent bit. Below 8 it is subnormal, n * 2^-9, and n as
-    float32 has the bits."""
+    """E4M3, the lowest byte -> byte with a fifth exponent bit. Below 8 it is subnormal, n * 2^-9,
+    and n as float32 has the bits."""
+    scale = scale & 0xFF
     subnormal = (scale.to(tl.float32).to(tl.int32, bitcast=True) >> 20) - 912
     return tl.where(scale == 0, 0, tl.where(scale < 8, subnormal, scale + 120))
