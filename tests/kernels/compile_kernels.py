@@ -18,7 +18,8 @@ from dsv4_kernels.rows.combine import combine
 from dsv4_kernels.rows.expert_layout import expert_layout
 from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
 from dsv4_kernels.rows.place_rows import place_rows
-from dsv4_kernels.types import ImageBias
+from dsv4_kernels.sm90.weights import shuffle_sm90
+from dsv4_kernels.types import ExpertWeights, ImageBias
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
@@ -87,6 +88,17 @@ def launch_everything() -> None:
     for num_tokens in (1, 8192):
         combine(rows, layout.slot_to_row[:num_tokens])
         place_rows(x[:num_tokens], layout.slot_to_row[:num_tokens], out=rows)
+    for block, dtype in ((16, torch.float8_e4m3fn), (32, torch.uint8)):
+        shuffle_sm90(zero_weights(block, dtype), torch.zeros(1))
+
+
+def zero_weights(block: int, scale_dtype: torch.dtype, hidden: int = 256, intermediate: int = 64):
+    def matrix(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = torch.zeros(1, rows, k // block, dtype=scale_dtype)
+        return torch.zeros(1, rows, k // 2, dtype=torch.uint8), scales
+
+    w13, w2 = matrix(2 * intermediate, hidden), matrix(hidden, intermediate)
+    return ExpertWeights(*w13, torch.ones(1, 2), *w2, torch.ones(1))
 
 
 if __name__ == "__main__":

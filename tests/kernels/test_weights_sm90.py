@@ -7,7 +7,7 @@ from dsv4_kernels.sm90.weights import CHUNK, shuffle_sm90
 from dsv4_kernels.types import ExpertWeights
 
 from tests.support.launches import peak_bytes
-from tests.support.sm90_shuffle import shuffled, unshuffled, without_dead_codes
+from tests.support.sm90_shuffle import shuffled, shuffled_mxfp4, unshuffled, without_dead_codes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,6 +39,27 @@ def random_weights(
     )
 
 
+def random_mxfp4(
+    experts: int = 2,
+    hidden: int = 128,
+    intermediate: int = 192,
+    scale_bytes: tuple[int, int] = (104, 134),
+    device: str = "cpu",
+) -> ExpertWeights:
+    """Scales from the first byte to the last; a byte of 255 is NaN."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    first, last = scale_bytes
+
+    def matrix(rows, k):
+        drawn = dict(dtype=torch.uint8, device=device, generator=generator)
+        codes = torch.randint(0, 256, (experts, rows, k // 2), **drawn)
+        return codes, torch.randint(first, last + 1, (experts, rows, k // 32), **drawn)
+
+    w13, w2 = matrix(2 * intermediate, hidden), matrix(hidden, intermediate)
+    ones = torch.ones(experts, 2, device=device), torch.ones(experts, device=device)
+    return ExpertWeights(*w13, ones[0], *w2, ones[1])
+
+
 def shuffle_on_device(weights: ExpertWeights) -> ExpertWeights:
     """A copy, shuffled where kernels run."""
     copy = ExpertWeights(*(tensor.to(DEVICE, copy=True) for tensor in weights))
@@ -66,6 +87,40 @@ def test_the_shuffle_is_the_oracles_byte_for_byte(shape):
     scales.view(-1)[:127] = torch.arange(127)  # every one that there is
     scales[0, 64:] *= torch.rand(scales[0, 64:].shape).round().byte()  # half of them 0
     assert_same_bytes(shuffle_on_device(weights), shuffled(weights))
+
+
+SCALE_BYTES = {"31-powers": (104, 134), "40-powers": (100, 139), "all": (0, 254)}
+
+
+@pytest.mark.parametrize("scale_bytes", SCALE_BYTES.values(), ids=SCALE_BYTES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_shuffle_of_mxfp4_is_the_oracles_byte_for_byte(shape, scale_bytes):
+    weights = random_mxfp4(**shape, scale_bytes=scale_bytes)
+    weights.w13_block_scales[0, : weights.intermediate] = 20  # the gate's window, not the up's
+    weights.w13[:, 5] = 0x80
+    expected, error = shuffled_mxfp4(weights)
+    rounding = torch.zeros(1, device=DEVICE)
+    got = shuffle_sm90(ExpertWeights(*(t.to(DEVICE, copy=True) for t in weights)), rounding)
+    assert_same_bytes(got, expected)
+    assert rounding.item() == error
+    assert (error > 0) == (scale_bytes != SCALE_BYTES["31-powers"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("experts", "hidden", "intermediate"),
+    [(48, 7168, 3072), (9, 5120, 2304), (9, 5120, 576)],
+    ids=["pro-ep8", "v4.1-flash", "v4.1-flash-tp4"],
+)
+def test_the_shuffle_of_mxfp4_is_the_oracles_at_real_sizes(experts, hidden, intermediate):
+    weights = random_mxfp4(experts, hidden, intermediate, SCALE_BYTES["40-powers"], "cuda")
+    checked = sorted({0, CHUNK - 1, CHUNK, experts - 1})
+    part = ExpertWeights(*(tensor[checked].cpu() for tensor in weights))
+    expected, error = shuffled_mxfp4(part)
+    rounding = torch.zeros(1, device="cuda")
+    result = shuffle_sm90(weights, rounding)
+    assert_same_bytes(ExpertWeights(*(tensor[checked] for tensor in result)), expected)
+    assert error <= rounding.item() <= 2.0**-32
 
 
 @pytest.mark.gpu

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from dsv4_kernels import reference
 from dsv4_kernels.sm90 import gemm as sm90
-from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
+from dsv4_kernels.types import MXFP4_BLOCK, ExpertLayout, ExpertWeights, MoeShape
 
-from tests.support.sm90_shuffle import shuffled
+from tests.support.sm90_shuffle import shuffled, shuffled_mxfp4
 
 ROW_TILE = 8  # the row groups of experts are padded to it
 
@@ -29,6 +29,7 @@ class Problem(NamedTuple):
     skewed: bool = False  # every token goes to the first experts
     seed: int = 0
     counts: tuple[int, ...] = ()  # the rows of each expert, if given; with a top_k of 1
+    weight_format: str = "nvfp4"
 
     @property
     def shape(self) -> MoeShape:
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
             self.intermediate,
             self.num_tokens,
             False,
+            weight_format=self.weight_format,
         )
 
 
@@ -87,7 +89,13 @@ def make_inputs(problem: Problem) -> Inputs:
         return torch.from_numpy(rng.integers(0, 256, (experts, rows, k // 2), np.uint8))
 
     def scales(rows: int, k: int) -> torch.Tensor:
-        """From 2^-3 to 2^5, with zeros and the extremes 2^-9 and 448."""
+        """From 2^-3 to 2^5, with zeros and the extremes 2^-9 and 448; MXFP4's with two powers that
+        are 30 apart."""
+        if problem.weight_format == "mxfp4":
+            value = rng.integers(124, 132, (experts, rows, k // MXFP4_BLOCK), np.uint8)
+            odd = rng.integers(0, 97, value.shape)
+            value[odd == 0], value[odd == 1] = 101, 131
+            return torch.from_numpy(value)
         value = rng.integers(32, 96, (experts, rows, k // 16), np.uint8)
         odd = rng.integers(0, 97, value.shape)
         for i, byte in enumerate((0x00, 0x01, 0x7E)):
@@ -117,7 +125,9 @@ def make_inputs(problem: Problem) -> Inputs:
         ids = torch.arange(experts, dtype=torch.int32).repeat_interleave(counts)[:, None]
         assert ids.shape == (problem.num_tokens, problem.top_k), problem
     layout = reference.expert_layout(ids, experts, None, ROW_TILE)
-    prepared = ExpertWeights(*(aligned(t) for t in shuffled(weights)))
+    is_mxfp4 = problem.weight_format == "mxfp4"
+    prepared = shuffled_mxfp4(weights)[0] if is_mxfp4 else shuffled(weights)
+    prepared = ExpertWeights(*(aligned(t) for t in prepared))
     return Inputs(
         weights,
         prepared,
