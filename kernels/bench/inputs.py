@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
+from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertWeights, MoeShape, Routing
 
 LIMIT = 10.0  # swiglu_limit of the released models
 BYTES_PER_SECOND = 4.3e12  # of weights from memory: measured on an H200
@@ -84,9 +84,11 @@ def expert_map(num_experts: int, num_local: int, device: str = "cuda") -> torch.
 def floor_us(shape: MoeShape, inputs: list[Inputs]) -> float:
     """Of a call, in W4A16: what its weights' bytes or its operations take, whichever is longer."""
     weights = 3 * shape.hidden * shape.intermediate  # of one expert
+    block = MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
+    weight_bytes = weights * (1 / 2 + 1 / block)
     times = (
         max(
-            each.experts_hit * weights * 9 / 16 / BYTES_PER_SECOND,
+            each.experts_hit * weight_bytes / BYTES_PER_SECOND,
             each.local_rows * 2 * weights / OPERATIONS_PER_SECOND,
         )
         for each in inputs

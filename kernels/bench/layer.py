@@ -24,7 +24,7 @@ from bench.peers import Call, MakeCall, nvfp4_peer
 from bench.timing import time_us, write_results
 from dsv4_kernels import moe as layers
 from dsv4_kernels import reference
-from dsv4_kernels.backends import choose_backend
+from dsv4_kernels.backends import Backend, choose_backend
 from dsv4_kernels.types import ExpertWeights, MoeShape
 
 SHAPES = {
@@ -37,9 +37,9 @@ TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 TOLERANCE = 2.0**-6
 
 
-def ours(shape: MoeShape, weights: ExpertWeights) -> MakeCall:
-    """weights are laid out for the kernels in place."""
-    backend = choose_backend("sm90", shape, torch.cuda.get_device_capability())
+def ours(shape: MoeShape, weights: ExpertWeights, backend: Backend | None = None) -> MakeCall:
+    """weights are laid out for the kernels in place. The backend is sm90's unless given."""
+    backend = backend or choose_backend("sm90", shape, torch.cuda.get_device_capability())
     layer = layers.prepare_layer(backend, shape, weights, limit=LIMIT, activation_scales=None)
     size = layers.workspace_bytes(backend, shape)
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -11,16 +11,6 @@ from dsv4_kernels.types import ExpertWeights, MoeShape
 
 Call = Callable[[], torch.Tensor]
 MakeCall = Callable[[Inputs], Call]
-
-
-class Mxfp4Weights(NamedTuple):
-    """(experts, rows, K / 2) uint8 codes, two a byte, low nibble first; (experts, rows, K / 32)
-    uint8 UE8M0 scales, 2^(byte - 127). w13 is gate above up."""
-
-    w13: torch.Tensor
-    w13_scales: torch.Tensor
-    w2: torch.Tensor
-    w2_scales: torch.Tensor
 
 
 _CONTEXT = SimpleNamespace(config=None, entered=None)
@@ -73,7 +63,7 @@ def nvfp4_peer(name: str, shape: MoeShape, weights: ExpertWeights) -> MakeCall:
 
 
 def mxfp4_peer(
-    name: str, shape: MoeShape, weights: Mxfp4Weights, *, fp8_activations: bool = False
+    name: str, shape: MoeShape, weights: ExpertWeights, *, fp8_activations: bool = False
 ) -> MakeCall:
     """The MXFP4 method with that backend, over sizes that it may round up."""
     from vllm.model_executor.layers.fused_moe.oracle import mxfp4 as oracle
@@ -92,8 +82,8 @@ def mxfp4_peer(
         config.hidden_dim, config.intermediate_size_per_partition = hidden, inter
         module = expert_module(method, config, shape, hidden, inter)
         for key, codes, scales in (
-            ("w13", weights.w13, weights.w13_scales),
-            ("w2", weights.w2, weights.w2_scales),
+            ("w13", weights.w13, weights.w13_block_scales),
+            ("w2", weights.w2, weights.w2_block_scales),
         ):
             parts = 2 if key == "w13" else 1
             copy_padded(codes, getattr(module, f"{key}_weight").data, parts)

@@ -60,8 +60,8 @@ class MoeLayer:
     limit: float | None  # swiglu_limit
     activation_scales: ActivationScales | None  # None exactly in W4A16
     saturated: torch.Tensor  # (1,) int64 on the device: NVFP4 blocks that did not fit, so far
-    # (1,) float32 on the device: the largest error of a weight that its backend cannot hold exactly,
-    # over the largest scale of its expert; 0 where all are exact, as all of NVFP4 are
+    # (1,) float32 on the device: the largest error of a weight that the backend cannot hold, over
+    # the largest scale of its expert; 0 where all are exact, as all of NVFP4's are
     rounding: torch.Tensor
     amax: ActivationAmax | None = None  # recorded while calibrating, see `moe.recording_layer`
 

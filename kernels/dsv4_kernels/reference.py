@@ -1,7 +1,8 @@
 """The layer in plain fp32 PyTorch, one function per op: the oracle, and the `reference` backend.
 
 Formulas: DeepSeek-V4 report section 2.1 and its reference code; NVFP4 as NVIDIA ModelOpt defines
-it, MXFP4 as the OCP's MX specification does. Kernels are compared with this file; it shares no code with them.
+it, MXFP4 as the OCP's MX specification does. Kernels are compared with this file; it shares no code
+with them.
 """
 
 import torch

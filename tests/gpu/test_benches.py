@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from bench import inputs, layer, mxfp4, overlap
+from dsv4_kernels import compiled
 from dsv4_kernels.types import MoeShape
 from safetensors.torch import load_file
 
@@ -18,12 +19,15 @@ pytestmark = [
     ),
 ]
 SHAPE = MoeShape(16, 5, 4, 512, 384, 32, False)
+MXFP4 = SHAPE._replace(weight_format="mxfp4")
 
 
-def test_a_cast_of_mxfp4_is_right_and_timed():
-    sets = {8: inputs.cold_inputs(SHAPE, 8)}
-    make = lambda: mxfp4.BACKENDS["sm90"](SHAPE, mxfp4.random_mxfp4(SHAPE))  # noqa: E731
-    expected = layer.oracle(SHAPE, mxfp4.as_nvfp4(mxfp4.random_mxfp4(SHAPE)), sets)
+def test_mxfp4_is_right_and_timed_with_kernels_of_other_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "_cache", compiled.KernelCache(()))
+    mxfp4.compile_in_processes([MXFP4], tmp_path)
+    sets = {8: inputs.cold_inputs(MXFP4, 8)}
+    make = lambda: mxfp4.BACKENDS["sm90"](MXFP4, mxfp4.random_mxfp4(MXFP4))  # noqa: E731
+    expected = layer.oracle(MXFP4, mxfp4.random_mxfp4(MXFP4), sets)
     (row,) = layer.measure("sm90", make, sets, expected, layer.TOLERANCE)
     assert row["error"] < 2.0**-8 and row["us"] > 0
 

@@ -42,17 +42,28 @@ def test_the_floor_is_the_longer_of_bytes_and_operations(rows, hit, us):
     assert inputs.floor_us(SHAPE, [each, each]) == pytest.approx(us)
 
 
-def test_the_cast_of_mxfp4_has_the_same_values():
-    weights = mxfp4.random_mxfp4(SHAPE, "cpu")
-    cast = mxfp4.as_nvfp4(weights)
-    assert torch.equal(cast.w13, weights.w13) and torch.equal(cast.w2, weights.w2)
-    for old, new, factors in (
-        (weights.w13_scales, cast.w13_block_scales, cast.w13_global_scales),
-        (weights.w2_scales, cast.w2_block_scales, cast.w2_global_scales),
-    ):
-        exact = torch.exp2(old.double() - 127)
-        scale = new.double() * float(factors.flatten()[0])
-        assert torch.equal(scale[..., 0::2], exact) and torch.equal(scale[..., 1::2], exact)
+def test_the_floor_of_mxfp4_has_its_bytes():
+    each = inputs.Inputs(torch.empty(0), None, 1, 1)
+    of_nvfp4 = inputs.floor_us(SHAPE, [each])
+    assert inputs.floor_us(SHAPE._replace(weight_format="mxfp4"), [each]) == of_nvfp4 * 17 / 18
+
+
+def test_bars_are_those_of_the_shapes_and_numbers_of_tokens_that_have_one():
+    us = {"sm90": 10.0, "marlin": 15.0, "humming": 14.0, "humming_fp8": 9.0}
+    titles = list(mxfp4.SHAPES)
+    cells = {
+        (title, tokens, name): {"us": us[name]}
+        for title in (titles[0], titles[3])
+        for tokens in (1, 8, 512)
+        for name in us
+    }
+    assert mxfp4.bars(cells) == [
+        (f"{titles[0]}, 1: bf16", 1.4, 1.3),
+        (f"{titles[0]}, 1: fp8", 0.9, 1.3),
+        (f"{titles[0]}, 8: bf16", 1.4, 1.3),
+        (f"{titles[0]}, 8: fp8", 0.9, 0.95),
+        (f"{titles[0]}, 512: bf16", 1.4, 1.3),
+    ]
 
 
 def test_parts_of_a_wider_tensor_begin_where_its_halves_do():
@@ -164,4 +175,5 @@ def test_mxfp4s_table_leaves_out_what_was_wrong(tmp_path, capsys):
     kept.write_text(json.dumps({"gpu": "H200", "commit": "abc", "rows": rows}))
     mxfp4.report(SimpleNamespace(results=kept))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "| Flash | 8 | 100 | 120 (1.20×) | - | - | 150 (1.50×) | - |"
+    assert "| Flash | 8 | 100 | 120 (1.20×) | - | - | 150 (1.50×) | - | 1.25× |" in lines
+    assert lines[-1] == "1 of 1 bars met"

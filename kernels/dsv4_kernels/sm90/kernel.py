@@ -687,7 +687,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         return 64 // self.scale_block // 2
 
     def _thread_weights(self, thread, s_codes: cute.Pointer, s_scales: cute.Pointer):
-        """This thread's codes (4 words, k blocks, m blocks, stages) and scales (1 or 2 words, ...)."""
+        """This thread's codes (4 words, k blocks, m blocks, stages) and scales (2 words, MXFP4 1,
+        ...)."""
         config = self.config
         scale_words = self._scale_words()
         first_block = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4 * config.m_blocks
