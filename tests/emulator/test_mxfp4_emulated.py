@@ -1,31 +1,29 @@
 """MXFP4 weights through the load-time shuffle and the sm90 GEMMs in the PTX emulator."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from dsv4_kernels import reference
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
-from dsv4_kernels.sm90.weights import shuffle_sm90
-from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 
 from tests.emulator.sm90_emulation import Emulation
 from tests.emulator.test_emulator_sm90 import assert_rounded
+from tests.support.mxfp4_weights import (
+    SIZE,
+    WINDOW,
+    every_code,
+    every_scale,
+    exact,
+    multiplied,
+)
 from tests.support.sm90_problems import (
     PROBLEMS,
-    ROW_TILE,
     Problem,
-    aligned,
     expected,
     live_rows,
     make_inputs,
     run,
     use_choice,
 )
-
-SIZE = 64  # of hidden and intermediate where a weight at a time is looked at
-WINDOW = 31
 
 
 @pytest.fixture
@@ -35,76 +33,12 @@ def emulation(monkeypatch) -> Emulation:
     return emulation
 
 
-@dataclass
-class Multiplied:
-    weights: torch.Tensor  # (experts, 64, 64) bf16: what the kernel multiplies by, times 2^-power
-    rounding: float
-
-
-def multiplied(w2: torch.Tensor, scales: torch.Tensor, power: list[int]) -> Multiplied:
-    """W2 as fc2 has it, column by column: each row of h has one element, 2^-power of its expert.
-
-    w2 (experts, 64, 32) and scales (experts, 64, 2) uint8.
-    """
-    experts = len(w2)
-    shape = MoeShape(experts, experts, 1, SIZE, SIZE, SIZE * experts, False, weight_format="mxfp4")
-    prepared = ExpertWeights(
-        torch.zeros(experts, 2 * SIZE, SIZE // 2, dtype=torch.uint8),
-        torch.zeros(experts, 2 * SIZE, SIZE // 32, dtype=torch.uint8),
-        torch.ones(experts, 2),
-        w2.clone(),
-        scales.clone(),
-        torch.ones(experts),
-    )
-    prepared = ExpertWeights(*(aligned(tensor) for tensor in prepared))
-    rounding = torch.zeros(1)
-    shuffle_sm90(prepared, rounding)
-    ids = torch.arange(experts, dtype=torch.int32).repeat_interleave(SIZE)[:, None]
-    layout = reference.expert_layout(ids, experts, None, ROW_TILE)
-    layout = ExpertLayout(*(aligned(tensor) for tensor in layout))
-    scale = torch.exp2(-torch.tensor(power, dtype=torch.float32))
-    h = aligned((torch.eye(SIZE) * scale[:, None, None]).flatten(0, 1).bfloat16())
-    out = aligned(torch.full((len(h), SIZE), float("nan"), dtype=torch.bfloat16))
-    sm90.fc2(h, layout, prepared, shape, out=out)
-    return Multiplied(out.unflatten(0, (experts, SIZE)).transpose(1, 2), float(rounding))
-
-
-def exact(w2: torch.Tensor, scales: torch.Tensor, power: list[int]) -> torch.Tensor:
-    """float64."""
-    codes = reference.unpack_e2m1(w2).double().unflatten(-1, (-1, 32))
-    exponent = scales.double() - 127 - torch.tensor(power)[:, None, None]
-    return torch.ldexp(codes, exponent[..., None]).flatten(-2)
-
-
-def every_code(rows: int) -> torch.Tensor:
-    """(rows, 32) bytes: each block of 32 has the 16 codes twice, each row from another on."""
-    code = (torch.arange(SIZE)[None, :] + torch.arange(rows)[:, None]) % 16
-    return (code[:, ::2] | code[:, 1::2] << 4).to(torch.uint8)
-
-
 def test_every_scale_byte_and_code_is_exact(emulation):
-    """All 255 bytes, as nine experts with a window each: eight of 31 powers and one of 7."""
-    experts = -(-255 // WINDOW)
-    scales = torch.empty(experts, SIZE, 2, dtype=torch.uint8)
-    for expert in range(experts):
-        bytes_ = torch.arange(WINDOW * expert, min(WINDOW * (expert + 1), 255))
-        places = torch.arange(SIZE * 2) * 37 % SIZE * 2 + torch.arange(SIZE * 2) // SIZE
-        scales[expert].view(-1)[places] = bytes_.repeat(SIZE * 2)[: SIZE * 2].to(torch.uint8)
-    w2 = every_code(SIZE).expand(experts, -1, -1)
-    # bf16 and float32 end at 2^128, and below 2^-126 bf16 has fewer bits.
-    power = [-12] + [0] * (experts - 2) + [12]
-    got = multiplied(w2, scales, power)
+    w2, scales, powers = every_scale()
     assert set(scales.flatten().tolist()) == set(range(255))
+    got = multiplied(w2, scales, powers)
     assert got.rounding == 0
-    assert torch.equal(got.weights.double(), exact(w2, scales, power))
-
-
-def test_the_oracle_is_exact_at_every_scale_byte():
-    codes = torch.arange(256, dtype=torch.uint8).expand(255, -1)[:, :16]
-    scales = torch.arange(255, dtype=torch.uint8)[:, None]
-    values = reference.mxfp4_dequantize(codes, scales)
-    unpacked = reference.unpack_e2m1(codes).double()
-    assert torch.equal(values.double()[:253], torch.ldexp(unpacked, scales.double() - 127)[:253])
+    assert torch.equal(got.weights.double(), exact(w2, scales, powers))
 
 
 def test_what_lies_below_the_window_is_rounded_into_it_and_reported(emulation):

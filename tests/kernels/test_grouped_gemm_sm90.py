@@ -19,6 +19,8 @@ from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm, Sm90Config
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
 
+from tests.support.mxfp4_weights import every_scale, exact, multiplied
+
 FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)
 PRO_EP8 = MoeShape(384, 48, 6, 7168, 3072, 8192, False)
 PRO_TP8 = PRO_EP8._replace(num_local_experts=384, intermediate=384)
@@ -84,6 +86,10 @@ def test_what_the_kernels_cannot_run_is_said():
     assert unsupported(FLASH) is None
     assert "288" in unsupported(FLASH_41._replace(intermediate=288))
     assert "no FP4" in unsupported(FLASH._replace(quantize_activations=True))
+    mxfp4 = FLASH._replace(weight_format="mxfp4")
+    assert unsupported(mxfp4) is None
+    assert "576" not in str(unsupported(mxfp4._replace(intermediate=576)))
+    assert "544" in unsupported(mxfp4._replace(intermediate=544))
     with_gpu = BACKENDS["sm90"].supports(FLASH, (10, 0))
     assert "9.0" in with_gpu and "10.0" in with_gpu
 
@@ -108,6 +114,12 @@ def random_layer(shape: MoeShape, seed: int, limit: float | None = 10.0):
         return torch.randint(0, 256, size, dtype=torch.uint8, device="cuda", generator=generator)
 
     def scales(rows, k):
+        if shape.weight_format == "mxfp4":
+            size = (local, rows, k // 32)
+            value = torch.randint(116, 132, size, device="cuda", generator=generator)
+            odd = torch.randint(0, 997, size, device="cuda", generator=generator)
+            value[odd == 0] = 131 - 30
+            return value.to(torch.uint8)
         size = (local, rows, k // 16)
         # From 2^-3 to 2^5, and a few of the extremes: 0, 2^-9, 448.
         value = torch.randint(32, 96, size, dtype=torch.uint8, device="cuda", generator=generator)
@@ -172,6 +184,7 @@ def close(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 SMALL = MoeShape(16, 16, 4, 512, 384, 4096, False)
 SMALL_EP = SMALL._replace(num_local_experts=5)
+SMALL_MXFP4 = SMALL_EP._replace(weight_format="mxfp4")
 CASES = {
     **{f"tokens-{n}": (SMALL, n, "even") for n in (1, 2, 7, 33, 100, 150, 300, 577, 1000)},
     "one-expert-takes-all": (SMALL, 1000, "one expert"),
@@ -180,13 +193,15 @@ CASES = {
     "ep-some-rows": (SMALL_EP, 40, "even"),
     "ep-one-token": (SMALL_EP, 1, "even"),
     "many-tokens": (SMALL, 4096, "even"),
+    **{f"mxfp4-{n}": (SMALL_MXFP4, n, "even") for n in (1, 33, 300, 1000)},
+    "mxfp4-one-expert": (SMALL_MXFP4, 777, "one expert"),
 }
 
 
 @pytest.fixture(scope="module", params=["no-limit", "limit"])
 def small_layers(request):
     limit = 1.0 if request.param == "limit" else None
-    return {shape: random_layer(shape, 1, limit) for shape in (SMALL, SMALL_EP)}
+    return {shape: random_layer(shape, 1, limit) for shape in (SMALL, SMALL_EP, SMALL_MXFP4)}
 
 
 @pytest.mark.gpu
@@ -209,6 +224,7 @@ FULL = {
     "pro-tp8": PRO_TP8._replace(num_experts=8, num_local_experts=8),
     "flash-4.1-shape": FLASH_41._replace(num_experts=8, num_local_experts=8),
 }
+FULL |= {f"{name}-mxfp4": shape._replace(weight_format="mxfp4") for name, shape in FULL.items()}
 
 
 @pytest.mark.gpu
@@ -222,6 +238,14 @@ def test_full_sizes_match_the_oracle(shape, num_tokens):
     mapping = expert_map(shape)
     expected = reference.moe(x, routing, weights, expert_map=mapping, limit=layer.limit)
     close(run(layer, x, routing, mapping), expected)
+
+
+@pytest.mark.gpu
+def test_every_mxfp4_scale_byte_and_code_is_exact():
+    w2, scales, powers = every_scale()
+    got = multiplied(w2, scales, powers, "cuda")
+    assert got.rounding == 0
+    assert torch.equal(got.weights.double(), exact(w2, scales, powers))
 
 
 @pytest.mark.gpu

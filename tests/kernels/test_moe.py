@@ -341,3 +341,20 @@ def test_a_size_that_nvfp4_cannot_split_is_refused_with_the_remedy():
     shape = SHAPE._replace(intermediate=2304 // 32)
     with pytest.raises(ValueError, match="intermediate size 72 .* NVFP4 block, 16: use a tensor-p"):
         choose_backend("auto", shape, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "capability", "message"),
+    [
+        ({"intermediate": 48}, None, "intermediate size 48 .* MXFP4 block, 32: use a tensor-p"),
+        ({"intermediate": 96}, (9, 0), "intermediate size 96 .* not a multiple of 64: use a small"),
+        ({"quantize_activations": True}, (9, 0), "these are MXFP4: set activations to bf16"),
+        ({}, (10, 0), "this layer's are MXFP4, .* leave the layer to vLLM"),
+        ({"weight_format": "fp6"}, None, "weight format fp6 is not known: use nvfp4 or mxfp4"),
+    ],
+    ids=["block", "tile", "w4a4", "sm100", "unknown"],
+)
+def test_mxfp4_that_no_kernel_takes_is_refused_with_the_remedy(change, capability, message):
+    mxfp4 = {"weight_format": "mxfp4", "intermediate": 64, "quantize_activations": False}
+    with pytest.raises(ValueError, match=message):
+        choose_backend("auto", SHAPE._replace(**(mxfp4 | change)), capability)

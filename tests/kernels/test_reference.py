@@ -347,6 +347,48 @@ def test_dequantize_reads_the_low_nibble_first(code):
     assert values[0, 1::2].tolist() == [1.0 * 1.75 * 0.5] * 8
 
 
+def mxfp4_value(code: int, byte: int) -> float:
+    return math.ldexp(e2m1(code), byte - 127)
+
+
+def test_mxfp4_is_the_format():
+    """Each code under each byte, in the second of two blocks; float32 ends at 2^128."""
+    for byte in range(255):
+        packed = torch.tensor([[0x77] * 16 + [c | (15 - c) << 4 for c in range(16)]])
+        scales = torch.tensor([[127, byte]], dtype=torch.uint8)
+        values = reference.mxfp4_dequantize(packed.to(torch.uint8), scales)[0]
+        assert values[:32].tolist() == [6.0] * 32
+        expected = [mxfp4_value(code, byte) for c in range(16) for code in (c, 15 - c)]
+        assert values[32:].tolist() == torch.tensor(expected, dtype=torch.float64).float().tolist()
+    nan = reference.mxfp4_dequantize(packed.to(torch.uint8), torch.full_like(scales, 255))
+    assert nan.isnan().all()
+
+
+@pytest.mark.parametrize("byte", [0, 20, 127, 254])
+def test_products_with_mxfp4_are_finite_where_they_can_be(byte):
+    """Weights of 6 * 2^127 are infinite in float32, and their products with small numbers not."""
+    power = max(-60, min(60, 127 - byte))
+    weights = ExpertWeights(
+        w13=torch.full((1, 128, 32), 0x27, dtype=torch.uint8),  # 6 and 1, in turn
+        w13_block_scales=torch.full((1, 128, 2), byte, dtype=torch.uint8),
+        w13_global_scales=torch.tensor([[1.0, 0.5]]),
+        w2=torch.full((1, 64, 32), 0x27, dtype=torch.uint8),
+        w2_block_scales=torch.full((1, 64, 2), byte, dtype=torch.uint8),
+        w2_global_scales=torch.tensor([0.5]),
+    )
+    x = torch.zeros(2, 64)
+    x[0, 0] = x[1, 1] = 2.0**power
+    out = reference.fc2(x, weights, 0)
+    expected = [math.ldexp(value, byte - 127 + power - 1) for value in (6.0, 1.0)]
+    assert out[:, 0].tolist() == expected
+    gated = reference.fc1(x, weights, 0, torch.ones(2), limit=3.0)
+    gates = [value * 2 for value in expected]
+    for row, gate in zip(gated[:, 0].tolist(), gates, strict=True):
+        clamped = min(gate, 3.0)
+        silu = clamped / (1 + math.exp(-clamped))
+        assert row == pytest.approx(silu * min(gate / 2, 3.0), rel=1e-6)
+
+
 # The whole layer, token by token and slot by slot.
 
 
