@@ -27,10 +27,11 @@ sanitize: setup  ## on a Hopper GPU: compute-sanitizer over the kernels; keeps J
 	@PYTHONPATH=.:kernels .venv/bin/python tests/gpu/sanitize.py all
 
 bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps JSON and plot
-	@cd kernels && for name in "layer run" router rows overlap "load run"; do \
+	@cd kernels && for name in "layer run" "mxfp4 run" router rows overlap "load run"; do \
 	  ../.venv/bin/python -m bench.$$name --out bench/results/$${name% run}.json || exit 1; done
 	@cd kernels && ../.venv/bin/python -m bench.layer report bench/results/layer.json \
 	  --plot bench/results/layer.svg
+	@cd kernels && ../.venv/bin/python -m bench.mxfp4 report bench/results/mxfp4.json
 	@cd kernels && ../.venv/bin/python -m bench.load report bench/results/load.json
 
 bench-serve: setup  ## on a GPU: whole steps of vLLM's engine, one backend after another; keeps JSON

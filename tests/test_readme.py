@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench import layer, load
+from bench import layer, load, mxfp4
 
 from vllm_dsv4_moe.settings import settings_table
 
@@ -19,7 +19,7 @@ def test_settings_are_the_codes():
 
 
 RESULTS = ROOT / "kernels/bench/results"
-REPORTS = {"layer": layer.report, "load": load.report}
+REPORTS = {"layer": layer.report, "mxfp4": mxfp4.report, "load": load.report}
 
 
 @pytest.mark.parametrize("bench", [name for name in REPORTS if (RESULTS / f"{name}.json").exists()])

@@ -12,15 +12,16 @@ from dsv4_kernels.types import MoeShape
 
 PRO_EP8 = MoeShape(384, 48, 6, 7168, 3072, 8192, False)
 FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)
+MXFP4 = FLASH._replace(weight_format="mxfp4")
 KERNELS = {f"flash-{n}": sm90.gemms(FLASH, n)[0] for n in (8, 8192)}
+KERNELS |= {f"mxfp4-{n}": sm90.gemms(MXFP4, n)[0] for n in (8, 8192)}
 
 
 @pytest.mark.parametrize("gemm", KERNELS.values(), ids=KERNELS)
 def test_a_kernel_fits_and_spills_nothing(gemm, tmp_path):
     kernel = Dsv4GroupedGemmSm90(gemm)
-    stage = (
-        kernel.tile_n_max * 128 * kernel.k_blocks + kernel.m_blocks_tile * kernel.k_blocks * 2304
-    )
+    block = 64 * 64 // 2 + 64 * 64 // gemm.scale_block
+    stage = kernel.k_blocks * (kernel.tile_n_max * 128 + kernel.m_blocks_tile * block)
     per_block = SMEM_BYTES // gemm.config.blocks_per_sm
     assert kernel.stages >= 2 and kernel.stages * stage + kernel._fixed_smem() <= per_block
     assert kernel.partial_floats <= MOST_PARTIALS
@@ -28,13 +29,16 @@ def test_a_kernel_fits_and_spills_nothing(gemm, tmp_path):
 
 
 # Of the kernels for Pro (EP8, TP8), Flash and Flash 4.1, those that spill.
-SPILLING = {"fc2-48": (2048, 1), "fc1-64": (3072, 0)}
+SPILLING = {"fc2-48": sm90.gemms(PRO_EP8, 2048)[1], "fc1-64": sm90.gemms(PRO_EP8, 3072)[0]}
+SPILLING |= {
+    f"mxfp4-{gemm.op}-64": gemm
+    for gemm in sm90.gemms(PRO_EP8._replace(weight_format="mxfp4"), 3072)
+}
 
 
-@pytest.mark.parametrize(("num_tokens", "op"), SPILLING.values(), ids=SPILLING)
-def test_what_kernels_spill_is_not_touched_by_a_stage(num_tokens, op, tmp_path):
+@pytest.mark.parametrize("gemm", SPILLING.values(), ids=SPILLING)
+def test_what_kernels_spill_is_not_touched_by_a_stage(gemm, tmp_path):
     """A few bytes in code that runs once a tile; the loops over K have no local memory."""
-    gemm = sm90.gemms(PRO_EP8, num_tokens)[op]
     assert resources(gemm, tmp_path)["spilled"] <= 32
     command = [cuda_tool("nvdisasm"), "-c", tmp_path / "kernel.cubin"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
