@@ -110,7 +110,7 @@ def preparations(monkeypatch) -> list[tuple[float, int]]:
 
 
 def call(experts, num_tokens: int):
-    """The layer's arguments, seeded, of which a captured graph keeps the places."""
+    """The layer on seeded arguments, which a captured graph reads: keep what this returns."""
     generator = torch.Generator(DEVICE).manual_seed(num_tokens)
     size = (num_tokens, FLASH.hidden)
     x = torch.randn(size, device=DEVICE, generator=generator).bfloat16()
@@ -133,9 +133,9 @@ def test_reloaded_weights_are_what_captured_graphs_run(
         model.load_weights(checkpoint(seed=0))
         model.experts.quant_method.process_weights_after_loading(model.experts)
     places = {name: param.data_ptr() for name, param in model.named_parameters()}
+    layers = [call(model.experts, num_tokens) for num_tokens in NUM_TOKENS]
     outputs, graphs = [], []
-    for num_tokens in NUM_TOKENS:
-        layer = call(model.experts, num_tokens)
+    for layer in layers:
         layer()
         torch.cuda.synchronize()
         graphs.append(torch.cuda.CUDAGraph())
