@@ -5,30 +5,36 @@ user's own under vLLM's cache root. Compiling begins when a layer is built, so t
 weights are read, and is waited for when the first layer is made ready.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import vllm.envs as envs
 from dsv4_kernels.backends import Backend
 from dsv4_kernels.compile_processes import CompileProcesses
 from dsv4_kernels.compiled import KernelCache, use_cache
 from dsv4_kernels.trusted_folder import TrustedFolder
 from dsv4_kernels.types import MoeShape
-from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig
 
-logger = init_logger("vllm.dsv4_moe")
+logger = logging.getLogger("vllm.dsv4_moe")
 IMAGE_FOLDER = Path("/opt/dsv4-moe/kernels")
 
 
 def user_folder() -> Path:
     """One for each user: a volume may be shared by several, or be writable by a group."""
-    return Path(envs.VLLM_CACHE_ROOT) / f"dsv4_moe_kernels-{os.geteuid()}"
+    return vllm_cache_root() / f"dsv4_moe_kernels-{os.geteuid()}"
+
+
+def vllm_cache_root() -> Path:
+    """vllm.envs.VLLM_CACHE_ROOT, without the seconds that it takes to import vLLM."""
+    caches = os.environ.get("XDG_CACHE_HOME", os.path.join("~", ".cache"))
+    root = os.environ.get("VLLM_CACHE_ROOT", os.path.join(caches, "vllm"))
+    return Path(os.path.expanduser(root))
 
 
 def num_local_ranks(config: "ParallelConfig") -> int:

@@ -17,7 +17,8 @@ from pathlib import Path
 from dsv4_kernels.compiled import Kernel, KernelCache, key_of, object_of
 from dsv4_kernels.trusted_folder import TrustedFolder
 
-MOST_PROCESSES = 8
+# V4-Flash's 24 kernels are two minutes of one core, and the longest is nine seconds.
+MOST_PROCESSES = 16
 LONGEST_LOCK = 120.0  # seconds that a process waits for what others have locked
 POLL = 0.1
 
@@ -30,6 +31,7 @@ def num_processes(num_ranks: int = 1) -> int:
 class CompileProcesses:
     """At most num_processes of them, started now; `wait` says what went wrong.
 
+    kernels that take longest to compile come first, so that no process is left with one at the end.
     environ is the processes' environment, and where they find Python's packages.
     """
 
@@ -44,10 +46,11 @@ class CompileProcesses:
         self.processes: list[subprocess.Popen] = []
         self.failures: list[str] = []
         for i in range(self.num_processes):
-            # Where locks do not work, processes that start apart seldom meet.
-            start = i * len(kernels) // self.num_processes
+            # Each begins with one of its own, then takes what nobody has, in order. Where locks
+            # do not work, that keeps them apart at first.
+            order = [kernels[i], *kernels[self.num_processes :], *kernels]
             try:
-                self._start([*kernels[start:], *kernels[:start]], folder, environ)
+                self._start(order, folder, environ)
             except OSError as error:
                 self.failures.append(f"no process could be started: {error}")
 
@@ -125,3 +128,4 @@ def _keep(folder: TrustedFolder, kernel: Kernel, locked: bool) -> bool:
 if __name__ == "__main__":
     path, to_compile = pickle.load(sys.stdin.buffer)
     fill(TrustedFolder(path), to_compile)
+    os._exit(0)  # not after the second that unloading the compiler takes: somebody waits

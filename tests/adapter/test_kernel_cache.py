@@ -243,6 +243,23 @@ def test_two_servers_at_once(server, tmp_path):
 
 def test_ranks_of_this_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(16)})
-    assert [compile_processes.num_processes(ranks) for ranks in (1, 2, 4, 8, 32)] == [8, 8, 4, 2, 1]
+    assert [compile_processes.num_processes(ranks) for ranks in (1, 2, 4, 8, 32)] == [
+        16,
+        8,
+        4,
+        2,
+        1,
+    ]
     config = SimpleNamespace(local_world_size=2, data_parallel_size_local=4)
     assert num_local_ranks(config) == 8
+
+
+@pytest.mark.parametrize("name", ["VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "HOME"])
+def test_the_cache_root_is_vllms(monkeypatch, name):
+    import vllm.envs
+
+    for other in ("VLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "~/there" if name == "VLLM_CACHE_ROOT" else "/there")
+    root = kernel_cache.vllm_cache_root()
+    assert root == Path(vllm.envs.VLLM_CACHE_ROOT) and "there" in str(root)

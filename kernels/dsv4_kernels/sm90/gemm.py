@@ -107,8 +107,9 @@ def compile_now(gemm: Gemm, options: str):
 
 
 def kernels(shape: MoeShape, arch: str) -> list[Kernel]:
-    """All that `compile_layer` needs compiled."""
-    return [Kernel(compile_now, gemm, arch) for gemm in all_gemms(shape)]
+    """All that `compile_layer` needs compiled; what takes longest first."""
+    slowest_first = sorted(all_gemms(shape), key=lambda gemm: -sum(gemm.config.tile_n))
+    return [Kernel(compile_now, gemm, arch) for gemm in slowest_first]
 
 
 def compile_layer(shape: MoeShape, device: torch.device) -> None:
