@@ -7,7 +7,7 @@ WARNED = "DSV4_MOE_WARNED"
 
 
 def register() -> None:
-    """Give NVFP4 DeepSeek-V4 experts to this package. A second call does nothing.
+    """Give DeepSeek-V4's FP4 experts to this package. A second call does nothing.
 
     Raises nothing: where the plugin cannot work, one warning says why, and vLLM keeps every layer.
     """

@@ -1,22 +1,25 @@
 """The expert tensors of a layer: created, loaded with a record of what came, and checked.
 
 Names: `w13_weight` in vLLM is what the checkpoint calls `experts.E.w1.weight` (gate) above
-`experts.E.w3.weight` (up), and so on with `weight_scale`, `weight_scale_2` and `input_scale`.
+`experts.E.w3.weight` (up), and so on with `weight_scale`, `weight_scale_2` and `input_scale`. What
+is `w13_weight_scale` of MXFP4 experts is `scale` in the checkpoint, and there is no other scale.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from dsv4_kernels.types import NVFP4_BLOCK, ExpertWeights
+from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertWeights
 from torch.nn import Module, Parameter
 
 GLOBAL_SCALES = ("w13_weight_scale_2", "w2_weight_scale_2")
 BLOCK_SCALES = ("w13_weight_scale", "w2_weight_scale")
 INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
-# The largest E4M3 byte that is a number and not negative: 448.
-LARGEST_SCALE_BYTE = 0x7E
+# The largest byte of a block scale that is a number and not negative: E4M3's 448, UE8M0's 2^127.
+LARGEST_SCALE_BYTE = {torch.float8_e4m3fn: 0x7E, torch.uint8: 0xFE}
+DUMMY_MXFP4_SCALE = 117  # 2^-10
 
 
 class ExpertSizes(NamedTuple):
@@ -29,44 +32,71 @@ class ExpertSizes(NamedTuple):
     tp_size: int  # into how many ranks the checkpoint's intermediate size is cut
 
 
+class Stored(NamedTuple):
+    """How a checkpoint keeps one of a linear's tensors."""
+
+    suffix: str  # of its name
+    # Of the same bytes: the checkpoint's first, the parameter's last.
+    dtypes: tuple[torch.dtype, ...]
+    values: int | None  # of the weight, along K, that an element stands for; None for a scalar
+
+
+# Format -> parameter without its w13_ or w2_ -> what is stored. vLLM's models may hand over MXFP4
+# scales as uint8 already.
+FORMATS = {
+    "nvfp4": {
+        "weight": Stored("weight", (torch.uint8,), 2),
+        "weight_scale": Stored("weight_scale", (torch.float8_e4m3fn,), NVFP4_BLOCK),
+        "weight_scale_2": Stored("weight_scale_2", (torch.float32,), None),
+        "input_scale": Stored("input_scale", (torch.float32,), None),
+    },
+    "mxfp4": {
+        "weight": Stored("weight", (torch.int8, torch.uint8), 2),
+        "weight_scale": Stored("scale", (torch.float8_e8m0fnu, torch.uint8), MXFP4_BLOCK),
+    },
+}
+
+
 class CheckpointTensor(NamedTuple):
     """What one parameter wants of the checkpoint, for each expert and shard (w1, w2, w3)."""
 
     suffix: str
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     # (rows, columns) of the whole tensor, not this rank's part; () for a scalar
     shapes: dict[str, tuple[int, ...]]
 
 
 def create_expert_params(
-    layer: Module, sizes: ExpertSizes, weight_loader: Callable
+    layer: Module, sizes: ExpertSizes, weight_loader: Callable, weight_format: str
 ) -> "LoadRecord":
     """Register the parameters, experts leading and contiguous as EPLB wants them.
 
     Input scales are kept for all global experts: a policy takes the maximum over them.
     """
+    record = LoadRecord(layer, expected_tensors(sizes, weight_format), weight_loader)
     num_experts, num_global, hidden, inter, _ = sizes
-    block = NVFP4_BLOCK
-    params = {
-        "w13_weight": torch.empty(num_experts, 2 * inter, hidden // 2, dtype=torch.uint8),
-        "w2_weight": torch.empty(num_experts, hidden, inter // 2, dtype=torch.uint8),
-        "w13_weight_scale": _empty_scales(num_experts, 2 * inter, hidden // block),
-        "w2_weight_scale": _empty_scales(num_experts, hidden, inter // block),
-        "w13_weight_scale_2": _no_scales(num_experts, 2),
-        "w2_weight_scale_2": _no_scales(num_experts),
-        "w13_input_scale": _no_scales(num_global, 2),
-        "w2_input_scale": _no_scales(num_global),
-    }
-    record = LoadRecord(layer, sizes, weight_loader)
-    for name, data in params.items():
-        param = Parameter(data, requires_grad=False)
-        param.weight_loader = record.loader(name)
-        layer.register_parameter(name, param)
+    for prefix, rows, columns in (("w13", 2 * inter, hidden), ("w2", hidden, inter)):
+        for suffix, (_, dtypes, values) in FORMATS[weight_format].items():
+            name = f"{prefix}_{suffix}"
+            if values is None:
+                num_scales = num_global if name in INPUT_SCALES else num_experts
+                data = _no_scales(num_scales, 2) if prefix == "w13" else _no_scales(num_scales)
+            else:
+                data = torch.empty(num_experts, rows, columns // values, dtype=dtypes[-1])
+            param = Parameter(data, requires_grad=False)
+            param.weight_loader = record.loader(name)
+            if name in BLOCK_SCALES:
+                param.quant_method = "block"  # vLLM's weight loader asks for it
+            layer.register_parameter(name, param)
     return record
 
 
-def _empty_scales(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float8_e4m3fn)
+def add_global_scales(layer: Module) -> None:
+    """Of MXFP4 experts, whose checkpoint has none: all 1, for the backend to change."""
+    num_experts, device = layer.local_num_experts, layer.w13_weight.device
+    for name, shape in zip(GLOBAL_SCALES, ((num_experts, 2), (num_experts,)), strict=True):
+        scales = torch.ones(shape, dtype=torch.float32, device=device)
+        layer.register_parameter(name, Parameter(scales, requires_grad=False))
 
 
 def _no_scales(*shape: int) -> torch.Tensor:
@@ -77,11 +107,13 @@ def _no_scales(*shape: int) -> torch.Tensor:
 class LoadRecord:
     """vLLM's weight loader, with each tensor checked on its way in and remembered."""
 
-    def __init__(self, layer: Module, sizes: ExpertSizes, weight_loader: Callable) -> None:
+    def __init__(
+        self, layer: Module, expected: dict[str, CheckpointTensor], weight_loader: Callable
+    ) -> None:
         self.layer = layer
         self.weight_loader = weight_loader
-        self.expected = expected_tensors(sizes)
-        self.num_experts = sizes.num_experts
+        self.expected = expected
+        self.num_experts = layer.local_num_experts
         self.num_logical = layer.moe_config.num_logical_experts
         # Once on the host: asking vLLM for each of 100,000 tensors waits for the GPU each time.
         expert_map = layer.expert_map
@@ -102,8 +134,10 @@ class LoadRecord:
             if local == -1 and name not in INPUT_SCALES:
                 return False if return_success else None
             self._check(name, loaded_weight, shard_id, expert_id % self.num_logical)
+            # MXFP4's codes are int8 in DeepSeek's files; a scale would be converted, not copied.
+            same_bytes = loaded_weight.view(param.dtype)
             loaded = self.weight_loader(
-                param, loaded_weight, weight_name, shard_id, expert_id, return_success=True
+                param, same_bytes, weight_name, shard_id, expert_id, return_success=True
             )
             self.loaded[name].add((local, shard_id))
             return loaded if return_success else None
@@ -112,15 +146,15 @@ class LoadRecord:
         return load
 
     def _check(self, param: str, tensor: torch.Tensor, shard: str, expert: int) -> None:
-        suffix, dtype, shapes = self.expected[param]
+        suffix, dtypes, shapes = self.expected[param]
         shape = tuple(tensor.shape)
         # A scalar may also come as one element of one dimension.
         matches = tensor.numel() == 1 if shapes[shard] == () else shape == shapes[shard]
-        if not matches or tensor.dtype != dtype:
+        if not matches or tensor.dtype not in dtypes:
             name = f"{checkpoint_prefix(self.layer)}.{expert}.{shard}.{suffix}"
             raise ValueError(
                 f"{name} is {_kind(tensor.dtype, shape)} in the checkpoint, and this model's "
-                f"config wants {_kind(dtype, shapes[shard])}"
+                f"config wants {_kind(dtypes[0], shapes[shard])}"
             )
 
     def check_complete(self) -> None:
@@ -145,23 +179,18 @@ class LoadRecord:
             came.clear()
 
 
-def expected_tensors(sizes: ExpertSizes) -> dict[str, CheckpointTensor]:
+def expected_tensors(sizes: ExpertSizes, weight_format: str) -> dict[str, CheckpointTensor]:
     """By parameter, what the checkpoint has for each expert."""
     hidden, inter = sizes.hidden, sizes.intermediate * sizes.tp_size
-    shapes: dict[str, tuple[int, ...]]
     expected = {}
-    for prefix, shards, (rows, columns) in (
-        ("w13", ("w1", "w3"), (inter, hidden)),
-        ("w2", ("w2",), (hidden, inter)),
+    for prefix, shards, rows, columns in (
+        ("w13", ("w1", "w3"), inter, hidden),
+        ("w2", ("w2",), hidden, inter),
     ):
-        for suffix, dtype, shape in (
-            ("weight", torch.uint8, (rows, columns // 2)),
-            ("weight_scale", torch.float8_e4m3fn, (rows, columns // NVFP4_BLOCK)),
-            ("weight_scale_2", torch.float32, ()),
-            ("input_scale", torch.float32, ()),
-        ):
-            shapes = {shard: shape for shard in shards}
-            expected[f"{prefix}_{suffix}"] = CheckpointTensor(suffix, dtype, shapes)
+        for name, (suffix, dtypes, values) in FORMATS[weight_format].items():
+            shape = () if values is None else (rows, columns // values)
+            shapes = dict.fromkeys(shards, shape)
+            expected[f"{prefix}_{name}"] = CheckpointTensor(suffix, dtypes, shapes)
     return expected
 
 
@@ -171,8 +200,11 @@ def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 
 
 def checkpoint_prefix(layer: Module) -> str:
-    """The layer's experts as the checkpoint calls them: layers.3.ffn.experts."""
-    return layer.layer_name.removeprefix("model.")
+    """The layer's experts as the checkpoint calls them: layers.3.ffn.experts or, of a draft layer,
+    which vLLM numbers after the model's, mtp.0.ffn.experts."""
+    number = int(re.findall(r"layers\.(\d+)\.", layer.layer_name)[-1])
+    draft = number - layer.num_model_layers
+    return f"mtp.{draft}.ffn.experts" if draft >= 0 else f"layers.{number}.ffn.experts"
 
 
 def local_experts(layer: Module) -> list[int]:
@@ -190,7 +222,7 @@ def local_experts(layer: Module) -> list[int]:
     return experts
 
 
-def check_scales(layer: Module) -> None:
+def check_global_scales(layer: Module) -> None:
     """ValueError that names the first scale which no calibration produces."""
     for name in GLOBAL_SCALES:
         scales = getattr(layer, name).data
@@ -202,14 +234,19 @@ def check_scales(layer: Module) -> None:
             f"{_tensor_name(layer, name, where)} is {float(scales[tuple(where)])}, and a "
             "global scale must be a positive number"
         )
+
+
+def check_block_scales(layer: Module) -> None:
+    """ValueError that names the first scale which no quantiser produces."""
     for name in BLOCK_SCALES:
-        codes = getattr(layer, name).data.view(torch.uint8)
-        if int(codes.amax()) <= LARGEST_SCALE_BYTE:
+        scales = getattr(layer, name).data
+        codes, largest = scales.view(torch.uint8), LARGEST_SCALE_BYTE[scales.dtype]
+        if int(codes.amax()) <= largest:
             continue
-        bad_experts = codes.flatten(1).amax(1) > LARGEST_SCALE_BYTE
+        bad_experts = codes.flatten(1).amax(1) > largest
         expert = int(bad_experts.nonzero()[0, 0])
-        row, column = (codes[expert] > LARGEST_SCALE_BYTE).nonzero()[0].tolist()
-        value = float(getattr(layer, name).data[expert, row, column])
+        row, column = (codes[expert] > largest).nonzero()[0].tolist()
+        value = math.nan if scales.dtype == torch.uint8 else float(scales[expert, row, column])
         shard_rows = codes.shape[1] // 2 if name.startswith("w13") else codes.shape[1]
         place = _tensor_name(layer, name, [expert, row // shard_rows])
         raise ValueError(
@@ -221,6 +258,8 @@ def check_scales(layer: Module) -> None:
 def _tensor_name(layer: Module, name: str, where: list[int]) -> str:
     """The checkpoint's name of an expert tensor; where is (local expert, 0 for w1 or 1 for w3)."""
     prefix, suffix = name.split("_", 1)
+    if getattr(layer, name).dtype == torch.uint8:
+        suffix = FORMATS["mxfp4"][suffix].suffix
     shard = "w2" if prefix == "w2" else ("w1", "w3")[where[1]]
     return f"{checkpoint_prefix(layer)}.{local_experts(layer)[where[0]]}.{shard}.{suffix}"
 
@@ -234,9 +273,11 @@ def gate_and_up_differ(layer: Module) -> bool:
 def fill_dummy_scales(layer: Module) -> None:
     """Scales that a `--load-format dummy` layer can run with: vLLM's are random, also negative."""
     for name in (*GLOBAL_SCALES, *INPUT_SCALES):
-        getattr(layer, name).data.fill_(1e-3)
+        if hasattr(layer, name):
+            getattr(layer, name).data.fill_(1e-3)
     for name in BLOCK_SCALES:
-        getattr(layer, name).data.fill_(1.0)
+        scales = getattr(layer, name).data
+        scales.fill_(DUMMY_MXFP4_SCALE if scales.dtype == torch.uint8 else 1.0)
 
 
 def expert_weights(layer: Module) -> ExpertWeights:

@@ -1,4 +1,4 @@
-"""The quantisation method of NVFP4 expert layers: create weights, and make a layer of them."""
+"""The quantisation methods of expert layers: create weights, and make a layer of them."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from dsv4_kernels.backends import AUTO, MoeLayer, choose_backend
 from dsv4_kernels.compile_processes import num_processes
 from dsv4_kernels.compiled import arch_of
 from dsv4_kernels.moe import prepare_layer
-from dsv4_kernels.types import MoeShape
+from dsv4_kernels.types import ActivationScales, MoeShape
 from torch.nn import Parameter
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
@@ -21,7 +21,9 @@ from vllm.platforms import current_platform
 from vllm_dsv4_moe.expert_params import (
     INPUT_SCALES,
     ExpertSizes,
-    check_scales,
+    add_global_scales,
+    check_block_scales,
+    check_global_scales,
     checkpoint_prefix,
     create_expert_params,
     expert_weights,
@@ -36,42 +38,42 @@ from vllm_dsv4_moe.scale_policy import activation_scales
 from vllm_dsv4_moe.settings import Settings
 from vllm_dsv4_moe.warm_up import WARM_UP
 
+MXFP4_BACKENDS = ("reference", "sm90")
 logger = init_logger("vllm.dsv4_moe")
 
 
-class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
-    """One NVFP4 layer's experts. vLLM's weight loader goes by "ModelOpt" in the class's name."""
+class Dsv4Method(FusedMoEMethodBase):
+    """One layer's experts, in the format that a subclass names."""
+
+    weight_format: str
 
     def __init__(
         self,
         moe_config: FusedMoEConfig,
         settings: Settings,
-        announce: Callable[[str], None] = lambda backend: None,
+        announce: Callable[[str, str, str], None] = lambda *_: None,
     ) -> None:
         super().__init__(moe_config)
         self.settings = settings
-        self.announce = announce  # called with the backend's name before a layer is made
+        # Called with format, backend and numerics before a layer is made.
+        self.announce = announce
         self.experts_cls = Dsv4Experts
-        # vLLM's weight loader then also loads the input scales of experts on other ranks.
-        self.use_global_sf = True
         self.router: Dsv4Router | None = None
         config = get_current_vllm_config()
         self.is_dummy = config.load_config.load_format == "dummy"
         self.why_not_again = why_not_again(config, moe_config)
         capability = current_platform.get_device_capability()
         self.capability = None if capability is None else tuple(capability)
-        self.shape = moe_shape(moe_config, settings, self.capability)
+        self.shape = moe_shape(moe_config, settings, self.capability, self.weight_format)
         self.backend = choose_backend(settings.backend, self.shape, self.capability)
         check_device(self.backend.name, self.capability, config.model_config.enforce_eager)
         if self.capability is not None:
             processes = num_processes(num_local_ranks(config.parallel_config))
             COMPILATION.begin(self.backend, self.shape, arch_of(self.capability), processes)
+        self.num_model_layers = config.model_config.hf_text_config.num_hidden_layers
 
     @property
     def supports_eplb(self) -> bool:
-        return True
-
-    def uses_weight_scale_2_pattern(self) -> bool:
         return True
 
     def create_weights(
@@ -85,8 +87,8 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
     ) -> None:
         if params_dtype != torch.bfloat16:
             raise ValueError(
-                f"{layer.layer_name}: activations are {params_dtype}, and NVFP4 experts take "
-                "bfloat16: serve with --dtype bfloat16"
+                f"{layer.layer_name}: activations are {params_dtype}, and "
+                f"{self.weight_format.upper()} experts take bfloat16: serve with --dtype bfloat16"
             )
         if hidden_size != self.shape.hidden:
             raise ValueError(
@@ -97,13 +99,9 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         sizes = ExpertSizes(
             num_experts, self.moe.num_experts, hidden_size, intermediate_size_per_partition, tp_size
         )
-        self.record = create_expert_params(layer, sizes, extra["weight_loader"])
-        if current_platform.is_cpu():
-            # vLLM's CPU model looks for input scales under this name: the same storage again.
-            for name in INPUT_SCALES:
-                alias = Parameter(getattr(layer, name).data, requires_grad=False)
-                alias.weight_loader = self.record.loader(name)
-                layer.register_parameter(f"{name}_2", alias)
+        layer.num_model_layers = self.num_model_layers
+        loader = extra["weight_loader"]
+        self.record = create_expert_params(layer, sizes, loader, self.weight_format)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         if self.moe_kernel is not None and self.why_not_again is not None:
@@ -111,7 +109,8 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
                 f"{layer.layer_name}: weights are loaded a second time, which cannot be with "
                 f"{self.why_not_again}: start the server again with the new weights"
             )
-        self.announce(self.backend.name)
+        numerics = "W4A4" if self.shape.quantize_activations else "W4A16, bf16 activations"
+        self.announce(self.weight_format, self.backend.name, numerics)
         # vLLM calls this with the model's dtype as the default; the scales' arithmetic is fp32.
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
@@ -134,21 +133,19 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
             if self.router is not None:
                 gate = checkpoint_prefix(layer).removesuffix("experts") + "gate"
                 self.router.check_loaded(gate)
-        check_scales(layer)
-        if gate_and_up_differ(layer):
-            logger.info_once("dsv4-moe: w1 and w3 differ in weight_scale_2: each keeps its own")
-        scales = None
-        if self.shape.quantize_activations:
-            scales = activation_scales(layer, self.settings)
-        for name in INPUT_SCALES:
-            delattr(layer, name)
-            layer._parameters.pop(f"{name}_2", None)
+        check_block_scales(layer)
+        scales = self._take_scales(layer)
         limit = layer.swiglu_limit
         COMPILATION.wait()
         moe_layer = prepare_layer(
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )
         return moe_layer
+
+    def _take_scales(self, layer: RoutedExperts) -> ActivationScales | None:
+        """Check the scales that only this format has, leave the layer with the global scales of its
+        weights, and give the scales of its activations; None in W4A16."""
+        raise NotImplementedError
 
     def _take_over(self, reloaded: MoeLayer) -> None:
         """vLLM copies the parameters' bytes to those that the running layer and its graphs read;
@@ -179,7 +176,7 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         """What vLLM needs to know: activations travel between ranks as they are, in bf16."""
-        return FusedMoEQuantConfig.make(None, weight_dtype="nvfp4")
+        return FusedMoEQuantConfig.make(None, weight_dtype=self.weight_format)
 
     def apply(
         self,
@@ -221,6 +218,63 @@ class ModelOptNvFp4Dsv4Method(FusedMoEMethodBase):
         return gate_route
 
 
+class ModelOptNvFp4Dsv4Method(Dsv4Method):
+    """An NVFP4 layer's. vLLM's weight loader goes by "ModelOpt" in the class's name."""
+
+    weight_format = "nvfp4"
+    # vLLM's weight loader then also loads the input scales of experts on other ranks.
+    use_global_sf = True
+
+    def uses_weight_scale_2_pattern(self) -> bool:
+        return True
+
+    def create_weights(self, layer: RoutedExperts, *args, **kwargs) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        if current_platform.is_cpu():
+            # vLLM's CPU model looks for input scales under this name: the same storage again.
+            for name in INPUT_SCALES:
+                alias = Parameter(getattr(layer, name).data, requires_grad=False)
+                alias.weight_loader = self.record.loader(name)
+                layer.register_parameter(f"{name}_2", alias)
+
+    def _take_scales(self, layer: RoutedExperts) -> ActivationScales | None:
+        check_global_scales(layer)
+        if gate_and_up_differ(layer):
+            logger.info_once("dsv4-moe: w1 and w3 differ in weight_scale_2: each keeps its own")
+        scales = None
+        if self.shape.quantize_activations:
+            scales = activation_scales(layer, self.settings)
+        for name in INPUT_SCALES:
+            delattr(layer, name)
+            layer._parameters.pop(f"{name}_2", None)
+        return scales
+
+
+class Mxfp4Dsv4Method(Dsv4Method):
+    """An MXFP4 layer's: DeepSeek's own files, and the drafts of NVFP4 copies. "ModelOpt" must not
+    be in the class's name."""
+
+    weight_format = "mxfp4"
+
+    def _take_scales(self, layer: RoutedExperts) -> ActivationScales | None:
+        add_global_scales(layer)
+        return None
+
+    def _made_of(self, layer: RoutedExperts) -> MoeLayer:
+        moe_layer = super()._made_of(layer)
+        rounding = float(moe_layer.rounding)
+        if rounding > 0:
+            logger.info(
+                "dsv4-moe: %s: scales under the 31 powers of two that %s holds of an expert are "
+                "rounded into them, with an error of at most %.2g of the expert's largest scale",
+                layer.layer_name, self.backend.name, rounding,
+            )  # fmt: skip
+        return moe_layer
+
+
+METHODS = {method.weight_format: method for method in (ModelOptNvFp4Dsv4Method, Mxfp4Dsv4Method)}
+
+
 def why_not_again(config: VllmConfig, moe_config: FusedMoEConfig) -> str | None:
     """What keeps weights from being loaded while serving; None where they can be."""
     if config.model_config.enable_sleep_mode:
@@ -244,7 +298,10 @@ def check_device(backend: str, capability: tuple[int, int] | None, is_eager: boo
 
 
 def moe_shape(
-    config: FusedMoEConfig, settings: Settings, capability: tuple[int, int] | None
+    config: FusedMoEConfig,
+    settings: Settings,
+    capability: tuple[int, int] | None,
+    weight_format: str = "nvfp4",
 ) -> MoeShape:
     """What the kernels are chosen and the arena is sized by, from vLLM's description of a layer."""
     return MoeShape(
@@ -254,9 +311,11 @@ def moe_shape(
         hidden=config.hidden_dim,
         intermediate=config.intermediate_size_per_partition,
         max_num_tokens=max_num_tokens(config),
-        quantize_activations=quantizes_activations(settings, capability),
+        quantize_activations=weight_format == "nvfp4"
+        and quantizes_activations(settings, capability),
         scale_per_row=settings.activation_scale == "token"
         or (settings.activation_scale == "warmup" and config.swiglu_limit is None),
+        weight_format=weight_format,
     )
 
 
@@ -270,11 +329,17 @@ def max_num_tokens(config: FusedMoEConfig) -> int:
     return per_rank * config.dp_size * config.pcp_size
 
 
+def backend_name(settings: Settings, capability: tuple[int, int] | None) -> str:
+    """What `auto` means here, or the backend that is set; `reference` where nothing is made for
+    the GPU."""
+    if settings.backend != "auto":
+        return settings.backend
+    return "reference" if capability is None else AUTO.get(capability[0], "reference")
+
+
 def quantizes_activations(settings: Settings, capability: tuple[int, int] | None) -> bool:
-    """Whether the layer is W4A4; ValueError for a backend that can do only the other."""
-    backend = settings.backend
-    if backend == "auto":
-        backend = "reference" if capability is None else AUTO.get(capability[0], "reference")
+    """Whether an NVFP4 layer is W4A4; ValueError for a backend that can do only the other."""
+    backend = backend_name(settings, capability)
     only = {"sm90": "bf16", "sm100": "nvfp4"}.get(backend)
     wanted = settings.activations
     if wanted == "auto":

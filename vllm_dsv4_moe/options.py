@@ -60,7 +60,7 @@ OPTIONS = (
     Option(
         "multi-token prediction, DSpark",
         "read",
-        "their MXFP4 experts stay vLLM's; NVFP4 ones are taken like any",
+        "their MXFP4 experts are taken where `formats` has `mxfp4`, and are vLLM's otherwise",
     ),
     Option(
         "chunked prefill, mixed batches", "works", "every hash layer sees every token's id once"

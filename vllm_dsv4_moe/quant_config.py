@@ -1,4 +1,4 @@
-"""Which layers are ours: RoutedExperts whose checkpoint holds NVFP4. The rest stays vLLM's.
+"""Which layers are ours: RoutedExperts in one of the formats that are set. The rest stays vLLM's.
 
 The name `deepseek_v4_fp8` is what vLLM resolves a DeepSeek-V4 checkpoint to, so answering to it
 needs no flag. Module level throughout: vLLM pickles the config to its other processes.
@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 
 from vllm_dsv4_moe import METHOD_NAME
 from vllm_dsv4_moe.layer_config import LayerConfig
-from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
+from vllm_dsv4_moe.moe_method import METHODS, MXFP4_BACKENDS, backend_name
 from vllm_dsv4_moe.options import refusal
 from vllm_dsv4_moe.safetensors_files import read_header
 from vllm_dsv4_moe.settings import Settings, read_settings
@@ -45,7 +45,7 @@ class OurLayers(QuantizationConfig):
     _settings: Settings | None = None
     _announced: frozenset[str] = frozenset()
     _files_checked = False
-    _ours: tuple[int, ...] = ()  # layers that are built and not announced
+    _ours: tuple[tuple[str, int], ...] = ()  # (format, layer) built and not announced
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, RoutedExperts):
@@ -55,39 +55,53 @@ class OurLayers(QuantizationConfig):
             self._check_files()
             config = get_current_vllm_config()
             refused = refusal(config, layer.moe_config, prefix)
-            refused = refused or config_refusal(config.model_config.hf_config, layer)
+            weight_format = self.weight_format(prefix)
+            assert weight_format is not None, prefix
+            hf_config = config.model_config.hf_config
+            refused = refused or config_refusal(hf_config, layer, weight_format)
             if refused is not None:
                 raise ValueError(f"{prefix}: {refused}")
-            self._ours += (extract_layer_index(prefix),)
-            return ModelOptNvFp4Dsv4Method(layer.moe_config, self.settings(), self.announce_ours)
+            self._ours += ((weight_format, extract_layer_index(prefix)),)
+            method_class = METHODS[weight_format]
+            return method_class(layer.moe_config, self.settings(), self.announce_ours)
         method = super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
         self._announce(f"vLLM keeps the experts as {type(method).__name__}: {reason}", prefix)
         return method
 
     def why_vllms(self, layer: RoutedExperts, prefix: str) -> str | None:
         """Why vLLM's own method runs these experts; None where this package's does."""
-        if not self.is_ours(prefix):
-            return "they are not NVFP4"
+        weight_format = self.weight_format(prefix)
+        if weight_format is None:
+            return "they are neither NVFP4 nor MXFP4"
+        settings = self.settings()
+        if weight_format not in settings.formats.split(","):
+            name = weight_format.upper()
+            return f"they are {name}, and the setting formats is {settings.formats}"
         if layer.__class__ is not RoutedExperts:
             return f"{layer.__class__.__name__} does more than route among them"
         if layer.moe_config.moe_backend != "auto":
             return f"--moe-backend {layer.moe_config.moe_backend} asks for it"
         if not current_platform.is_cuda() and not current_platform.is_cpu():
             return "this plugin runs on NVIDIA GPUs"
+        backend = backend_name(settings, current_platform.get_device_capability())
+        if weight_format == "mxfp4" and backend not in MXFP4_BACKENDS:
+            return f"they are MXFP4, and the {backend} backend runs NVFP4 alone"
         return None
 
-    def is_ours(self, prefix: str) -> bool:
-        """Whether the experts at prefix are NVFP4, by what vLLM read from config.json."""
+    def weight_format(self, prefix: str) -> str | None:
+        """ "nvfp4" or "mxfp4" of the experts at prefix, by what vLLM read from config.json; None
+        where they are in neither."""
         skipped = is_layer_skipped(
             prefix=prefix,
             ignored_layers=self.ignored_layers,
             fused_mapping=self.packed_modules_mapping,
         )
-        if skipped or self.expert_dtype != "fp4" or self.moe_quant_algo != "NVFP4":
-            return False
+        if skipped or self.expert_dtype != "fp4":
+            return None
         # The class for GPUs also knows which layers (MTP) stayed MXFP4.
         by_layer = getattr(self, "_is_nvfp4_expert_layer", None)
-        return by_layer is None or by_layer(prefix)
+        is_nvfp4 = self.moe_quant_algo == "NVFP4" and (by_layer is None or by_layer(prefix))
+        return "nvfp4" if is_nvfp4 else "mxfp4"
 
     def settings(self) -> Settings:
         if self._settings is None:
@@ -95,14 +109,16 @@ class OurLayers(QuantizationConfig):
             self._settings = read_settings(config if isinstance(config, dict) else {}, os.environ)
         return self._settings
 
-    def announce_ours(self, backend: str) -> None:
+    def announce_ours(self, weight_format: str, backend: str, numerics: str) -> None:
         """Say once which layers are ours. All of a model's are built when its first is loaded."""
-        if self._ours:
-            layers = _ranges(self._ours)
+        layers = tuple(number for kind, number in self._ours if kind == weight_format)
+        if layers:
             logger.info(
-                "dsv4-moe: this plugin runs NVFP4 experts, on %s: layers %s", backend, layers
-            )
-            self._ours = ()
+                "dsv4-moe: this plugin runs %s experts, on %s: layers %s (%s; without %s in the "
+                "setting formats they are vLLM's)",
+                weight_format.upper(), backend, _ranges(layers), numerics, weight_format,
+            )  # fmt: skip
+            self._ours = tuple(pair for pair in self._ours if pair[0] != weight_format)
 
     def _check_files(self) -> None:
         """ValueError for a file cut short: the loader's own error does not say which it is."""
@@ -121,14 +137,15 @@ class OurLayers(QuantizationConfig):
             logger.info("dsv4-moe: %s (first: %s)", what, prefix)
 
 
-def config_refusal(hf_config: Any, layer: RoutedExperts) -> str | None:
+def config_refusal(hf_config: Any, layer: RoutedExperts, weight_format: str) -> str | None:
     """Why the layer that config.json describes cannot be served, or None."""
+    quant = getattr(hf_config, "quantization_config", None) or {}
     config = LayerConfig(
         layer.swiglu_limit,
         layer.scoring_func,
         layer.moe_config.experts_per_token,
         layer.moe_config.num_logical_experts,
-        getattr(hf_config, "quantization_config", None) or {},
+        quant if weight_format == "nvfp4" else {},
     )
     return next(iter(config.problems()), None)
 
@@ -149,7 +166,7 @@ for _name in ("expert_dtype", "moe_quant_algo"):
 
 
 class Dsv4Fp8Config(OurLayers, _VllmsOwn):
-    """DeepSeek-V4's quantisation as vLLM has it, with this package's NVFP4 experts."""
+    """DeepSeek-V4's quantisation as vLLM has it, with this package's experts."""
 
 
 def install() -> None:

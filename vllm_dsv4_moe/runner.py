@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMo
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_dsv4_moe.gate import fused_gate
-from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
+from vllm_dsv4_moe.moe_method import Dsv4Method
 from vllm_dsv4_moe.router import Dsv4Router, why_not_ours
 
 logger = init_logger("vllm.dsv4_moe")
@@ -35,7 +35,7 @@ class Dsv4MoERunner(MoERunner):
 
 
 def _is_ours(experts: Any) -> bool:
-    return isinstance(getattr(experts, "quant_method", None), ModelOptNvFp4Dsv4Method)
+    return isinstance(getattr(experts, "quant_method", None), Dsv4Method)
 
 
 def _take_router(given: dict[str, Any]) -> None:

@@ -43,10 +43,17 @@ class Settings:
         "what runs the experts; `auto` goes by the GPU's compute capability",
         allowed=("auto", "reference", "sm90", "sm100"),
     )
+    formats: str = _option(
+        "nvfp4",
+        "which experts this plugin runs, by their format in the checkpoint; MXFP4 experts on sm90 "
+        "and the reference backend only. The others are vLLM's",
+        allowed=("nvfp4", "mxfp4", "nvfp4,mxfp4"),
+    )
     activations: str = _option(
         "auto",
-        "how the experts' inputs are multiplied: quantised to `nvfp4` (W4A4) or as they are, "
-        "`bf16` (W4A16); `auto` is `bf16` on sm90, which has no FP4, and `nvfp4` elsewhere",
+        "how the inputs of NVFP4 experts are multiplied: quantised to `nvfp4` (W4A4) or as they "
+        "are, `bf16` (W4A16); `auto` is `bf16` on sm90, which has no FP4, and `nvfp4` elsewhere. "
+        "Those of MXFP4 experts are `bf16`",
         allowed=("auto", "nvfp4", "bf16"),
     )
     activation_scale: str = _option(

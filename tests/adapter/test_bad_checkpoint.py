@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint or a setting ends in one sentence, while vLLM loads it."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from unittest import mock
@@ -104,6 +105,83 @@ BAD_TENSORS = {
 }
 
 
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory):
+    sizes = dataclasses.replace(CONFIG, expert_format="mxfp4")
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("bad") / "mxfp4", sizes)
+
+
+MXFP4 = {"formats": "mxfp4"}
+
+
+@pytest.fixture(scope="module")
+def mxfp4_config(mxfp4):
+    return loading.engine_config(mxfp4, MXFP4)
+
+
+def with_byte(byte: int, at: tuple[int, ...]):
+    def change(original: torch.Tensor) -> torch.Tensor:
+        changed = original.clone()
+        changed.view(torch.uint8)[at] = byte
+        return changed
+
+    return change
+
+
+BAD_MXFP4_TENSORS = {
+    "no scale": (f"{EXPERTS}.7.w1.scale", missing, "missing"),
+    "no weight": (f"{EXPERTS}.0.w3.weight", missing, "missing"),
+    "NaN scale of gate": (f"{EXPERTS}.5.w1.scale", with_byte(255, (7, 2)), "[7, 2]"),
+    "NaN scale of up": (f"{EXPERTS}.5.w3.scale", with_byte(255, (63, 3)), "[63, 3]"),
+    "NaN scale of down": (f"{EXPERTS}.7.w2.scale", with_byte(255, (9, 1)), "is nan"),
+    "half as wide": (f"{EXPERTS}.1.w1.weight", lambda t: t[:, :32].contiguous(), "int8 [64, 32]"),
+    "half as many rows": (f"{EXPERTS}.1.w2.weight", lambda t: t[:64], "wants int8 [128, 32]"),
+    "a scale for 16 values": (
+        f"{EXPERTS}.2.w3.scale",
+        lambda t: t.repeat_interleave(2, 1),
+        "float8_e8m0fnu [64, 4]",
+    ),
+    "NVFP4's scales": (
+        f"{EXPERTS}.1.w2.scale",
+        lambda t: t.float().to(torch.float8_e4m3fn),
+        "is float8_e4m3fn [128, 2]",
+    ),
+    "fp32 scales": (f"{EXPERTS}.6.w1.scale", lambda t: t.float(), "is float32 [64, 4]"),
+    "bf16 weight": (f"{EXPERTS}.3.w2.weight", lambda t: t.bfloat16(), "is bfloat16 [128, 32]"),
+    "one scale a row": (f"{EXPERTS}.4.w1.scale", lambda t: t[:, 0].contiguous(), "[64]"),
+}
+
+
+@pytest.mark.parametrize("name, change, says", BAD_MXFP4_TENSORS.values(), ids=BAD_MXFP4_TENSORS)
+def test_a_bad_mxfp4_tensor_is_named(mxfp4_config, mxfp4, tmp_path, name, change, says):
+    bad = edited(mxfp4, tmp_path / "bad", {name: change(tensor(mxfp4, name))})
+    with pytest.raises(ValueError) as refusal:
+        load(mxfp4_config, bad, MXFP4)
+    sentence = str(refusal.value)
+    assert sentence.startswith(name) and says in sentence
+    assert "\n" not in sentence
+
+
+def test_the_mxfp4_checkpoint_itself_loads(mxfp4_config, mxfp4):
+    model = load(mxfp4_config, mxfp4, MXFP4)
+    experts = model.model.layers[1].ffn.experts.routed_experts
+    stored = tensor(mxfp4, f"{EXPERTS}.3.w3.scale").view(torch.uint8)
+    assert torch.equal(experts.w13_weight_scale[3, 64:], stored)
+    codes = tensor(mxfp4, f"{EXPERTS}.3.w2.weight").view(torch.uint8)
+    assert torch.equal(experts.w2_weight[3], codes)
+
+
+def test_an_intermediate_size_that_mxfp4_cannot_cut_into_blocks_is_refused(
+    mxfp4_config, mxfp4, tmp_path
+):
+    bad = edited(mxfp4, tmp_path / "bad", {})
+    content = json.loads((bad / "config.json").read_text()) | {"moe_intermediate_size": 48}
+    (bad / "config.json").unlink()
+    (bad / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="size 48 .* multiple of the MXFP4 block, 32"):
+        loading.load_model(loading.engine_config(bad, MXFP4))
+
+
 @pytest.mark.parametrize("name, change, says", BAD_TENSORS.values(), ids=BAD_TENSORS)
 def test_a_bad_tensor_is_named(config, checkpoint, tmp_path, name, change, says):
     bad = edited(checkpoint, tmp_path / "bad", {name: change(tensor(checkpoint, name))})
@@ -185,3 +263,10 @@ def test_dummy_weights_load_with_scales_that_can_run(config, checkpoint):
     model = loading.load_model(dummy)
     experts = model.model.layers[0].ffn.experts.routed_experts
     assert (experts.w13_weight_scale_2 > 0).all() and (experts.w2_weight_scale.float() > 0).all()
+
+
+def test_dummy_mxfp4_weights_load_with_scales_that_can_run(mxfp4_config):
+    dummy = copy.deepcopy(mxfp4_config)
+    dummy.load_config.load_format = "dummy"
+    experts = loading.load_model(dummy).model.layers[0].ffn.experts.routed_experts
+    assert (experts.w13_weight_scale < 255).all() and (experts.w2_weight_scale < 255).all()

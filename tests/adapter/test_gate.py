@@ -29,7 +29,7 @@ def vllm_config(checkpoint):
 @pytest.fixture(scope="module")
 def layers(vllm_config):
     """The model's MoE layers, with weights of the gate whose sums are exact in any order."""
-    method = "vllm_dsv4_moe.moe_method.ModelOptNvFp4Dsv4Method.gate_op"
+    method = "vllm_dsv4_moe.moe_method.Dsv4Method.gate_op"
     with (
         mock.patch(method, interpreted_gate_op),
         mock.patch("vllm_dsv4_moe.runner.fused_gate", fused_and_kept),
@@ -202,9 +202,9 @@ def test_small_batches_go_to_vllms_gate_where_that_is_faster(
     + [("reference", "auto", False)],
 )
 def test_which_layers_take_the_gate(backend, gate, ours):
-    from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
+    from vllm_dsv4_moe.moe_method import Dsv4Method
 
     method = mock.Mock(settings=SimpleNamespace(gate=gate))
     method.backend.name = backend
-    assert (ModelOptNvFp4Dsv4Method.gate_op(method) is gate_route) == ours
-    assert ours or ModelOptNvFp4Dsv4Method.gate_op(method) is None
+    assert (Dsv4Method.gate_op(method) is gate_route) == ours
+    assert ours or Dsv4Method.gate_op(method) is None

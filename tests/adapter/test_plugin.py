@@ -14,6 +14,7 @@ import pytest
 import vllm_dsv4_moe
 from tests.support import loading
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.settings import Settings
 
 REGISTRIES = """
 from vllm.plugins import load_general_plugins
@@ -87,7 +88,7 @@ def test_a_published_config_resolves_to_the_plugin(published):
     assert type(pickle.loads(pickle.dumps(published.quant_config))) is Dsv4Fp8Config
 
 
-def test_mtp_layers_of_a_published_checkpoint_stay_vllms_on_gpus(published):
+def test_mtp_layers_of_a_published_checkpoint_are_mxfp4_on_gpus(published):
     from vllm.config import set_current_vllm_config
     from vllm.models.deepseek_v41.quant_config import DeepseekV4FP8Config
 
@@ -97,8 +98,8 @@ def test_mtp_layers_of_a_published_checkpoint_stay_vllms_on_gpus(published):
     config_json = json.loads((Path(published.model_config.model) / "config.json").read_text())
     config = on_gpus.from_config(config_json["quantization_config"])
     with set_current_vllm_config(published):
-        ours = [config.is_ours(f"model.layers.{n}.ffn.experts") for n in range(3)]
-    assert ours == [True, True, False]  # two layers, and one of multi-token prediction
+        formats = [config.weight_format(f"model.layers.{n}.ffn.experts") for n in range(3)]
+    assert formats == ["nvfp4", "nvfp4", "mxfp4"]  # two layers, and one of multi-token prediction
 
 
 def config_on_a_gpu(**changes):
@@ -121,48 +122,64 @@ def config_on_a_gpu(**changes):
     config_class = type(
         "Config",
         (OurLayers, Theirs),
-        changes | {"_settings": "settings", "_check_files": lambda self: None},
+        {"_settings": Settings()} | changes | {"_check_files": lambda self: None},
     )
     config_class.__abstractmethods__ = frozenset()
     return config_class.__new__(config_class)
 
 
+BOTH = {"_settings": Settings(formats="nvfp4,mxfp4")}
+# What differs from an NVFP4 layer on an H200, the layer, whose it is, and what the log says.
 WHOSE = {
-    "NVFP4": ({}, "layers.0.ffn.experts", True),
-    "NVFP4 for Marlin": ({"backend": "marlin"}, "layers.0.ffn.experts", False),
-    "NVFP4 on ROCm": ({"platform": "rocm"}, "layers.0.ffn.experts", False),
-    "with constant ones among them": ({"kind": "Substituted"}, "layers.0.ffn.experts", False),
-    "left out by name": ({}, "layers.1.ffn.experts", False),
-    "MXFP4 in MTP": ({}, "layers.2.ffn.experts", False),
-    "FP8 experts": ({"expert_dtype": "fp8"}, "layers.0.ffn.experts", False),
-    "an MXFP4 checkpoint": ({"moe_quant_algo": ""}, "layers.0.ffn.experts", False),
-}
+    "NVFP4": ({}, 0, "nvfp4", "runs NVFP4 experts, on sm90: layers 0, 0 (W4A16; without nvfp4 in"),
+    "NVFP4 for Marlin": ({"backend": "marlin"}, 0, None, "--moe-backend marlin asks for it"),
+    "NVFP4 on ROCm": ({"platform": "rocm"}, 0, None, "runs on NVIDIA GPUs"),
+    "with constant ones among them": ({"kind": "Substituted"}, 0, None, "does more than route"),
+    "left out by name": ({}, 1, None, "neither NVFP4 nor MXFP4"),
+    "MXFP4 in MTP": ({}, 2, None, "they are MXFP4, and the setting formats is nvfp4"),
+    "MXFP4 in MTP, asked for": (BOTH, 2, "mxfp4", "runs MXFP4 experts, on sm90: layers 2, 2 ("),
+    "MXFP4 for Marlin": (BOTH | {"backend": "marlin"}, 2, None, "marlin asks for it"),
+    "MXFP4 on a B200": (BOTH | {"capability": (10, 0)}, 2, None, "sm100 backend runs NVFP4 alone"),
+    "NVFP4 beside MXFP4": (BOTH, 0, "nvfp4", "runs NVFP4 experts"),
+    "NVFP4, not asked for": (
+        {"_settings": Settings(formats="mxfp4")}, 0, None, "are NVFP4, and the setting formats is"
+    ),
+    "FP8 experts": ({"expert_dtype": "fp8"}, 0, None, "neither NVFP4 nor MXFP4"),
+    "an MXFP4 checkpoint": ({"moe_quant_algo": ""} | BOTH, 0, "mxfp4", "runs MXFP4 experts"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("changes, prefix, ours", WHOSE.values(), ids=WHOSE)
-def test_layers_that_are_not_ours_get_vllms_own_method(changes, prefix, ours):
+@pytest.mark.parametrize("changes, number, whose, says", WHOSE.values(), ids=WHOSE)
+def test_layers_that_are_not_ours_get_vllms_own_method(changes, number, whose, says):
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
     from vllm_dsv4_moe import quant_config
 
+    prefix = f"layers.{number}.ffn.experts"
     backend = changes.get("backend", "auto")
     config = config_on_a_gpu(**changes)
     kind = type(changes.get("kind"), (RoutedExperts,), {}) if "kind" in changes else RoutedExperts
     layer = mock.Mock(spec=kind, moe_config=mock.Mock(moe_backend=backend))
-    platform = mock.Mock(is_cpu=lambda: False, is_cuda=lambda: "platform" not in changes)
+    platform = mock.Mock(
+        is_cpu=lambda: False,
+        is_cuda=lambda: "platform" not in changes,
+        get_device_capability=lambda: changes.get("capability", (9, 0)),
+    )
+    methods = {name: mock.Mock(return_value=name) for name in ("nvfp4", "mxfp4")}
     with (
         mock.patch.object(quant_config, "current_platform", platform),
-        mock.patch.object(quant_config, "ModelOptNvFp4Dsv4Method", return_value="ours"),
+        mock.patch.object(quant_config, "METHODS", methods),
         mock.patch.object(quant_config, "get_current_vllm_config"),
         mock.patch.object(quant_config, "refusal", return_value=None),
         mock.patch.object(quant_config, "config_refusal", return_value=None),
         mock.patch.object(quant_config.logger, "info") as say,
     ):
         answers = [config.get_quant_method(layer, prefix) for _ in range(2)]
-        config.announce_ours("reference")
-    assert answers == ["ours" if ours else "vLLM's own"] * 2
-    (sentence,) = [call.args for call in say.mock_calls]
-    assert ("this plugin" in sentence[0]) == ours
+        for name in methods:
+            config.announce_ours(name, "sm90", "W4A16")
+    assert answers == [whose or "vLLM's own"] * 2
+    (sentence,) = [call.args[0] % call.args[1:] for call in say.mock_calls]
+    assert says in sentence
 
 
 def test_a_layer_of_another_kind_is_vllms():

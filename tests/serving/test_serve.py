@@ -3,6 +3,7 @@
 Layers are compared with PlainMoe, which computes them from the checkpoint's files alone.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -43,6 +44,8 @@ LOGPROB_TOLERANCE = 0.01
 # In another batch the CPU's bf16 products are summed in another order, and logits are bf16: one
 # step of those from 4 to 8.
 BATCH_TOLERANCE = 2.0**-5
+# MXFP4's activations stay in bf16: what falls on the other side of a rounding point is less.
+W4A16_TOLERANCE = 0.006
 # Two ranks' parts of a layer are rounded to bf16 before they are added: 0.004 was the most.
 PARALLEL_TOLERANCE = 2.0**-7
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2")
@@ -247,6 +250,27 @@ def layer_errors(calls: list[dict], layers: list[PlainMoe]) -> list[float]:
         ).float()
         errors.append(float((call["out"].float() - expected).norm() / expected.norm()))
     return errors
+
+
+def test_mxfp4_experts_give_what_plain_torch_gives(tmp_path):
+    config = dataclasses.replace(CONFIG, expert_format="mxfp4")
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", config)
+    settings, prompts = {"formats": "mxfp4"}, (LONG, SHORT)
+    ours, plain = tmp_path / "ours", tmp_path / "plain"
+    ours.mkdir(), plain.mkdir()
+    with probed(checkpoint, ours, "record", settings) as server, Recording(ours) as recording:
+        answers = [logprobs(server, tokens) for tokens in prompts]
+    says = "runs MXFP4 experts, on reference: layers 0-3 (W4A16, bf16 activations; without mxfp4 in"
+    assert server.log.read_text().count(says) == 1
+    assert {call["layer"] for call in recording.calls} == set(range(config.layers))
+    layers = [PlainMoe(checkpoint, n) for n in range(config.layers)]
+    assert max(layer_errors(recording.calls, layers)) <= W4A16_TOLERANCE
+    given = json.dumps({"checkpoint": str(checkpoint), "scales": [()] * config.layers})
+    with probed(checkpoint, plain, "substitute", settings, SERVE_PROBE_PLAIN=given) as other:
+        for tokens, (values, words) in zip(prompts, answers, strict=True):
+            plain_values, plain_words = logprobs(other, tokens)
+            assert words == plain_words
+            assert largest_difference(values, plain_values) <= LOGPROB_TOLERANCE
 
 
 def warmed_up(checkpoint: Path, layer: int) -> PlainMoe:

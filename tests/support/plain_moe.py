@@ -1,8 +1,8 @@
 """A DeepSeek-V4 MoE layer in plain torch, straight from a checkpoint's safetensors.
 
-It shares no code with vLLM, the plugin or the kernels: formulas of DeepSeek-V4 section 2.1 and
-ModelOpt's NVFP4, in float64 except where the layer itself rounds (bf16 and NVFP4 activations, the
-gate and the shared expert in bf16, as the checkpoint has them).
+It shares no code with vLLM, the plugin or the kernels: formulas of DeepSeek-V4 section 2.1,
+ModelOpt's NVFP4 and OCP's MXFP4, in float64 except where the layer itself rounds (bf16 and NVFP4
+activations, the gate and the shared expert in bf16, as the checkpoint has them).
 """
 
 import json
@@ -81,15 +81,18 @@ class PlainMoe:
         return rounded(h, scales[expert] if isinstance(scales, list) else scales) @ down.T
 
     def matrix(self, name: str) -> torch.Tensor:
-        """(out, in) float64 of an NVFP4 weight."""
+        """(out, in) float64 of an NVFP4 or MXFP4 weight."""
         if name not in self.matrices:
             self.matrices[name] = self.dequantised(name)
         return self.matrices[name]
 
     def dequantised(self, name: str) -> torch.Tensor:
-        codes = self.tensors[f"{name}.weight"]
+        codes = self.tensors[f"{name}.weight"].view(torch.uint8)
         nibbles = torch.stack((codes % 16, codes // 16), 2).flatten(1).long()
         values = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=torch.float64)[nibbles]
+        if f"{name}.scale" in self.tensors:
+            exponents = self.tensors[f"{name}.scale"].view(torch.uint8).double() - 127
+            return values * torch.exp2(exponents).repeat_interleave(32, 1)
         scales = self.tensors[f"{name}.weight_scale"].double().repeat_interleave(16, 1)
         return values * scales * self.tensors[f"{name}.weight_scale_2"].double()
 

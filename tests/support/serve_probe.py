@@ -65,7 +65,7 @@ def record() -> None:
 def record_gated() -> None:
     from vllm_dsv4_moe import moe_method, runner
 
-    moe_method.ModelOptNvFp4Dsv4Method.gate_op = interpreted_gate_op
+    moe_method.Dsv4Method.gate_op = interpreted_gate_op
     runner.fused_gate = fused_and_kept
     record()
 

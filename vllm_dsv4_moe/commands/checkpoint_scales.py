@@ -1,4 +1,4 @@
-"""Statistics of a checkpoint's NVFP4 scales, layer by layer; only scale tensors are read."""
+"""Statistics of a checkpoint's scales, layer by layer; only scale tensors are read."""
 
 import struct
 from collections.abc import Iterable, Iterator
@@ -10,6 +10,7 @@ from vllm_dsv4_moe.safetensors_files import StoredTensor
 LINEARS = ("w1", "w2", "w3")
 E4M3_NAN = 0x7F
 E4M3_MAX = 0x7E  # 448
+E8M0_NAN = 0xFF
 
 
 @dataclass
@@ -39,6 +40,7 @@ class LayerScales:
     w13_input: Range = field(default_factory=Range)
     w2_input: Range = field(default_factory=Range)
     gate_up_differ: int = 0  # experts whose w1 and w3 have different weight_scale_2
+    block_scale: str = "weight_scale"  # its name; MXFP4's is scale
     blocks: Range = field(default_factory=Range)  # positive block scales, as values
     blocks_read: int = 0
     blocks_zero: int = 0
@@ -59,7 +61,9 @@ class LayerScales:
             if scale.bad
         ]
         if self.blocks.bad:
-            sentences.append(f"{self.layer}: {self.blocks.bad} weight_scale are NaN or negative")
+            sentences.append(
+                f"{self.layer}: {self.blocks.bad} {self.block_scale} are NaN or negative"
+            )
         return sentences
 
 
@@ -89,6 +93,10 @@ def layer_scales(
             tensor = stored.get(f"{experts}.{expert}.{linear}.weight_scale")
             if tensor is not None and tensor.dtype == "F8_E4M3":
                 _add_blocks(scales, tensor.read())
+            tensor = stored.get(f"{experts}.{expert}.{linear}.scale")
+            if tensor is not None and tensor.dtype == "F8_E8M0":
+                scales.block_scale = "scale"
+                _add_mxfp4_blocks(scales, tensor.read())
     return scales
 
 
@@ -110,6 +118,17 @@ def _add_blocks(scales: LayerScales, data: bytes) -> None:
     scales.blocks.bad += int(counts[E4M3_NAN] + counts[0x81:].sum())
     present = [int(code) for code in np.flatnonzero(counts[:E4M3_NAN]) if code]
     _add_values(scales.blocks, (e4m3_value(code) for code in present))
+    scales.blocks.count += len(data) - len(present)
+
+
+def _add_mxfp4_blocks(scales: LayerScales, data: bytes) -> None:
+    import numpy as np
+
+    counts = np.bincount(np.frombuffer(data, dtype=np.uint8), minlength=256)
+    scales.blocks_read += len(data)
+    scales.blocks.bad += int(counts[E8M0_NAN])
+    present = np.flatnonzero(counts[:E8M0_NAN]).tolist()
+    _add_values(scales.blocks, (2.0 ** (code - 127) for code in present))
     scales.blocks.count += len(data) - len(present)
 
 

@@ -11,10 +11,14 @@ COMMANDS = {
     "doctor": ("vllm_dsv4_moe.commands.doctor", "say whether this machine can serve, and how"),
     "tiny": (
         "vllm_dsv4_moe.commands.tiny",
-        "write a small random NVFP4 checkpoint",
+        "write a small random checkpoint",
     ),
     "demo": ("vllm_dsv4_moe.commands.demo", "serve a tiny checkpoint, ask it, show what ran where"),
     "inspect": ("vllm_dsv4_moe.commands.inspect", "check a checkpoint without loading it"),
+    "verify": (
+        "vllm_dsv4_moe.commands.verify",
+        "run a real layer of each kind against plain arithmetic",
+    ),
     "compile": ("vllm_dsv4_moe.commands.compile", "compile the expert kernels ahead of time"),
     "calibrate": ("vllm_dsv4_moe.commands.calibrate", "write activation scales from prompts"),
 }
@@ -22,7 +26,8 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dsv4-moe", description="The MoE layer of DeepSeek-V4 for NVFP4, as a vLLM plugin."
+        prog="dsv4-moe",
+        description="The MoE layer of DeepSeek-V4 in FP4, as a vLLM plugin.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module_name, summary) in COMMANDS.items():

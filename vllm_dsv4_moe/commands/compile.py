@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one call: max_num_batched_tokens times the data-parallel ranks",
     )
     parser.add_argument(
+        "--experts", choices=("nvfp4", "mxfp4"), default="nvfp4", help="format (default nvfp4)"
+    )
+    parser.add_argument(
         "--scale-per-row",
         action="store_true",
         help="for activation_scale token, or without swiglu_limit",
@@ -117,6 +120,7 @@ def shape_of(args: argparse.Namespace) -> "MoeShape":
         redundant_experts=args.redundant_experts,
         max_num_tokens=args.max_num_tokens,
         scale_per_row=args.scale_per_row,
+        weight_format=args.experts,
     )
 
 
@@ -149,6 +153,7 @@ def shape_of_config(path: Path, arch: str) -> "MoeShape":
         redundant_experts=redundant,
         max_num_tokens=per_rank * dp * cp,
         scale_per_row=settings.activation_scale == "token",
+        weight_format="mxfp4" if settings.formats == "mxfp4" else "nvfp4",
     )
 
 
@@ -167,6 +172,7 @@ def rank_shape(
     redundant_experts: int,
     max_num_tokens: int,
     scale_per_row: bool,
+    weight_format: str,
 ) -> "MoeShape":
     from dsv4_kernels.backends import choose_backend
     from dsv4_kernels.types import MoeShape
@@ -187,8 +193,9 @@ def rank_shape(
         hidden=hidden,
         intermediate=intermediate // tp_size,
         max_num_tokens=max_num_tokens,
-        quantize_activations=arch != "sm_90a",
+        quantize_activations=arch != "sm_90a" and weight_format == "nvfp4",
         scale_per_row=scale_per_row,
+        weight_format=weight_format,
     )
     choose_backend(BACKENDS[arch], shape, None)
     return shape

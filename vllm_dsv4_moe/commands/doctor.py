@@ -101,6 +101,7 @@ def diagnose() -> Iterator[Check]:
         yield from _guarded("register", check_registration())
         capability = gpus[0].capability if gpus else None
         yield from _guarded("backend", check_backends(capability, os.environ))
+        yield from _guarded("formats", check_formats(capability, os.environ))
 
 
 def _guarded(name: str, checks: Iterator[Check]) -> Iterator[Check]:
@@ -282,3 +283,26 @@ def check_backends(
     slow += ", and with --enforce-eager only" if slow and capability is not None else ""
     status = "note" if slow else "ok"
     yield Check("backend", status, f"{settings.backend} means {chosen}, {multiplies}{slow}")
+
+
+def check_formats(
+    capability: tuple[int, int] | None, environ: Mapping[str, str]
+) -> Iterator[Check]:
+    """Which experts this plugin would run here: by the setting, MXFP4 where a backend runs it."""
+    from vllm_dsv4_moe.moe_method import MXFP4_BACKENDS, backend_name
+    from vllm_dsv4_moe.settings import ENV_PREFIX, read_settings
+
+    try:
+        settings = read_settings({}, environ)
+    except ValueError:
+        return  # said already
+    backend = backend_name(settings, capability)
+    ours = settings.formats.split(",")
+    if "mxfp4" in ours and backend not in MXFP4_BACKENDS:
+        words = f"MXFP4 experts are vLLM's here: the {backend} backend runs NVFP4 alone"
+        yield Check("formats", "note", words)
+        return
+    words = f"{' and '.join(map(str.upper, ours))} experts are this plugin's"
+    if "mxfp4" not in ours and backend in MXFP4_BACKENDS:
+        words += f"; MXFP4 is vLLM's, unless {ENV_PREFIX}FORMATS is nvfp4,mxfp4"
+    yield Check("formats", "ok", words)

@@ -7,6 +7,7 @@ be served with this plugin; 1: it cannot; 2: there is nothing to check.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vllm_dsv4_moe.commands.checkpoint_scales import LayerScales, Range
 from vllm_dsv4_moe.commands.inspect_checkpoint import Inspection, Layer, inspect
+from vllm_dsv4_moe.settings import read_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
     if min(args.tp, args.dp) < 1 or args.block_scale_experts < 0:
         raise ValueError("--tp and --dp must be at least 1, --block-scale-experts at least 0")
-    found = inspect(args.checkpoint, args.tp, args.dp, args.scales, args.block_scale_experts)
+    formats = read_settings({}, os.environ).formats
+    found = inspect(
+        args.checkpoint, args.tp, args.dp, args.scales, args.block_scale_experts, formats
+    )
     if args.json:
         print(json.dumps(asdict(found), indent=1))
     else:
@@ -122,7 +127,7 @@ def print_details(console: "Console", found: Inspection) -> None:
 def print_scales(console: "Console", scales: list[LayerScales]) -> None:
     from rich.table import Table
 
-    table = Table(title="NVFP4 scales, least..greatest")
+    table = Table(title="Scales, least..greatest")
     names = ("w1,w3 global", "w2 global", "w1,w3 input", "w2 input", "blocks", "zero", "at 448")
     for name in ("layer", *names):
         table.add_column(name, overflow="fold")

@@ -74,10 +74,16 @@ class Inspection:
 
 
 def inspect(
-    folder: Path, tp: int = 1, dp: int = 1, scales: bool = False, num_sampled: int = 8
+    folder: Path,
+    tp: int = 1,
+    dp: int = 1,
+    scales: bool = False,
+    num_sampled: int = 8,
+    formats: str = "nvfp4",
 ) -> Inspection:
     """Read config and headers, compare; with `scales`, read the scale tensors too.
 
+    formats is the setting, which says whose the experts are.
     Raises ValueError where there is nothing to compare.
     """
     config_path = folder / "config.json"
@@ -95,10 +101,10 @@ def inspect(
         num_files=stored.num_files,
         num_bytes=stored.num_bytes,
         num_tensors=len(stored.tensors),
-        layers=_layers(sizes),
+        layers=_layers(sizes, formats),
         problems=list(stored.problems),
     )
-    _check_ours(found, sizes, config)
+    _check_ours(found, sizes, config, formats)
     expected = dict(checkpoint_tensors(sizes))
     if sizes.is_v41:
         _set_aside(found, stored.tensors, expected)
@@ -147,7 +153,7 @@ def model_name(sizes: dict[str, int]) -> str:
     return f"{known[0]} ({listed})" if len(known) == 1 else listed
 
 
-def _layers(sizes: ModelSizes) -> list[Layer]:
+def _layers(sizes: ModelSizes, formats: str) -> list[Layer]:
     attention = {4: "compressed 4 with indexer", 128: "compressed 128"}
     layers = []
     for number in range(sizes.num_layers + sizes.num_mtp_layers):
@@ -155,20 +161,20 @@ def _layers(sizes: ModelSizes) -> list[Layer]:
         name = f"mtp.{number - sizes.num_layers}" if is_mtp else f"layers.{number}"
         ratio = sizes.compress_ratios[number] if number < len(sizes.compress_ratios) else 0
         ratio = 0 if is_mtp else ratio
-        nvfp4 = sizes.is_nvfp4(f"{name}.ffn.experts")
+        experts = "NVFP4" if sizes.is_nvfp4(f"{name}.ffn.experts") else "MXFP4"
         layers.append(
             Layer(
                 name=name,
                 router="hash" if number < sizes.num_hash_layers else "dense",
                 attention="not read" if sizes.is_v41 else attention.get(ratio, "sliding window"),
-                experts="NVFP4" if nvfp4 else "MXFP4",
-                ours=nvfp4,
+                experts=experts,
+                ours=experts.lower() in formats.split(","),
             )
         )
     return layers
 
 
-def _check_ours(found: Inspection, sizes: ModelSizes, config: dict[str, Any]) -> None:
+def _check_ours(found: Inspection, sizes: ModelSizes, config: dict[str, Any], formats: str) -> None:
     config = {**config, **(config.get("text_config") or {}), "model_type": config.get("model_type")}
     quant = config.get("quantization_config") or {}
     if config.get("model_type") not in ("deepseek_v4", V41):
@@ -177,8 +183,9 @@ def _check_ours(found: Inspection, sizes: ModelSizes, config: dict[str, Any]) ->
         )
     if not any(layer.ours for layer in found.layers):
         found.problems.append(
-            f"no layer has NVFP4 experts (quantization_config.moe_quant_algo is "
-            f"{quant.get('moe_quant_algo')!r}): vLLM runs all of it with its own kernels"
+            f"no layer has {formats.upper()} experts (quantization_config.moe_quant_algo is "
+            f"{quant.get('moe_quant_algo')!r}): vLLM runs all of it with its own kernels, unless "
+            "the setting formats says otherwise"
         )
     elif quant.get("quant_method") not in ("fp8", "deepseek_v4_fp8"):
         found.problems.append(
@@ -186,13 +193,13 @@ def _check_ours(found: Inspection, sizes: ModelSizes, config: dict[str, Any]) ->
             "vLLM resolves only fp8 to the method that this plugin extends"
         )
     if config.get("expert_dtype", "fp4") != "fp4":
-        found.problems.append(f"expert_dtype is {config['expert_dtype']!r}, and NVFP4 is fp4")
+        found.problems.append(f"expert_dtype is {config['expert_dtype']!r}, and must be fp4")
     layer = LayerConfig(
         config.get("swiglu_limit"),
         config.get("scoring_func", SCORING),
         sizes.top_k,
         sizes.num_experts,
-        quant if any(layer.ours for layer in found.layers) else {},
+        quant if any(layer.ours and layer.experts == "NVFP4" for layer in found.layers) else {},
     )
     found.problems += layer.problems()
 

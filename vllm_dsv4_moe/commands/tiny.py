@@ -1,4 +1,4 @@
-"""A small random DeepSeek-V4 checkpoint with NVFP4 experts: what tests and the demo serve.
+"""A small random DeepSeek-V4 checkpoint with NVFP4 or MXFP4 experts: for tests and the demo.
 
 Names, dtypes, quantisation_config and tokenizer are those of a published copy; only the sizes are
 small and the values random. It loads in vLLM like any other checkpoint.
@@ -257,15 +257,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "vocab": "vocabulary",
         "linear": "all other linears: bf16, or fp8 as published; vLLM serves fp8 on GPUs, and "
         "on CPUs with AMX",
+        "expert_format": "the experts' format: nvfp4, or mxfp4 as DeepSeek publishes them",
         "mtp": "multi-token-prediction layers, with MXFP4 experts as published",
         "seed": "seed of the random values",
     }
+    options = {"experts": "num-experts", "expert_format": "experts"}
+    choices = {"linear": ("bf16", "fp8"), "expert_format": ("nvfp4", "mxfp4")}
     for field in fields(TinyConfig):
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
+            f"--{options.get(field.name, field.name).replace('_', '-')}",
+            dest=field.name,
             type=type(field.default),
             default=field.default,
-            choices=("bf16", "fp8") if field.name == "linear" else None,
+            choices=choices.get(field.name),
             help=f"{helps[field.name]} (default {field.default})",
         )
 
@@ -279,7 +283,8 @@ def run(args: argparse.Namespace) -> int:
     size = sum(file.stat().st_size for file in files)
     Console(soft_wrap=True, highlight=False).print(
         f"{out}: {config.layers} layers, {config.hash_layers} of them hash, "
-        f"{config.experts} NVFP4 experts, {size / 1e6:.1f} MB in {len(files)} files",
+        f"{config.experts} {config.expert_format.upper()} experts, {size / 1e6:.1f} MB in "
+        f"{len(files)} files",
         markup=False,
     )
     return 0

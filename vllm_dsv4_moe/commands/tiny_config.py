@@ -32,14 +32,16 @@ class TinyConfig:
     heads: int = 8
     vocab: int = 512
     linear: str = "bf16"  # what is not an expert: bf16, or fp8 as published
+    expert_format: str = "nvfp4"  # or mxfp4, as DeepSeek publishes them
     mtp: int = 0  # multi-token-prediction layers, with MXFP4 experts as published
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "intermediate", "experts", "top_k", "heads"):
             _require(getattr(self, name) > 0, f"{name} {getattr(self, name)} must be positive")
-        block = FP8_BLOCK if self.linear == "fp8" else MXFP4_BLOCK if self.mtp else NVFP4_BLOCK
-        reason = {FP8_BLOCK: "FP8 linears are", MXFP4_BLOCK: "MXFP4 (MTP) experts are"}.get(
+        has_mxfp4 = self.mtp or self.expert_format == "mxfp4"
+        block = FP8_BLOCK if self.linear == "fp8" else MXFP4_BLOCK if has_mxfp4 else NVFP4_BLOCK
+        reason = {FP8_BLOCK: "FP8 linears are", MXFP4_BLOCK: "MXFP4 (or MTP) experts are"}.get(
             block, "NVFP4 is"
         )
         for name in ("hidden", "intermediate"):
@@ -65,6 +67,10 @@ class TinyConfig:
             f"vocab {self.vocab} is too small: the byte tokenizer needs {MIN_VOCAB}",
         )
         _require(self.linear in ("bf16", "fp8"), f"linear {self.linear!r} must be bf16 or fp8")
+        _require(
+            self.expert_format in ("nvfp4", "mxfp4"),
+            f"expert_format {self.expert_format!r} must be nvfp4 or mxfp4",
+        )
         _require(self.mtp >= 0, f"mtp {self.mtp} cannot be negative")
 
 
@@ -147,15 +153,18 @@ def _quantization_config(config: TinyConfig, ratios: list[int]) -> dict[str, Any
         "fmt": "e4m3",
         "scale_fmt": "ue8m0",
         "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-        "moe_quant_algo": "NVFP4",
-        "quant_algo": "MIXED_PRECISION",
-        "group_size": NVFP4_BLOCK,
-        "quantized_layers": {
-            f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": NVFP4_BLOCK}
-            for layer in range(config.layers)
-        },
-        "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
     }
+    if config.expert_format == "nvfp4":
+        quant |= {
+            "moe_quant_algo": "NVFP4",
+            "quant_algo": "MIXED_PRECISION",
+            "group_size": NVFP4_BLOCK,
+            "quantized_layers": {
+                f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": NVFP4_BLOCK}
+                for layer in range(config.layers)
+            },
+            "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
+        }
     if config.linear == "bf16":
         blocks = [(f"layers.{layer}.", ratio) for layer, ratio in enumerate(ratios)]
         blocks += [(f"mtp.{layer}.", 0) for layer in range(config.mtp)]
