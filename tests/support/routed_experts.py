@@ -32,7 +32,7 @@ def routed_experts(
     )
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 
-    from vllm_dsv4_moe.moe_method import ModelOptNvFp4Dsv4Method
+    from vllm_dsv4_moe.moe_method import METHODS
 
     parallel = FusedMoEParallelConfig(
         *(tp[0], 1, 1, ep[0]), *(tp[1], 0, 0, ep[1]), sp_size=1, use_ep=ep[0] > 1,
@@ -58,7 +58,7 @@ def routed_experts(
         swiglu_limit=10.0,
     )
     quant_config = SimpleNamespace(
-        get_quant_method=lambda layer, prefix: ModelOptNvFp4Dsv4Method(
+        get_quant_method=lambda layer, prefix: METHODS[sizes.expert_format](
             moe_config, Settings(**settings)
         ),
         get_name=lambda: "deepseek_v4_fp8",
