@@ -72,11 +72,12 @@ def test_a_second_time_nothing_is_compiled(arch, for_image, tmp_path):
     ("arguments", "message"),
     [
         (["--model", "nano"], "nano is not pro, flash, a config.json or a folder with one"),
+        (["--model", "pro", "--experts", "mxfp4"], "this layer's are MXFP4, which vLLM's own kernels"),
         (["--model", "pro", "--ep-size", "7"], "384 experts cannot be divided among 7 ranks"),
         (["--model", "pro", "--tp-size", "64"], "intermediate size 48 of this rank is not a"),
         (["--config", "/dev/null"], "/dev/null does not say max-num-batched-tokens and model"),
     ],
-    ids=["model", "experts", "intermediate", "config"],
+    ids=["model", "format", "experts", "intermediate", "config"],
 )
 def test_a_users_mistake_is_a_sentence(arguments, message, tmp_path, capsys):
     out = tmp_path / "out"
@@ -179,3 +180,17 @@ def test_a_deployment_is_divided_as_vllm_divides_it(text, changes, tmp_path):
     path.write_text(f"model: nvidia/DeepSeek-V4-Flash-NVFP4\nmax-num-batched-tokens: 100\n{text}\n")
     whole = MoeShape(256, 256, 6, 4096, 2048, 100, True)
     assert shape_of_config(path, "sm_100a") == whole._replace(**changes)
+
+
+def test_hoppers_kernels_are_of_the_format_that_is_served(tmp_path, monkeypatch):
+    """Of a file by its setting; the kernels themselves differ."""
+    path = tmp_path / "flash.yaml"
+    path.write_text(
+        "model: flash\nmax-num-batched-tokens: 16\n"
+        "additional-config: {dsv4_moe: {formats: mxfp4}}\n"
+    )
+    shape = shape_of_config(path, "sm_90a")
+    assert shape == MoeShape(256, 256, 6, 4096, 2048, 16, False, weight_format="mxfp4")
+    kernels = BACKENDS["sm90"].kernels
+    of_nvfp4 = set(map(key_of, kernels(shape._replace(weight_format="nvfp4"), "sm_90a")))
+    assert not of_nvfp4 & set(map(key_of, kernels(shape, "sm_90a")))

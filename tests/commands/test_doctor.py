@@ -226,6 +226,21 @@ def test_a_machine_without_a_gpu_is_told_to_set_no_option():
     assert not [check for check in checks if re.search(r"\bset\b|VLLM_DSV4_MOE|--", check.text)]
 
 
+FORMATS = {
+    "H200": ((9, 0), "nvfp4", "ok", "NVFP4 experts are this plugin's; MXFP4 is vLLM's, unless"),
+    "H200, both": ((9, 0), "nvfp4,mxfp4", "ok", "NVFP4 and MXFP4 experts are this plugin's"),
+    "B200": ((10, 0), "nvfp4", "ok", "NVFP4 experts are this plugin's"),
+    "B200, both": ((10, 0), "nvfp4,mxfp4", "note", "vLLM's here: the sm100 backend runs NVFP4"),
+    "CPU, MXFP4 alone": (None, "mxfp4", "ok", "MXFP4 experts are this plugin's"),
+}
+
+
+@pytest.mark.parametrize("capability, formats, status, says", FORMATS.values(), ids=FORMATS)
+def test_formats(capability, formats, status, says):
+    (check,) = doctor.check_formats(capability, {"VLLM_DSV4_MOE_FORMATS": formats})
+    assert check.status == status and says in check.text
+
+
 def test_this_machine_is_healthy_as_vllm_sees_it():
     done = subprocess.run(
         [sys.executable, "-m", "vllm_dsv4_moe.commands.cli", "doctor", "--json"],

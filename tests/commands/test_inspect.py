@@ -366,9 +366,48 @@ def test_scale_statistics_are_those_of_the_bytes(checkpoint):
     assert (layer.w13_global.count, layer.gate_up_differ) == (16, 0)
     assert (layer.blocks.low, layer.blocks.high, layer.blocks.bad) == (2**-9, 448, 2)
     assert (layer.blocks_read, layer.blocks_zero, layer.blocks_at_max) == (24 * 512, 2, 1)
-    assert layer.problems() == ["layers.2: 2 weight_scale are NaN or negative"]
+    assert layer.problems() == ["layers.2: 2 of weight_scale are NaN or negative"]
     sampled = inspect(checkpoint, scales=True, num_sampled=2).scales[2]  # experts 0 and 4
     assert (sampled.blocks_read, sampled.blocks.bad) == (6 * 512, 0)
+
+
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory):
+    config = TinyConfig(
+        layers=2, hash_layers=1, hidden=128, intermediate=64, experts=8, heads=4, mtp=1,
+        expert_format="mxfp4",
+    )  # fmt: skip
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("inspect") / "mxfp4", config)
+
+
+def test_mxfp4_experts_are_ours_where_formats_says_so(mxfp4, original, monkeypatch, capsys):
+    assert main(["inspect", str(mxfp4)]) == 1
+    assert "no layer has NVFP4 experts" in capsys.readouterr().out
+    monkeypatch.setenv("VLLM_DSV4_MOE_FORMATS", "nvfp4,mxfp4")
+    assert main(["inspect", str(mxfp4), "--scales"]) == 0
+    text = capsys.readouterr().out
+    assert "layers.0       hash   MXFP4 experts" in text and "run by vLLM" not in text
+    mixed = inspect(original, formats="nvfp4,mxfp4")
+    assert [(layer.experts, layer.ours) for layer in mixed.layers] == [
+        ("NVFP4", True), ("NVFP4", True), ("NVFP4", True), ("MXFP4", True)
+    ]  # fmt: skip
+
+
+def test_mxfp4_scale_statistics_are_those_of_the_bytes(mxfp4, tmp_path):
+    copy = Path(shutil.copytree(mxfp4, tmp_path / "copy"))
+    shards = map(Shard, copy.glob("*.safetensors"))
+    (shard,) = (shard for shard in shards if "layers.1.ffn.experts.3.w2.scale" in shard.header)
+    for expert in range(8):
+        for linear in ("w1", "w2", "w3"):
+            blocks = np.full(256, 127, np.uint8)  # 1.0
+            if (expert, linear) == (3, "w2"):
+                blocks[:4] = [0, 254, 255, 120]  # 2^-127, 2^127, NaN, 2^-7
+            shard.put(f"layers.1.ffn.experts.{expert}.{linear}.scale", blocks.tobytes())
+    shard.save()
+    layer = inspect(copy, scales=True, formats="mxfp4").scales[1]
+    assert (layer.blocks.low, layer.blocks.high, layer.blocks.bad) == (2.0**-127, 2.0**127, 1)
+    assert layer.blocks_read == 24 * 256
+    assert layer.problems() == ["layers.1: 1 of scale are NaN or negative"]
 
 
 def test_e4m3_values():

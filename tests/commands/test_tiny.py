@@ -16,9 +16,13 @@ from vllm_dsv4_moe.commands.tiny_config import MIN_VOCAB, TinyConfig
 SMALL = TinyConfig(hidden=128, intermediate=128, experts=8, layers=4, mtp=1)
 
 
-@pytest.fixture(scope="module", params=["bf16", "fp8"])
+@pytest.fixture(
+    scope="module",
+    params=[{"linear": "bf16"}, {"linear": "fp8"}, {"expert_format": "mxfp4"}],
+    ids=["bf16", "fp8", "mxfp4"],
+)
 def checkpoint(request, tmp_path_factory):
-    config = TinyConfig(**{**vars(SMALL), "linear": request.param})
+    config = TinyConfig(**vars(SMALL) | request.param)
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "out", config)
 
 
@@ -43,14 +47,18 @@ def test_experts_dequantise_to_a_unit_gain_matrix(checkpoint):
     grid = torch.cat([grid, -grid])
     for name in ("w1", "w2", "w3"):
         linear = f"layers.0.ffn.experts.3.{name}"
-        packed = tensors[f"{linear}.weight"]
+        packed = tensors[f"{linear}.weight"].view(torch.uint8)
         codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-        scales = tensors[f"{linear}.weight_scale"].float().repeat_interleave(16, dim=-1)
-        weight = grid[codes.int()] * scales * tensors[f"{linear}.weight_scale_2"]
+        if f"{linear}.scale" in tensors:
+            scales = tensors[f"{linear}.scale"].float().repeat_interleave(32, dim=-1)
+        else:
+            scales = tensors[f"{linear}.weight_scale"].float().repeat_interleave(16, dim=-1)
+            scales *= tensors[f"{linear}.weight_scale_2"]
+        weight = grid[codes.int()] * scales
         assert (weight.square().sum(-1).mean() - 1).abs() < 0.1
         assert weight.mean().abs() < 0.01
     scale_2 = "layers.0.ffn.experts.3.{}.weight_scale_2"
-    assert tensors[scale_2.format("w1")] == tensors[scale_2.format("w3")]
+    assert tensors.get(scale_2.format("w1")) == tensors.get(scale_2.format("w3"))
 
 
 def test_hash_table_names_distinct_experts(checkpoint):
@@ -130,6 +138,10 @@ def test_tokenizer_gives_the_text_back(checkpoint):
             {"hidden": 192, "linear": "fp8"}, "hidden 192 must be a multiple of 128", id="fp8"
         ),
         pytest.param({"intermediate": 48, "mtp": 1}, "multiple of 32", id="mtp-intermediate"),
+        pytest.param(
+            {"hidden": 48, "expert_format": "mxfp4"}, "multiple of 32: MXFP4", id="mxfp4-hidden"
+        ),
+        pytest.param({"expert_format": "int4"}, "must be nvfp4 or mxfp4", id="format"),
         pytest.param({"experts": 4}, "top_k 6 cannot be more than the number", id="top-k"),
         pytest.param({"hash_layers": 5}, "hash_layers 5 must be from 0 to", id="hash-layers"),
         pytest.param({"heads": 6}, "heads 6 must be a multiple of 4", id="heads"),
@@ -148,5 +160,11 @@ def test_command_writes_and_refuses_a_folder_with_files(tmp_path, capsys):
     sizes = ["--hidden", "128", "--intermediate", "64", "--layers", "1", "--hash-layers", "0"]
     assert main(["tiny", str(out), *sizes]) == 0
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 128
+    mxfp4 = [str(tmp_path / "mxfp4"), "--experts", "mxfp4", "--num-experts", "7"]
+    assert main(["tiny", *mxfp4, *sizes]) == 0
+    assert "7 MXFP4 experts" in capsys.readouterr().out
+    config = json.loads((tmp_path / "mxfp4/config.json").read_text())
+    assert config["n_routed_experts"] == 7
+    assert "moe_quant_algo" not in config["quantization_config"]
     assert main(["tiny", str(out), *sizes]) == 2
     assert "is not an empty folder" in capsys.readouterr().err

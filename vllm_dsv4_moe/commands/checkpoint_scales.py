@@ -62,7 +62,7 @@ class LayerScales:
         ]
         if self.blocks.bad:
             sentences.append(
-                f"{self.layer}: {self.blocks.bad} {self.block_scale} are NaN or negative"
+                f"{self.layer}: {self.blocks.bad} of {self.block_scale} are NaN or negative"
             )
         return sentences
 

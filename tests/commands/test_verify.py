@@ -1,0 +1,170 @@
+"""`dsv4-moe verify`: real layers pass, and what is wrong in one of them is found and named."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_dsv4_moe.commands import verify
+from vllm_dsv4_moe.commands.cli import main
+from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
+from vllm_dsv4_moe.commands.tiny_config import TinyConfig
+from vllm_dsv4_moe.safetensors_files import read_checkpoint
+
+CONFIG = TinyConfig(layers=3, hash_layers=1, hidden=128, intermediate=64, experts=8, heads=4, mtp=1)
+
+
+@pytest.fixture(scope="module", params=["nvfp4", "mxfp4"])
+def original(request, tmp_path_factory):
+    config = dataclasses.replace(CONFIG, expert_format=request.param)
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("verify") / request.param, config)
+
+
+@pytest.fixture
+def checkpoint(original, tmp_path):
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+@pytest.fixture(autouse=True)
+def reference_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("VLLM_DSV4_MOE_BACKEND", "reference")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def change(checkpoint: Path, name: str, function) -> None:
+    for file in checkpoint.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = function(tensors[name])
+            save_file({n: t for n, t in tensors.items() if t is not None}, file)
+
+
+@pytest.mark.parametrize("activations", ["auto", "bf16"])
+def test_one_layer_of_each_kind_is_verified(original, activations, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_DSV4_MOE_ACTIVATIONS", activations)
+    assert main(["verify", str(original)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    experts = original.name.upper()
+    numerics = "W4A4" if (original.name, activations) == ("nvfp4", "auto") else "W4A16"
+    assert [line.partition(", error")[0] for line in lines[:3]] == [
+        f"layers.0 (hash, {experts}): reference, {numerics}",
+        f"layers.1 (dense, {experts}): reference, {numerics}",
+        "mtp.0 (draft, dense, MXFP4): reference, W4A16",
+    ]
+    assert all(line.endswith(": ok") and "router agrees" in line for line in lines[:3])
+    assert lines[3:] == ["verified: 3 kinds of layer, each as plain arithmetic has it"]
+
+
+def scale_name(checkpoint: Path) -> str:
+    return (
+        "weight_scale" if "nvfp4" in (checkpoint / "config.json").read_text().lower() else "scale"
+    )
+
+
+def as_bytes(function):
+    def changed(tensor):
+        tensor = tensor.clone()
+        function(tensor.view(torch.uint8))
+        return tensor
+
+    return changed
+
+
+def set_first(value: int):
+    def change_bytes(codes: torch.Tensor) -> None:
+        codes.view(-1)[0] = value
+
+    return as_bytes(change_bytes)
+
+
+def test_what_is_missing_or_of_another_shape_is_named(checkpoint, capsys):
+    change(checkpoint, "layers.1.ffn.experts.5.w2.weight", lambda t: None)
+    change(checkpoint, "mtp.0.ffn.experts.3.w1.scale", lambda t: t[:, :1].contiguous())
+    assert main(["verify", str(checkpoint)]) == 1
+    out = capsys.readouterr().out
+    assert "layers.1.ffn.experts.5.w2.weight is missing from the checkpoint: NOT OK" in out
+    assert "mtp.0.ffn.experts.3.w1.scale is F8_E8M0 [64, 1] and not F8_E8M0 or U8 [64, 4]" in out
+    assert "not verified: 2 of 3 kinds of layer are not as they should be" in out
+
+
+def test_a_scale_that_is_no_number_is_found(checkpoint, capsys):
+    scale = scale_name(checkpoint)
+    nan = 0x7F if scale == "weight_scale" else 0xFF
+    change(checkpoint, f"layers.0.ffn.experts.2.w3.{scale}", set_first(nan))
+    assert main(["verify", str(checkpoint)]) == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("layers.0 (hash") and first.endswith("NOT OK")
+
+
+BROKEN = {
+    "one expert's W2": ("w2", lambda weight: weight * -1),
+    "gate and up swapped": ("w13", lambda weight: weight.roll(len(weight) // 2, 0)),
+}
+
+
+@pytest.mark.parametrize("part, wrong", BROKEN.values(), ids=BROKEN)
+def test_a_backend_that_errs_in_one_expert_is_found(original, part, wrong, monkeypatch, capsys):
+    """Errors of a kernel, played by an oracle that takes one expert's weights for others."""
+    right, calls = verify.dequantised, []
+
+    def dequantised(codes, scales):
+        weight = right(codes, scales)
+        calls.append(codes)
+        last = 2 * CONFIG.experts - (1 if part == "w2" else 2)  # of the layer's calls: expert 7
+        return wrong(weight) if len(calls) % (2 * CONFIG.experts) == (last + 1) % 16 else weight
+
+    monkeypatch.setattr(verify, "dequantised", dequantised)
+    assert main(["verify", str(original)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("NOT OK") == 3 and "router agrees" in out
+
+
+@pytest.mark.parametrize("router", ["hash", "dense"])
+def test_a_router_that_prefers_other_experts_is_found(original, router, monkeypatch, capsys):
+    from dsv4_kernels import reference
+
+    right = reference.router_topk
+
+    def router_topk(*args, **kwargs):
+        routing = right(*args, **kwargs)
+        if (kwargs["table"] is not None) == (router == "hash"):
+            # One token's first expert is one that it does not have.
+            routing.ids[5, 0] = min(set(range(CONFIG.experts)) - set(routing.ids[5].tolist()))
+        return routing
+
+    monkeypatch.setattr(reference, "router_topk", router_topk)
+    assert main(["verify", str(original)]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "NOT OK" in line]
+    assert all(router in line and "prefers other experts" in line for line in wrong)
+    assert len(wrong) == (1 if router == "hash" else 2)
+
+
+def test_mxfp4_is_vllms_where_no_kernel_runs_it(original, monkeypatch):
+    stored = read_checkpoint(original)
+    config = json.loads((original / "config.json").read_text())
+    (draft,) = [layer for layer in verify.layers_of(stored.tensors, config) if layer.is_draft]
+    from vllm_dsv4_moe.settings import Settings
+
+    words, agrees = verify.verify(draft, stored.tensors, Settings(backend="sm100"))
+    assert agrees and words == "vLLM's, as the sm100 backend runs NVFP4 alone"
+
+
+def test_a_draft_of_v41_has_its_own_counts(original):
+    stored = read_checkpoint(original).tensors
+    text = {"num_experts_per_tok": 6, "dspark_num_experts_per_tok": 3, "swiglu_limit": 7.0}
+    *layers, draft = verify.layers_of(stored, {"model_type": "deepseek_v41", "text_config": text})
+    assert {layer.top_k for layer in layers} == {6} and draft.top_k == 3
+    assert draft.num_experts == CONFIG.experts and draft.limit == 7.0
+
+
+def test_a_folder_without_experts_is_refused(tmp_path, capsys):
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "holds no layer with NVFP4 or MXFP4 experts" in capsys.readouterr().err
