@@ -133,7 +133,8 @@ ATTRIBUTES = {
     "vllm.config.vllm.VllmConfig": "additional_config load_config model_config compilation_config"
     " parallel_config offload_config lora_config",
     "vllm.config.load.LoadConfig": "load_format",
-    "vllm.config.model.ModelConfig": "enable_sleep_mode enforce_eager enable_prompt_embeds",
+    "vllm.config.model.ModelConfig": "enable_sleep_mode enforce_eager enable_prompt_embeds"
+    " hf_text_config",
     "vllm.config.compilation.CompilationConfig": "cudagraph_mode",
     "vllm.config.compilation.CUDAGraphMode": "NONE",
     "vllm.platforms.interface.Platform": "is_cpu is_cuda get_device_capability",

@@ -15,7 +15,10 @@ from vllm_dsv4_moe.commands.gpus import GIB, Gpu
 from vllm_dsv4_moe.commands.serving import ServerError
 
 PYTHON = sys.executable
-ANNOUNCED = "INFO dsv4-moe: this plugin runs NVFP4 experts, on reference: layers 0-3"
+ANNOUNCED = (
+    "INFO dsv4-moe: this plugin runs NVFP4 experts, on reference: layers 0-3 (W4A4; without nvfp4 "
+    "in the setting formats they are vLLM's)"
+)
 H200 = Gpu("0", "GPU-a", "NVIDIA H200", (9, 0), 140 * GIB, 139 * GIB)
 BUSY = replace(H200, index="1", uuid="GPU-b", free=3 * GIB)
 B200 = Gpu("2", "GPU-c", "NVIDIA B200", (10, 0), 179 * GIB, 178 * GIB)

@@ -1,6 +1,6 @@
-"""A tiny V4 on a GPU through `vllm serve`: this plugin beside vLLM's own NVFP4 backends.
+"""A tiny V4 on a GPU through `vllm serve`: this plugin beside vLLM's own FP4 backends.
 
-The linears are bf16; `ours_fp8` has them in FP8 as published checkpoints do.
+Experts are NVFP4 and linears bf16, where a server's checkpoint does not say otherwise.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import dsv4_kernels
 import pytest
+import torch
 
 from vllm_dsv4_moe.commands.demo import GPU_SIZES
 from vllm_dsv4_moe.commands.serving import SMALL_ARGUMENTS, serve
@@ -33,8 +34,25 @@ SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
     ),
     "marlin": (["--kernel-config", '{"moe_backend": "marlin"}'], NOT_OURS),
     "emulation": (["--kernel-config", '{"moe_backend": "emulation"}'], NOT_OURS),
+    "mxfp4": ([], {"VLLM_DSV4_MOE_FORMATS": "mxfp4"}),
+    "mxfp4_reference": (
+        ["--enforce-eager"],
+        {"VLLM_DSV4_MOE_BACKEND": "reference", "VLLM_DSV4_MOE_FORMATS": "mxfp4"},
+    ),
+    "mxfp4_marlin": (["--kernel-config", '{"moe_backend": "marlin"}'], NOT_OURS),
+    "drafts": (
+        ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}'],
+        {"VLLM_DSV4_MOE_FORMATS": "nvfp4,mxfp4"},
+    ),
 }
-LINEAR = {"ours_fp8": "fp8"}
+# What a server's checkpoint has else than MODEL; linears in FP8 are as published.
+CHECKPOINTS: dict[str, dict] = {
+    "ours_fp8": {"linear": "fp8"},
+    "mxfp4": {"expert_format": "mxfp4"},
+    "mxfp4_reference": {"expert_format": "mxfp4"},
+    "mxfp4_marlin": {"expert_format": "mxfp4"},
+    "drafts": {"mtp": 1},
+}
 CACHE = f"--kv-cache-memory-bytes={2 << 30}"
 
 
@@ -45,11 +63,18 @@ def answers(tmp_path_factory):
     All servers start at once, since starting takes most of their time.
     """
     folder = tmp_path_factory.mktemp("serve_gpu")
-    for linear in ("bf16", "fp8"):
-        write_tiny_checkpoint(folder / linear, dataclasses.replace(MODEL, linear=linear))
+    for name in SERVERS:
+        sizes = dataclasses.replace(MODEL, **CHECKPOINTS.get(name, {}))
+        if not (folder / _folder(name)).exists():
+            write_tiny_checkpoint(folder / _folder(name), sizes)
     with ThreadPoolExecutor(len(SERVERS)) as pool:
         asked = {name: pool.submit(ask, name, folder) for name in SERVERS}
         yield lambda name: asked[name].result()
+
+
+def _folder(name: str) -> str:
+    """Of a server's checkpoint, shared by those that serve the same."""
+    return "-".join(f"{key}-{value}" for key, value in CHECKPOINTS.get(name, {}).items()) or "nvfp4"
 
 
 def ask(name: str, folder: Path) -> tuple[list[float], list[list[int]], str]:
@@ -58,7 +83,7 @@ def ask(name: str, folder: Path) -> tuple[list[float], list[list[int]], str]:
     # With a cache of given size no server measures how much memory the others left.
     arguments = [*SMALL_ARGUMENTS, "--gpu-memory-utilization=0.3", CACHE, *extra]
     logprobs, tokens = [], []
-    with serve(folder / LINEAR.get(name, "bf16"), log, arguments, environment) as server:
+    with serve(folder / _folder(name), log, arguments, environment) as server:
         for prompt in PROMPTS:
             body = server.complete(
                 prompt,
@@ -129,3 +154,42 @@ def test_none_of_our_kernels_is_compiled_while_serving(answers):
     ours = {n for f in kernels.rglob("*.py") for n in re.findall(r"def (\w+)\(", f.read_text())}
     assert "_layout_kernel" in ours
     assert not compiled & ours
+
+
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("MXFP4 experts are this plugin's on Hopper")
+
+
+def test_every_mxfp4_layer_is_ours(hopper, answers):
+    logprobs, tokens, log = answers("mxfp4")
+    assert f"runs MXFP4 experts, on sm90: layers 0-{MODEL.layers - 1} (W4A16" in log
+    assert "vLLM keeps the experts" not in log and "are rounded into them" not in log
+    assert all(math.isfinite(value) and value <= 0 for value in logprobs)
+    assert [len(answer) for answer in tokens] == [16] * len(PROMPTS)
+
+
+def test_mxfp4_agrees_with_marlin_and_the_reference(hopper, answers, record_property):
+    """All three multiply bf16 activations; the yardstick is what quantising them does."""
+    ours, marlin, reference = (
+        answers(name)[0] for name in ("mxfp4", "mxfp4_marlin", "mxfp4_reference")
+    )
+    yardstick = distance(answers("marlin")[0], answers("emulation")[0])
+    record_property("mxfp4_marlin", distance(ours, marlin))
+    record_property("mxfp4_reference", distance(ours, reference))
+    assert distance(ours, marlin) <= yardstick
+    assert distance(ours, reference) <= yardstick
+    pairs = zip(answers("mxfp4")[1], answers("mxfp4_marlin")[1], strict=True)
+    assert sum(ours[0] == theirs[0] for ours, theirs in pairs) >= len(PROMPTS) - 1
+
+
+def test_mxfp4_drafts_beside_nvfp4_experts_are_ours_too(hopper, answers, record_property):
+    logprobs, _, log = answers("drafts")
+    assert f"runs NVFP4 experts, on sm90: layers 0-{MODEL.layers - 1} (W4A16" in log
+    assert f"runs MXFP4 experts, on sm90: layers {MODEL.layers} (W4A16" in log
+    assert "vLLM keeps the experts" not in log
+    # Drafts choose no token: what the model says is what it says without them.
+    difference = distance(logprobs, answers("ours")[0])
+    record_property("drafts_ours", difference)
+    assert difference <= distance(answers("marlin")[0], answers("emulation")[0])
