@@ -188,7 +188,7 @@ def expected_tensors(sizes: ExpertSizes, weight_format: str) -> dict[str, Checkp
         ("w2", ("w2",), hidden, inter),
     ):
         for name, (suffix, dtypes, values) in FORMATS[weight_format].items():
-            shape = () if values is None else (rows, columns // values)
+            shape: tuple[int, ...] = () if values is None else (rows, columns // values)
             shapes = dict.fromkeys(shards, shape)
             expected[f"{prefix}_{name}"] = CheckpointTensor(suffix, dtypes, shapes)
     return expected

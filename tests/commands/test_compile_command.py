@@ -72,7 +72,10 @@ def test_a_second_time_nothing_is_compiled(arch, for_image, tmp_path):
     ("arguments", "message"),
     [
         (["--model", "nano"], "nano is not pro, flash, a config.json or a folder with one"),
-        (["--model", "pro", "--experts", "mxfp4"], "this layer's are MXFP4, which vLLM's own kernels"),
+        (
+            ["--model", "pro", "--experts", "mxfp4"],
+            "this layer's are MXFP4, which vLLM's own kernels",
+        ),
         (["--model", "pro", "--ep-size", "7"], "384 experts cannot be divided among 7 ranks"),
         (["--model", "pro", "--tp-size", "64"], "intermediate size 48 of this rank is not a"),
         (["--config", "/dev/null"], "/dev/null does not say max-num-batched-tokens and model"),

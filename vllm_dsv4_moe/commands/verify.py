@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +129,12 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
     import torch
     from dsv4_kernels import activation_scale
     from dsv4_kernels.backends import choose_backend
+    from dsv4_kernels.compile_processes import num_processes
+    from dsv4_kernels.compiled import arch_of
     from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
     from dsv4_kernels.types import MoeShape
 
+    from vllm_dsv4_moe.kernel_cache import COMPILATION
     from vllm_dsv4_moe.moe_method import MXFP4_BACKENDS, backend_name, quantizes_activations
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -139,6 +143,7 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
     is_mxfp4 = layer.weight_format == "mxfp4"
     if is_mxfp4 and name not in MXFP4_BACKENDS:
         return f"vLLM's, as the {name} backend runs NVFP4 alone", True
+    torch.set_float32_matmul_precision("highest")
     with torch.no_grad():
         weights = read_experts(layer, stored, device)
         x, routing, router_agrees = route(layer, stored, name, device)
@@ -163,6 +168,10 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
                     weights, limit=layer.limit, scaling=layer.scaling, headroom=headroom
                 )
         backend = choose_backend(settings.backend, shape, capability)
+        if capability is not None:
+            shape = shape._replace(scale_per_row=scales is not None and scales.fc2 is None)
+            COMPILATION.begin(backend, shape, arch_of(capability), num_processes())
+            COMPILATION.wait()
         prepared = prepare_layer(
             backend, shape, weights, limit=layer.limit, activation_scales=scales
         )
@@ -179,6 +188,8 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
         words = f"{name}, {numerics}, error {errors.mean():.4f}, of the worst token {worst:.4f} "
         words += f"(at most {tolerance}), "
         words += "router agrees" if router_agrees else "the router prefers other experts"
+        if prepared.rounding > 0:
+            words += f", scales rounded by {float(prepared.rounding):.1g} of the largest"
         if device.type == "cpu":
             words += f", {len(x)} tokens {seconds:.2f} s"
         else:
@@ -353,7 +364,7 @@ def timed(
         some_x = x[:NUM_TOKENS].repeat(copies, 1)[:count]
         some = Routing(*(part[:NUM_TOKENS].repeat(copies, 1)[:count] for part in routing))
         out = torch.empty_like(some_x)
-        us = replayed_us(lambda x=some_x, r=some, out=out: moe(x, r, layer, workspace, out=out))
+        us = replayed_us(partial(moe, some_x, some, layer, workspace, out=out))
         words.append(f"{count} {us:.0f}")
     return f"us by tokens: {', '.join(words)}"
 
