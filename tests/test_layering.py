@@ -5,6 +5,7 @@ shown to catch what it forbids.
 """
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,6 +173,22 @@ ALLOWED = {
 @pytest.mark.parametrize("module, source", ALLOWED.values(), ids=ALLOWED)
 def test_the_rules_allow(module, source):
     assert violations(module, source) == []
+
+
+@pytest.mark.parametrize("gpu", sorted(ARCHITECTURES))
+def test_a_gpus_folder_has_the_functions_of_gpu_folder(gpu):
+    """With GpuFolder's parameters, in the modules that `backends.MODULES` names."""
+    from dsv4_kernels.backends import MODULES, GpuFolder
+
+    wanted = {name for names in MODULES.values() for name in names}
+    assert wanted == {name for name in vars(GpuFolder) if not name.startswith("_")}
+    for module, names in MODULES.items():
+        tree = ast.parse(FILES[f"dsv4_kernels.{gpu}.{module}"].read_text())
+        found = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for name in names:
+            parameters = inspect.signature(getattr(GpuFolder, name)).parameters.values()
+            given = [*found[name].args, *found[name].kwonlyargs]
+            assert [arg.arg for arg in given] == [p.name for p in parameters][1:], (gpu, name)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -2,9 +2,8 @@
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from dsv4_kernels.backends import MoeLayer
 from dsv4_kernels.moe import moe, workspace_bytes
-from dsv4_kernels.types import Routing
+from dsv4_kernels.types import MoeLayer, Routing
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP

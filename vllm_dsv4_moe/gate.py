@@ -75,7 +75,7 @@ def fused_gate(
     """
     if op is None or gate is None:
         return None
-    reason = why_not_fused(gate, moe_config)
+    reason = unsupported_reason(gate, moe_config)
     if reason is not None:
         logger.info_once("dsv4-moe: vLLM applies the gate: %s", reason)
         return None
@@ -89,7 +89,7 @@ def fused_gate(
     return fused
 
 
-def why_not_fused(gate: torch.nn.Module, moe_config: FusedMoEConfig) -> str | None:
+def unsupported_reason(gate: torch.nn.Module, moe_config: FusedMoEConfig) -> str | None:
     """What keeps this gate from being applied by gate_route, or None."""
     if not isinstance(gate, GateLinear):
         return f"it is a {type(gate).__name__}"

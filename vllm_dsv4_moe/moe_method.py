@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from dsv4_kernels.backends import AUTO, MoeLayer, choose_backend
+from dsv4_kernels.backends import AUTO, choose_backend
 from dsv4_kernels.compile_processes import num_processes
 from dsv4_kernels.compiled import arch_of
 from dsv4_kernels.moe import prepare_layer
-from dsv4_kernels.types import ActivationScales, MoeShape
+from dsv4_kernels.types import ActivationScales, MoeLayer, MoeShape
 from torch.nn import Parameter
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
@@ -61,7 +61,7 @@ class Dsv4Method(FusedMoEMethodBase):
         self.router: Dsv4Router | None = None
         config = get_current_vllm_config()
         self.is_dummy = config.load_config.load_format == "dummy"
-        self.why_not_again = why_not_again(config, moe_config)
+        self.reload_unsupported_reason = reload_unsupported_reason(config, moe_config)
         capability = current_platform.get_device_capability()
         self.capability = None if capability is None else tuple(capability)
         self.shape = moe_shape(moe_config, settings, self.capability, self.weight_format)
@@ -104,10 +104,10 @@ class Dsv4Method(FusedMoEMethodBase):
         self.record = create_expert_params(layer, sizes, loader, self.weight_format)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        if self.moe_kernel is not None and self.why_not_again is not None:
+        if self.moe_kernel is not None and self.reload_unsupported_reason is not None:
             raise ValueError(
                 f"{layer.layer_name}: weights are loaded a second time, which cannot be with "
-                f"{self.why_not_again}: start the server again with the new weights"
+                f"{self.reload_unsupported_reason}: start the server again with the new weights"
             )
         numerics = "W4A4" if self.shape.quantize_activations else "W4A16, bf16 activations"
         self.announce(self.weight_format, self.backend.name, numerics)
@@ -275,7 +275,7 @@ class Mxfp4Dsv4Method(Dsv4Method):
 METHODS = {method.weight_format: method for method in (ModelOptNvFp4Dsv4Method, Mxfp4Dsv4Method)}
 
 
-def why_not_again(config: VllmConfig, moe_config: FusedMoEConfig) -> str | None:
+def reload_unsupported_reason(config: VllmConfig, moe_config: FusedMoEConfig) -> str | None:
     """What keeps weights from being loaded while serving; None where they can be."""
     if config.model_config.enable_sleep_mode:
         return "--enable-sleep-mode, whose level 2 drops what only loading makes"

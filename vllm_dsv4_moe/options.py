@@ -1,7 +1,8 @@
 """vLLM's options beside this plugin: which work, and which are refused when a layer is built.
 
-`OPTIONS` is the README's table; `refusal` is what refuses. An option that would change what the
-plugin's layer is given or may assume, and that nothing here handles, must not be served silently.
+`OPTIONS` is the README's table; `unsupported_reason` is what refuses. An option that would change
+what the plugin's layer is given or may assume, and that nothing here handles, must not be served
+silently.
 """
 
 from typing import NamedTuple
@@ -89,7 +90,9 @@ OPTIONS = (
 )
 
 
-def refusal(config: VllmConfig, moe_config: FusedMoEConfig, layer_name: str) -> str | None:
+def unsupported_reason(
+    config: VllmConfig, moe_config: FusedMoEConfig, layer_name: str
+) -> str | None:
     """Why this configuration cannot be served with this plugin's layer, or None."""
     parallel = moe_config.moe_parallel_config
     if config.parallel_config.enable_elastic_ep:

@@ -23,10 +23,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_s
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
-from vllm_dsv4_moe import METHOD_NAME
+from vllm_dsv4_moe import METHOD_NAME, options
 from vllm_dsv4_moe.layer_config import LayerConfig
 from vllm_dsv4_moe.moe_method import METHODS, MXFP4_BACKENDS, backend_name
-from vllm_dsv4_moe.options import refusal
 from vllm_dsv4_moe.safetensors_files import read_header
 from vllm_dsv4_moe.settings import Settings, read_settings
 
@@ -50,15 +49,15 @@ class OurLayers(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not isinstance(layer, RoutedExperts):
             return super().get_quant_method(layer, prefix)  # type: ignore[safe-super]
-        reason = self.why_vllms(layer, prefix)
+        reason = self.unsupported_reason(layer, prefix)
         if reason is None:
             self._check_files()
             config = get_current_vllm_config()
-            refused = refusal(config, layer.moe_config, prefix)
+            refused = options.unsupported_reason(config, layer.moe_config, prefix)
             weight_format = self.weight_format(prefix)
             assert weight_format is not None, prefix
             hf_config = config.model_config.hf_config
-            refused = refused or config_refusal(hf_config, layer, weight_format)
+            refused = refused or unsupported_config(hf_config, layer, weight_format)
             if refused is not None:
                 raise ValueError(f"{prefix}: {refused}")
             self._ours += ((weight_format, extract_layer_index(prefix)),)
@@ -68,7 +67,7 @@ class OurLayers(QuantizationConfig):
         self._announce(f"vLLM keeps the experts as {type(method).__name__}: {reason}", prefix)
         return method
 
-    def why_vllms(self, layer: RoutedExperts, prefix: str) -> str | None:
+    def unsupported_reason(self, layer: RoutedExperts, prefix: str) -> str | None:
         """Why vLLM's own method runs these experts; None where this package's does."""
         weight_format = self.weight_format(prefix)
         if weight_format is None:
@@ -137,7 +136,7 @@ class OurLayers(QuantizationConfig):
             logger.info("dsv4-moe: %s (first: %s)", what, prefix)
 
 
-def config_refusal(hf_config: Any, layer: RoutedExperts, weight_format: str) -> str | None:
+def unsupported_config(hf_config: Any, layer: RoutedExperts, weight_format: str) -> str | None:
     """Why the layer that config.json describes cannot be served, or None."""
     quant = getattr(hf_config, "quantization_config", None) or {}
     config = LayerConfig(

@@ -168,7 +168,7 @@ class Dsv4Router(BaseRouter):
             )  # fmt: skip
 
 
-def why_not_ours(vllm_router: FusedMoERouter) -> str | None:
+def unsupported_reason(vllm_router: FusedMoERouter) -> str | None:
     """What this router does that Dsv4Router does not, or None. Such a layer keeps vLLM's."""
     if getattr(vllm_router, "scoring_func", None) != "sqrtsoftplus":
         return f"{type(vllm_router).__name__} does not score by sqrt(softplus)"

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_dsv4_moe.gate import fused_gate
 from vllm_dsv4_moe.moe_method import Dsv4Method
-from vllm_dsv4_moe.router import Dsv4Router, why_not_ours
+from vllm_dsv4_moe.router import Dsv4Router, unsupported_reason
 
 logger = init_logger("vllm.dsv4_moe")
 READ = ("layer_name", "moe_config", "router", "routed_experts", "gate")  # of MoERunner's arguments
@@ -51,7 +51,7 @@ def _take_router(given: dict[str, Any]) -> None:
 def _our_router(
     layer_name: str, router: FusedMoERouter, routed_experts: RoutedExperts
 ) -> FusedMoERouter:
-    reason = why_not_ours(router)
+    reason = unsupported_reason(router)
     if reason is not None:
         logger.warning_once("dsv4-moe: vLLM's own router stays in %s: %s", layer_name, reason)
         return router

@@ -8,10 +8,9 @@ every variant. The tokens go to no expert, so the GEMMs (compiled by prepare_lay
 from typing import TYPE_CHECKING
 
 import torch
-from dsv4_kernels.backends import MoeLayer
 from dsv4_kernels.moe import moe, workspace_bytes
 from dsv4_kernels.route.gate_route import make_scratch
-from dsv4_kernels.types import Routing
+from dsv4_kernels.types import MoeLayer, Routing
 
 if TYPE_CHECKING:
     from vllm_dsv4_moe.router import Dsv4Router

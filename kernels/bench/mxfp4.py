@@ -64,7 +64,7 @@ def random_mxfp4(shape: MoeShape, device: str = "cuda") -> ExpertWeights:
 
 
 BACKENDS: dict[str, Callable[[MoeShape, ExpertWeights], MakeCall]] = {
-    "sm90": partial(ours, backend=replace(EXPERT_BACKENDS["sm90"], compile=None)),
+    "sm90": partial(ours, backend=replace(EXPERT_BACKENDS["sm90"], compile_layer=None)),
     "marlin": partial(mxfp4_peer, "marlin"),
     "humming": partial(mxfp4_peer, "humming"),
     "humming_fp8": partial(mxfp4_peer, "humming", fp8_activations=True),

@@ -14,7 +14,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv4_kernels.sm100.spec import CHUNK, TILE_M, Gemm, choose_config, gemms
+from dsv4_kernels.sm100.heuristic import choose_config, gemms
+from dsv4_kernels.sm100.spec import CHUNK, TILE_M, Gemm
 from dsv4_kernels.types import MoeShape
 
 SMS = 148  # CUTLASS's Blackwell examples; B200's multiprocessor count

@@ -1,11 +1,15 @@
 """What can run the layer: the oracle, or the grouped GEMMs of a GPU generation.
 
-A backend's functions import what they call, so that naming one, and asking what it supports, needs
-neither its libraries nor a GPU.
+A GPU's folder has the functions of `GpuFolder`, and one line here. They are imported when they are
+first called, so that naming a backend, and asking what it cannot run, needs neither its libraries
+nor a GPU.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -13,57 +17,85 @@ from dsv4_kernels.compiled import Kernel
 from dsv4_kernels.types import (
     MXFP4_BLOCK,
     NVFP4_BLOCK,
-    ActivationAmax,
-    ActivationScales,
+    ExpertLayout,
     ExpertWeights,
+    MoeLayer,
     MoeShape,
+    QuantizedRows,
     Routing,
 )
 
 
+class GpuFolder(Protocol):
+    """What `sm90` and `sm100` have in common, by module."""
+
+    # heuristic: pure
+    def unsupported_reason(self, shape: MoeShape) -> str | None:
+        """Why these kernels cannot run the layer, or None."""
+
+    def tile(self, shape: MoeShape, num_tokens: int) -> int:
+        """Rows that a group is padded to."""
+
+    def places_rows(self, shape: MoeShape, num_tokens: int) -> bool:
+        """Whether fc1 wants bf16 rows placed as the layout says, not by token."""
+
+    # weights
+    def prepare_weights(self, weights: ExpertWeights, rounding: torch.Tensor) -> ExpertWeights:
+        """Checkpoint layout -> this GPU's, in place, once, at load. rounding is MoeLayer's."""
+
+    # gemm
+    def kernels(self, shape: MoeShape, arch: str) -> list[Kernel]:
+        """What `compile_layer` finds in the kernel cache, or compiles; needs no GPU."""
+
+    def compile_layer(self, shape: MoeShape, device: torch.device) -> None:
+        """All that serving would otherwise compile or allocate; called at load."""
+
+    def fc1(
+        self,
+        x: torch.Tensor | QuantizedRows,
+        routing_weights: torch.Tensor,
+        layout: ExpertLayout,
+        layer: MoeLayer,
+        *,
+        out: torch.Tensor | QuantizedRows,
+    ) -> None:
+        """x: hidden states, or placed rows, quantised or not -> h, bf16 in W4A16 and where
+        layer.activation_scales.fc2 is None, otherwise QuantizedRows."""
+
+    def fc2(
+        self,
+        h: torch.Tensor | QuantizedRows,
+        layout: ExpertLayout,
+        layer: MoeLayer,
+        *,
+        out: torch.Tensor,
+    ) -> None:
+        """h -> bf16 rows for `combine`."""
+
+
+MODULES = {
+    "heuristic": ("unsupported_reason", "tile", "places_rows"),
+    "weights": ("prepare_weights",),
+    "gemm": ("kernels", "compile_layer", "fc1", "fc2"),
+}
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the layer. `supports` and `tile` are pure and need no GPU."""
+    """One way to run the layer: GpuFolder's functions, or `run`, which is all of it."""
 
     name: str
-    # (shape, compute capability or None without a GPU) -> why it cannot run the layer, or None
-    supports: Callable[[MoeShape, tuple[int, int] | None], str | None]
-    # (weights, rounding) -> weights: checkpoint layout -> this backend's, in place; called once, at
-    # load. rounding is MoeLayer's.
-    prepare: Callable[[ExpertWeights, torch.Tensor], ExpertWeights]
-    # (shape, num_tokens) -> rows that a group is padded to; 0 if it needs no workspace at all
-    tile: Callable[[MoeShape, int], int]
-    # (hidden_states, routing, layer, workspace, expert_map, out): all of it, if not by the steps of
-    # `moe.run_kernels`, which are these
+    # Compute capabilities that it is made for, by their first number; none are any device's.
+    majors: tuple[int, ...]
+    unsupported_reason: Callable[[MoeShape], str | None]
+    prepare_weights: Callable[[ExpertWeights, torch.Tensor], ExpertWeights]
+    tile: Callable[[MoeShape, int], int]  # 0 where there is no workspace at all
     run: Callable[..., None] | None = None
-    # (x, routing weights, layout, layer, out=h), x being hidden_states, or placed rows, quantised
-    # or not.
-    # h is bf16 in W4A16 and where layer.activation_scales.fc2 is None, otherwise QuantizedRows.
     fc1: Callable[..., None] | None = None
-    # (h, layout, layer, out=rows)
     fc2: Callable[..., None] | None = None
-    # (shape, num_tokens) -> whether fc1 wants bf16 rows placed as the layout says, not by token
-    places_rows: Callable[[MoeShape, int], bool] | None = None
-    # (shape, device): all that serving would otherwise compile or allocate; called at load
-    compile: Callable[[MoeShape, torch.device], None] | None = None
-    # (shape, arch): what `compile` finds in the kernel cache, or compiles; needs no GPU
+    places_rows: Callable[[MoeShape, int], bool] = lambda shape, num_tokens: False
+    compile_layer: Callable[[MoeShape, torch.device], None] | None = None
     kernels: Callable[[MoeShape, str], list[Kernel]] | None = None
-
-
-@dataclass(frozen=True)
-class MoeLayer:
-    """One layer's routed experts on one rank, ready to run; made by `moe.prepare_layer`."""
-
-    backend: Backend
-    shape: MoeShape
-    weights: ExpertWeights
-    limit: float | None  # swiglu_limit
-    activation_scales: ActivationScales | None  # None exactly in W4A16
-    saturated: torch.Tensor  # (1,) int64 on the device: NVFP4 blocks that did not fit, so far
-    # (1,) float32 on the device: the largest error of a weight that the backend cannot hold, over
-    # the largest scale of its expert; 0 where all are exact, as all of NVFP4's are
-    rounding: torch.Tensor
-    amax: ActivationAmax | None = None  # recorded while calibrating, see `moe.recording_layer`
 
 
 def _run_reference(
@@ -90,7 +122,7 @@ def _run_reference(
     )
 
 
-def _supports_weights(shape: MoeShape) -> str | None:
+def _unsupported_weights(shape: MoeShape) -> str | None:
     """What no backend can do: a scale is of 16 or 32 values along hidden and intermediate, and
     MXFP4 weights with NVFP4 activations are nobody's numerics."""
     blocks = {"nvfp4": NVFP4_BLOCK, "mxfp4": MXFP4_BLOCK}
@@ -113,134 +145,46 @@ def _supports_weights(shape: MoeShape) -> str | None:
     return None
 
 
+def _of_folder(name: str, major: int) -> Backend:
+    """dsv4_kernels.<name>, for GPUs of compute capability <major>."""
+
+    def lazy(module: str, function: str) -> Callable[..., Any]:
+        @functools.cache
+        def find():
+            return getattr(importlib.import_module(f"dsv4_kernels.{name}.{module}"), function)
+
+        return lambda *args, **kwargs: find()(*args, **kwargs)
+
+    functions = {f: lazy(module, f) for module, names in MODULES.items() for f in names}
+    return Backend(name, (major,), **functions)
+
+
 REFERENCE = Backend(
     name="reference",
-    supports=lambda shape, capability: _supports_weights(shape),
-    prepare=lambda weights, rounding: weights,
+    majors=(),
+    unsupported_reason=lambda shape: None,
+    prepare_weights=lambda weights, rounding: weights,
     tile=lambda shape, num_tokens: 0,
     run=_run_reference,
 )
-
-
-def _supports_sm90(shape: MoeShape, capability: tuple[int, int] | None) -> str | None:
-    from dsv4_kernels.sm90.gemm import unsupported
-
-    if capability is not None and capability[0] != 9:
-        major, minor = capability
-        return f"it is made for compute capability 9.0, and this GPU has {major}.{minor}"
-    return _supports_weights(shape) or unsupported(shape)
-
-
-def _shuffle_sm90(weights: ExpertWeights, rounding: torch.Tensor) -> ExpertWeights:
-    from dsv4_kernels.sm90.weights import shuffle_sm90
-
-    return shuffle_sm90(weights, rounding)
-
-
-def _places_rows_sm90(shape: MoeShape, num_tokens: int) -> bool:
-    from dsv4_kernels.sm90.gemm import places_rows
-
-    return places_rows(shape, num_tokens)
-
-
-def _compile_sm90(shape: MoeShape, device: torch.device) -> None:
-    from dsv4_kernels.sm90.gemm import compile_layer
-
-    compile_layer(shape, device)
-
-
-def _kernels_sm90(shape: MoeShape, arch: str) -> list[Kernel]:
-    from dsv4_kernels.sm90.gemm import kernels
-
-    return kernels(shape, arch)
-
-
-def _fc1_sm90(x, routing_weights, layout, layer: MoeLayer, *, out: torch.Tensor) -> None:
-    from dsv4_kernels.sm90.gemm import fc1
-
-    fc1(x, routing_weights, layout, layer.weights, layer.shape, layer.limit, out=out)
-
-
-def _fc2_sm90(h, layout, layer: MoeLayer, *, out: torch.Tensor) -> None:
-    from dsv4_kernels.sm90.gemm import fc2
-
-    fc2(h, layout, layer.weights, layer.shape, out=out)
-
-
-SM90 = Backend(
-    name="sm90",
-    supports=_supports_sm90,
-    prepare=_shuffle_sm90,
-    tile=lambda shape, num_tokens: 8,
-    fc1=_fc1_sm90,
-    fc2=_fc2_sm90,
-    places_rows=_places_rows_sm90,
-    compile=_compile_sm90,
-    kernels=_kernels_sm90,
-)
-
-
-def _supports_sm100(shape: MoeShape, capability: tuple[int, int] | None) -> str | None:
-    from dsv4_kernels.sm100.spec import unsupported
-
-    if capability is not None and capability[0] != 10:
-        return (
-            f"it is for compute capability 10 and this GPU has {capability[0]}.{capability[1]}: "
-            "set backend to auto"
-        )
-    return unsupported(shape)
-
-
-def _prepare_sm100(weights: ExpertWeights, rounding: torch.Tensor) -> ExpertWeights:
-    from dsv4_kernels.sm100.weights import swizzle_sm100
-
-    return swizzle_sm100(weights)
-
-
-def _tile_sm100(shape: MoeShape, num_tokens: int) -> int:
-    from dsv4_kernels.sm100.spec import choose_config
-
-    return choose_config(shape, num_tokens).tile
-
-
-def _compile_sm100(shape: MoeShape, device: torch.device) -> None:
-    from dsv4_kernels.sm100.gemm import compile_layer
-
-    compile_layer(shape, device)
-
-
-def _kernels_sm100(shape: MoeShape, arch: str) -> list[Kernel]:
-    from dsv4_kernels.sm100.gemm import kernels
-
-    return kernels(shape, arch)
-
-
-def _fc1_sm100(x, routing_weights, layout, layer, *, out) -> None:
-    from dsv4_kernels.sm100.gemm import fc1
-
-    weights, scales, limit = layer.weights, layer.activation_scales, layer.limit
-    fc1(x, routing_weights, layout, weights, scales, limit, layer.saturated, out=out)
-
-
-def _fc2_sm100(h, layout, layer, *, out) -> None:
-    from dsv4_kernels.sm100.gemm import fc2
-
-    fc2(h, layout, layer.weights, layer.activation_scales, out=out)
-
-
-SM100 = Backend(
-    name="sm100",
-    supports=_supports_sm100,
-    prepare=_prepare_sm100,
-    tile=_tile_sm100,
-    fc1=_fc1_sm100,
-    fc2=_fc2_sm100,
-    compile=_compile_sm100,
-    kernels=_kernels_sm100,
-)
+SM90 = _of_folder("sm90", 9)
+SM100 = _of_folder("sm100", 10)
 BACKENDS = {backend.name: backend for backend in (REFERENCE, SM90, SM100)}
 # The backend that `auto` means, by the major compute capability; `reference` without a GPU.
-AUTO = {9: "sm90", 10: "sm100"}
+AUTO = {major: backend.name for backend in BACKENDS.values() for major in backend.majors}
+
+
+def unsupported_reason(
+    backend: Backend, shape: MoeShape, capability: tuple[int, int] | None
+) -> str | None:
+    """Why the backend cannot run the layer on a GPU, or None; capability None asks of no GPU."""
+    if capability is not None and backend.majors and capability[0] not in backend.majors:
+        made_for = " or ".join(f"{major}.x" for major in backend.majors)
+        return (
+            f"it is made for compute capability {made_for}, and this GPU has "
+            f"{capability[0]}.{capability[1]}: set backend to auto"
+        )
+    return _unsupported_weights(shape) or backend.unsupported_reason(shape)
 
 
 def choose_backend(name: str, shape: MoeShape, capability: tuple[int, int] | None) -> Backend:
@@ -254,7 +198,7 @@ def choose_backend(name: str, shape: MoeShape, capability: tuple[int, int] | Non
         name = "reference" if capability is None else AUTO[capability[0]]
     if name not in BACKENDS:
         raise ValueError(f"there is no {name} backend in this build: use {_listed(BACKENDS)}")
-    reason = BACKENDS[name].supports(shape, capability)
+    reason = unsupported_reason(BACKENDS[name], shape, capability)
     if reason is not None:
         raise ValueError(f"the {name} backend cannot run this layer: {reason}")
     return BACKENDS[name]

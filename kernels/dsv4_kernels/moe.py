@@ -16,11 +16,12 @@ from dataclasses import replace
 import torch
 
 from dsv4_kernels import workspace as arena
-from dsv4_kernels.backends import REFERENCE, Backend, MoeLayer
+from dsv4_kernels.backends import REFERENCE, Backend
 from dsv4_kernels.types import (
     ActivationAmax,
     ActivationScales,
     ExpertWeights,
+    MoeLayer,
     MoeShape,
     QuantizedRows,
     Routing,
@@ -87,7 +88,7 @@ def run_kernels(
             scratch=buffers.quantize_scratch,
             out=buffers.x,
         )
-    elif backend.places_rows is not None and backend.places_rows(shape, num_tokens):
+    elif backend.places_rows(shape, num_tokens):
         # FC2 writes these rows when FC1 has read them.
         x = place_rows(hidden_states, layout.slot_to_row, out=buffers.rows)
     h = buffers.h if buffers.h_bf16 is None else buffers.h_bf16
@@ -127,9 +128,9 @@ def prepare_layer(
     device = weights.w13.device
     saturated = torch.zeros(1, dtype=torch.int64, device=device)
     rounding = torch.zeros(1, dtype=torch.float32, device=device)
-    if backend.compile is not None and weights.w13.is_cuda:
-        backend.compile(shape, device)
-    weights = backend.prepare(weights, rounding)
+    if backend.compile_layer is not None and weights.w13.is_cuda:
+        backend.compile_layer(shape, device)
+    weights = backend.prepare_weights(weights, rounding)
     return MoeLayer(backend, shape, weights, limit, activation_scales, saturated, rounding)
 
 

@@ -5,7 +5,8 @@ group is padded to a whole number of row tiles. How many rows exist is known on 
 so every buffer has a fixed capacity, and offsets say which part of it is alive.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,6 +107,22 @@ class ActivationAmax(NamedTuple):
 
     fc1: torch.Tensor  # (1,) float32
     fc2: torch.Tensor  # (num_local_experts,) float32; 0 for an expert that has had no row
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One layer's routed experts on one rank, ready to run; made by `moe.prepare_layer`."""
+
+    backend: Any  # backends.Backend
+    shape: MoeShape
+    weights: ExpertWeights
+    limit: float | None  # swiglu_limit
+    activation_scales: ActivationScales | None  # None exactly in W4A16
+    saturated: torch.Tensor  # (1,) int64 on the device: NVFP4 blocks that did not fit, so far
+    # (1,) float32 on the device: the largest error of a weight that the backend cannot hold, over
+    # the largest scale of its expert; 0 where all are exact, as all of NVFP4's are
+    rounding: torch.Tensor
+    amax: ActivationAmax | None = None  # recorded while calibrating, see `moe.recording_layer`
 
 
 def capacity(num_tokens: int, top_k: int, num_local_experts: int, tile: int) -> int:

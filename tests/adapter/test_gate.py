@@ -169,12 +169,12 @@ WHY_NOT = {
 
 @pytest.mark.parametrize("gate, config, module, says", WHY_NOT.values(), ids=WHY_NOT)
 def test_gates_of_another_kind_stay_vllms(gate, config, module, says):
-    from vllm_dsv4_moe.gate import fused_gate, logger, why_not_fused
+    from vllm_dsv4_moe.gate import fused_gate, logger, unsupported_reason
 
     stock = {"num_logical_experts": 12, "hidden_dim": 64, "is_lora_enabled": False, "pcp_size": 1}
     moe_config = SimpleNamespace(**stock | config)
-    assert says in why_not_fused(module or linear(**gate), moe_config)
-    assert why_not_fused(linear(), SimpleNamespace(**stock)) is None
+    assert says in unsupported_reason(module or linear(**gate), moe_config)
+    assert unsupported_reason(linear(), SimpleNamespace(**stock)) is None
     with mock.patch.object(logger, "info_once") as say:
         assert fused_gate(module or linear(**gate), moe_config, gate_route, False) is None
     assert says in say.call_args.args[0] % say.call_args.args[1:]

@@ -73,9 +73,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("changes, says", REFUSED.values(), ids=REFUSED)
 def test_refused(changes, says):
-    from vllm_dsv4_moe.options import refusal
+    from vllm_dsv4_moe.options import unsupported_reason
 
-    assert says in refusal(changed(**changes), moe_config(), LAYER)
+    assert says in unsupported_reason(changed(**changes), moe_config(), LAYER)
 
 
 TAKEN = {
@@ -88,9 +88,9 @@ TAKEN = {
 
 @pytest.mark.parametrize("changes", TAKEN.values(), ids=TAKEN)
 def test_taken(changes):
-    from vllm_dsv4_moe.options import refusal
+    from vllm_dsv4_moe.options import unsupported_reason
 
-    assert refusal(changed(**changes), moe_config(), LAYER) is None
+    assert unsupported_reason(changed(**changes), moe_config(), LAYER) is None
 
 
 def all2all_backends() -> tuple[str, ...]:
@@ -112,19 +112,21 @@ SORTING |= {"nixl_ep", "passthrough"}
 
 @pytest.mark.parametrize("name", sorted(set(all2all_backends()) - REPLACED))
 def test_an_all2all_backend_is_taken_by_name_or_refused(name):
-    from vllm_dsv4_moe.options import refusal
+    from vllm_dsv4_moe.options import unsupported_reason
 
-    says = refusal(changed(), moe_config(name), LAYER)
+    says = unsupported_reason(changed(), moe_config(name), LAYER)
     assert (says is None) == (name not in SORTING)
     assert says is None or f"--all2all-backend {name} hands over tokens" in says
-    assert refusal(changed(), moe_config(name, ranks=1), LAYER) is None, "not used by one rank"
+    assert unsupported_reason(changed(), moe_config(name, ranks=1), LAYER) is None, (
+        "not used by one rank"
+    )
 
 
 def test_batch_invariance_is_refused(monkeypatch):
-    from vllm_dsv4_moe.options import refusal
+    from vllm_dsv4_moe.options import unsupported_reason
 
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    assert "unset it" in refusal(changed(), moe_config(), LAYER)
+    assert "unset it" in unsupported_reason(changed(), moe_config(), LAYER)
 
 
 def test_the_readmes_table_is_the_codes():
@@ -136,7 +138,7 @@ def test_the_readmes_table_is_the_codes():
 
 
 def test_a_refusal_names_the_layer(vllm_config):
-    with mock.patch("vllm_dsv4_moe.quant_config.refusal", return_value="--this cannot be"):
+    with mock.patch("vllm_dsv4_moe.options.unsupported_reason", return_value="--this cannot be"):
         with pytest.raises(ValueError, match=rf"^{LAYER}: --this cannot be$"):
             loading.load_model(vllm_config)
 
@@ -199,17 +201,17 @@ NOT_AGAIN = {
 
 @pytest.mark.parametrize("sleeps, moves, says", NOT_AGAIN.values(), ids=NOT_AGAIN)
 def test_weights_cannot_be_loaded_again_with(sleeps, moves, says):
-    from vllm_dsv4_moe.moe_method import why_not_again
+    from vllm_dsv4_moe.moe_method import reload_unsupported_reason
 
     config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=sleeps))
     parallel = SimpleNamespace(enable_eplb=moves)
-    reason = why_not_again(config, SimpleNamespace(moe_parallel_config=parallel))
+    reason = reload_unsupported_reason(config, SimpleNamespace(moe_parallel_config=parallel))
     assert reason is None if says is None else says in reason
 
 
 def test_a_second_time_that_cannot_be_is_refused(checkpoint):
     config = loading.engine_config(checkpoint)
-    with mock.patch("vllm_dsv4_moe.moe_method.why_not_again", return_value="--that"):
+    with mock.patch("vllm_dsv4_moe.moe_method.reload_unsupported_reason", return_value="--that"):
         model = loading.load_model(config)
     with pytest.raises(ValueError, match="loaded a second time, which cannot be with --that"):
         reload(config, model)

@@ -170,8 +170,8 @@ def test_layers_that_are_not_ours_get_vllms_own_method(changes, number, whose, s
         mock.patch.object(quant_config, "current_platform", platform),
         mock.patch.object(quant_config, "METHODS", methods),
         mock.patch.object(quant_config, "get_current_vllm_config"),
-        mock.patch.object(quant_config, "refusal", return_value=None),
-        mock.patch.object(quant_config, "config_refusal", return_value=None),
+        mock.patch.object(quant_config.options, "unsupported_reason", return_value=None),
+        mock.patch.object(quant_config, "unsupported_config", return_value=None),
         mock.patch.object(quant_config.logger, "info") as say,
     ):
         answers = [config.get_quant_method(layer, prefix) for _ in range(2)]

@@ -122,7 +122,7 @@ WHY_NOT = {
 
 @pytest.mark.parametrize("changes, says", WHY_NOT.values(), ids=WHY_NOT)
 def test_routers_of_another_kind_stay_vllms(changes, says):
-    from vllm_dsv4_moe.router import why_not_ours
+    from vllm_dsv4_moe.router import unsupported_reason
 
-    assert says in why_not_ours(vllm_router(**changes))
-    assert why_not_ours(vllm_router()) is None
+    assert says in unsupported_reason(vllm_router(**changes))
+    assert unsupported_reason(vllm_router()) is None

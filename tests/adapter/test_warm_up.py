@@ -5,10 +5,10 @@ from unittest import mock
 
 import pytest
 import torch
-from dsv4_kernels.backends import SM90, SM100, MoeLayer
+from dsv4_kernels.backends import SM90, SM100
 from dsv4_kernels.route import gate_route, router_topk
 from dsv4_kernels.rows import combine, expert_layout, nvfp4_quantize, place_rows
-from dsv4_kernels.types import ActivationScales, ExpertLayout, ExpertWeights, MoeShape
+from dsv4_kernels.types import ActivationScales, ExpertLayout, ExpertWeights, MoeLayer, MoeShape
 
 from vllm_dsv4_moe.warm_up import WarmUp, launch_router, token_counts
 
@@ -145,7 +145,11 @@ def layer_of(backend, quantize: bool) -> tuple[MoeLayer, list]:
     weights = ExpertWeights(*(torch.zeros(8, 64, 32) for _ in range(6)))
     scales = ActivationScales(torch.ones(1), torch.ones(8)) if quantize else None
     backend = dataclasses.replace(
-        backend, fc1=gemm, fc2=gemm, places_rows=None, tile=lambda shape, num_tokens: 8
+        backend,
+        fc1=gemm,
+        fc2=gemm,
+        places_rows=lambda shape, num_tokens: False,
+        tile=lambda shape, num_tokens: 8,
     )
     return MoeLayer(backend, shape, weights, 10.0, scales, torch.zeros(1), torch.zeros(1)), calls
 

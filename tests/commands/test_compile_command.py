@@ -11,7 +11,7 @@ import pytest
 import torch
 from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.compiled import key_of
-from dsv4_kernels.sm100.spec import all_gemms
+from dsv4_kernels.sm100.heuristic import all_gemms
 from dsv4_kernels.types import MoeShape
 
 from tests.serving.test_configs import DEPLOYMENTS, parse

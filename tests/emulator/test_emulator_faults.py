@@ -276,7 +276,7 @@ def sm100_kernel(monkeypatch, tile: int, op: str, orders: list[Order]) -> Kernel
     rows = torch.randn(len(problem.live), on_sm100.INTERMEDIATE)
     h, meaning = on_sm100.quantized_rows(problem, rows, scales.fc2)
     exact = on_sm100.oracle_fc2(problem, meaning)[problem.live]
-    weights = on_sm100.prepared(problem.weights)
+    layer = on_sm100.layer_of(problem, scales)
     emulation = sm100_emulation.Emulation(clusters=1, max_instructions=MAX_INSTRUCTIONS)
     monkeypatch.setattr(on_sm100.sm100, "launch", emulation.launch)
 
@@ -287,7 +287,7 @@ def sm100_kernel(monkeypatch, tile: int, op: str, orders: list[Order]) -> Kernel
             return True
         size = (len(problem.live), on_sm100.HIDDEN)
         out = sm100_emulation.aligned(torch.full(size, torch.nan, dtype=torch.bfloat16))
-        on_sm100.sm100.fc2(h, problem.layout, weights, scales, out=out)
+        on_sm100.sm100.fc2(h, problem.layout, layer, out=out)
         return right(out[problem.live], exact)
 
     assert run(None, "eager", 0)

@@ -7,18 +7,16 @@ from typing import NamedTuple
 import pytest
 import torch
 from dsv4_kernels import reference
+from dsv4_kernels.backends import SM100
 from dsv4_kernels.sm100 import gemm as sm100
-from dsv4_kernels.sm100.spec import (
-    CONFIGS,
-    Config,
-    choose_config,
-    unsupported,
-)
-from dsv4_kernels.sm100.weights import swizzle_sm100
+from dsv4_kernels.sm100.heuristic import choose_config, unsupported_reason
+from dsv4_kernels.sm100.spec import CONFIGS, Config
+from dsv4_kernels.sm100.weights import prepare_weights
 from dsv4_kernels.types import (
     ActivationScales,
     ExpertLayout,
     ExpertWeights,
+    MoeLayer,
     MoeShape,
     QuantizedRows,
     capacity,
@@ -88,7 +86,18 @@ def make_problem(counts: list[int], tile: int, seed: int = 0) -> Problem:
 
 def prepared(weights: ExpertWeights) -> ExpertWeights:
     """Copies in the kernel's layout, each aligned."""
-    return swizzle_sm100(ExpertWeights(*map(aligned, weights)))
+    return prepare_weights(ExpertWeights(*map(aligned, weights)))
+
+
+def layer_of(
+    problem: "Problem",
+    scales: ActivationScales,
+    limit: float | None = None,
+    saturated: torch.Tensor | None = None,
+) -> MoeLayer:
+    """A layer of the problem's weights, in the kernels' order; of no shape: sm100 asks for none."""
+    weights = prepared(problem.weights)
+    return MoeLayer(SM100, None, weights, limit, scales, saturated, torch.zeros(1))
 
 
 def quantized_rows(
@@ -174,7 +183,7 @@ def test_fc2(run_emulated, config: Config, groups, mode, seed):
     scales = ActivationScales(torch.tensor([0.01]), torch.rand(len(groups)) * 0.01 + 0.001)
     h, meaning = quantized_rows(problem, torch.randn(len(problem.live), INTERMEDIATE), scales.fc2)
     out = aligned(torch.full((len(problem.live), HIDDEN), torch.nan, dtype=torch.bfloat16))
-    sm100.fc2(h, problem.layout, prepared(problem.weights), scales, out=out)
+    sm100.fc2(h, problem.layout, layer_of(problem, scales), out=out)
     assert_bf16_of(out[problem.live], oracle_fc2(problem, meaning)[problem.live])
     assert_bf16(out[problem.live], exact_fc2(problem, h, scales.fc2[problem.expert]))
 
@@ -203,10 +212,7 @@ def check_fc1(run_emulated, problem: Problem, limit: float | None, x_values=None
         x,
         problem.routing_weights,
         problem.layout,
-        prepared(problem.weights),
-        scales,
-        limit,
-        saturated,
+        layer_of(problem, scales, limit, saturated),
         out=out,
     )
     exact = oracle_fc1(problem, meaning, limit)[problem.live]
@@ -296,13 +302,13 @@ def test_token_policy(run_emulated, config: Config):
     scales, rows = ActivationScales(None, None), len(problem.live)
     x, meaning = quantized_rows(problem, torch.randn(rows, HIDDEN), None)
     out = aligned(torch.full((rows, INTERMEDIATE), torch.nan, dtype=torch.bfloat16))
-    weights = prepared(problem.weights)
-    sm100.fc1(x, problem.routing_weights, problem.layout, weights, scales, LIMIT, None, out=out)
+    layer = layer_of(problem, scales, LIMIT)
+    sm100.fc1(x, problem.routing_weights, problem.layout, layer, out=out)
     assert_bf16_of(out[problem.live], oracle_fc1(problem, meaning, LIMIT)[problem.live])
     assert_bf16(out[problem.live], exact_fc1(problem, x, x.global_scales, HIDDEN // 64))
     h, meaning = quantized_rows(problem, torch.where(problem.live[:, None], out.float(), 0), None)
     rows_out = aligned(torch.full((rows, HIDDEN), torch.nan, dtype=torch.bfloat16))
-    sm100.fc2(h, problem.layout, weights, scales, out=rows_out)
+    sm100.fc2(h, problem.layout, layer, out=rows_out)
     assert_bf16_of(rows_out[problem.live], oracle_fc2(problem, meaning)[problem.live])
     assert_bf16(rows_out[problem.live], exact_fc2(problem, h, h.global_scales))
     assert len(run_emulated.statistics) == 2
@@ -322,10 +328,10 @@ def test_chain_of_fc1_and_fc2(run_emulated, config: Config):
         aligned(torch.zeros(scale_rows, INTERMEDIATE // 16, dtype=torch.uint8)),
         scales.fc2,
     )
-    weights, saturated = prepared(problem.weights), aligned(torch.zeros(1, dtype=torch.int64))
-    sm100.fc1(x, problem.routing_weights, problem.layout, weights, scales, LIMIT, saturated, out=h)
+    layer = layer_of(problem, scales, LIMIT, aligned(torch.zeros(1, dtype=torch.int64)))
+    sm100.fc1(x, problem.routing_weights, problem.layout, layer, out=h)
     out = aligned(torch.full((rows, HIDDEN), torch.nan, dtype=torch.bfloat16))
-    sm100.fc2(h, problem.layout, weights, scales, out=out)
+    sm100.fc2(h, problem.layout, layer, out=out)
     block_scales = from_blocks(h.block_scales)[:rows].view(torch.float8_e4m3fn)
     gs = scales.fc2[problem.expert][:, None]
     meaning = reference.nvfp4_dequantize(h.codes, block_scales, gs)
@@ -350,7 +356,7 @@ def test_every_config_can_be_chosen_and_the_tile_never_falls():
 @pytest.mark.parametrize(("hidden", "intermediate"), [(7168, 3072 + 64), (7168 + 128, 3072)])
 def test_a_pair_of_ctas_only_where_it_has_whole_tiles(hidden, intermediate):
     shape = MoeShape(8, 8, 2, hidden, intermediate, 1 << 17, True)
-    assert unsupported(shape) is None
+    assert unsupported_reason(shape) is None
     assert choose_config(shape, 1 << 17) == CONFIGS[128]
 
 
@@ -364,7 +370,7 @@ def test_a_pair_of_ctas_only_where_it_has_whole_tiles(hidden, intermediate):
 )
 def test_what_it_cannot_run_is_refused(change, reason):
     shape = MoeShape(8, 8, 2, 7168, 3072, 64, True)._replace(**change)
-    assert reason in unsupported(shape)
+    assert reason in unsupported_reason(shape)
 
 
 def test_swizzled_scales_are_where_the_isa_wants_them():
@@ -393,7 +399,7 @@ def test_no_row_costs_no_mma_and_writes_nothing(run_emulated, config: Config):
     blocks = torch.zeros(-(-rows // 128) * 128, INTERMEDIATE // 16, dtype=torch.uint8)
     h = QuantizedRows(aligned(zeros), aligned(blocks), scales.fc2)
     out = aligned(torch.full((rows, HIDDEN), 3.0, dtype=torch.bfloat16))
-    sm100.fc2(h, layout, prepared(problem.weights), scales, out=out)
+    sm100.fc2(h, layout, layer_of(problem, scales), out=out)
     assert (out == 3).all()
     (statistics,) = run_emulated.statistics
     work = [n for n in statistics.counts if n.startswith(("tcgen05.mma", "tensor "))]

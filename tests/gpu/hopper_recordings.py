@@ -130,7 +130,6 @@ def run_case(case: Case, inputs: Inputs) -> torch.Tensor:
     """The case's output on the inputs' device, by the op's own host function."""
     with (
         patch.object(sm90, "gemms", lambda *given: (case.gemm, case.gemm)),
-        patch.object(sm90, "places_rows", lambda *given: not case.gather),
         patch.object(sm90, "num_sms", lambda device: case.num_blocks),
     ):
         return run(case.problem, inputs, case.op)

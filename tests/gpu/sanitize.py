@@ -26,17 +26,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from bench.checkout import checkout_commit
 from dsv4_kernels import reference
-from dsv4_kernels.backends import SM90
 from dsv4_kernels.compile_processes import fill
 from dsv4_kernels.compiled import Kernel, KernelCache, use_cache
-from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
+from dsv4_kernels.moe import moe, workspace_bytes
 from dsv4_kernels.route.gate_route import gate_route
 from dsv4_kernels.route.router_topk import router_topk
 from dsv4_kernels.rows.expert_layout import expert_layout
@@ -164,8 +162,7 @@ def run_layer(token_counts: tuple[int, ...], device: str) -> None:
     problem = Problem("layer", 1, LAYER.num_local_experts, 1, LAYER.hidden, LAYER.intermediate)
     inputs = sm90_problems.make_inputs(problem)
     prepared = type(inputs.prepared)(*(tensor.to(device) for tensor in inputs.prepared))
-    as_it_is = replace(SM90, prepare=lambda weights, rounding: weights)
-    layer = prepare_layer(as_it_is, LAYER, prepared, limit=LIMIT, activation_scales=None)
+    layer = sm90_problems.layer_of(prepared, LAYER, LIMIT)
     size = workspace_bytes(layer.backend, LAYER)
     workspace = sm90_problems.aligned(torch.full((size,), 0xFF, dtype=torch.uint8)).to(device)
     mapping = expert_map()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from bench.inputs import LIMIT, random_weights
 from dsv4_kernels import compile_processes, compiled
-from dsv4_kernels.backends import SM90, MoeLayer
+from dsv4_kernels.backends import SM90
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
 from dsv4_kernels.sm90 import gemm
-from dsv4_kernels.types import MoeShape, Routing
+from dsv4_kernels.types import MoeLayer, MoeShape, Routing
 
 from vllm_dsv4_moe import kernel_cache
 from vllm_dsv4_moe.kernel_cache import Compilation

@@ -6,8 +6,8 @@ The backend is `auto`'s, at the sizes of V4-Flash and V4-Pro on one rank of eigh
 import pytest
 import torch
 from dsv4_kernels import activation_scale, moe
-from dsv4_kernels.backends import BACKENDS, Backend, MoeLayer, choose_backend
-from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
+from dsv4_kernels.backends import BACKENDS, Backend, choose_backend
+from dsv4_kernels.types import ExpertWeights, MoeLayer, MoeShape, Routing
 
 pytestmark = pytest.mark.gpu
 

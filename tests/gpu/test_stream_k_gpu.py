@@ -17,11 +17,12 @@ from cuda.bindings import driver
 from cutlass import Int32
 from cutlass.cute.runtime import make_ptr
 from dsv4_kernels import moe
-from dsv4_kernels.backends import BACKENDS, MoeLayer
+from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90 import ptx
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm
+from dsv4_kernels.types import MoeLayer
 
 from tests.gpu.test_moe_gpu import FLASH, make_layer, random_call, workspace_of
 
@@ -52,7 +53,7 @@ def layer(request) -> Iterator[MoeLayer]:
         for num_tokens in TOKENS:
             for gemm in sm90.gemms(SHAPE, num_tokens):
                 compile_gemm(gemm)
-        yield make_layer(replace(BACKENDS["sm90"], compile=None), SHAPE)
+        yield make_layer(replace(BACKENDS["sm90"], compile_layer=None), SHAPE)
 
 
 @cute.kernel

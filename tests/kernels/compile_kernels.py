@@ -18,7 +18,7 @@ from dsv4_kernels.rows.combine import combine
 from dsv4_kernels.rows.expert_layout import expert_layout
 from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
 from dsv4_kernels.rows.place_rows import place_rows
-from dsv4_kernels.sm90.weights import shuffle_sm90
+from dsv4_kernels.sm90.weights import prepare_weights
 from dsv4_kernels.types import ExpertWeights, ImageBias
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -89,7 +89,7 @@ def launch_everything() -> None:
         combine(rows, layout.slot_to_row[:num_tokens])
         place_rows(x[:num_tokens], layout.slot_to_row[:num_tokens], out=rows)
     for block, dtype in ((16, torch.float8_e4m3fn), (32, torch.uint8)):
-        shuffle_sm90(zero_weights(block, dtype), torch.zeros(1))
+        prepare_weights(zero_weights(block, dtype), torch.zeros(1))
 
 
 def zero_weights(block: int, scale_dtype: torch.dtype, hidden: int = 256, intermediate: int = 64):

@@ -4,17 +4,11 @@ import math
 
 import pytest
 import torch
-from dsv4_kernels import reference
+from dsv4_kernels import backends, reference
 from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
-from dsv4_kernels.sm90.gemm import (
-    MOST_PARTIALS,
-    all_gemms,
-    compile_gemm,
-    gemms,
-    unsupported,
-)
-from dsv4_kernels.sm90.heuristic import choose_config
+from dsv4_kernels.sm90.gemm import MOST_PARTIALS, all_gemms, compile_gemm, gemms
+from dsv4_kernels.sm90.heuristic import choose_config, unsupported_reason
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm, Sm90Config
 from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
@@ -83,15 +77,15 @@ def test_a_cluster_that_gathers_is_refused():
 
 
 def test_what_the_kernels_cannot_run_is_said():
-    assert unsupported(FLASH) is None
-    assert "288" in unsupported(FLASH_41._replace(intermediate=288))
-    assert "no FP4" in unsupported(FLASH._replace(quantize_activations=True))
+    assert unsupported_reason(FLASH) is None
+    assert "288" in unsupported_reason(FLASH_41._replace(intermediate=288))
+    assert "no FP4" in unsupported_reason(FLASH._replace(quantize_activations=True))
     mxfp4 = FLASH._replace(weight_format="mxfp4")
-    assert unsupported(mxfp4) is None
-    assert "576" not in str(unsupported(mxfp4._replace(intermediate=576)))
-    assert "544" in unsupported(mxfp4._replace(intermediate=544))
-    with_gpu = BACKENDS["sm90"].supports(FLASH, (10, 0))
-    assert "9.0" in with_gpu and "10.0" in with_gpu
+    assert unsupported_reason(mxfp4) is None
+    assert "576" not in str(unsupported_reason(mxfp4._replace(intermediate=576)))
+    assert "544" in unsupported_reason(mxfp4._replace(intermediate=544))
+    with_gpu = backends.unsupported_reason(BACKENDS["sm90"], FLASH, (10, 0))
+    assert "9.x" in with_gpu and "10.0" in with_gpu
 
 
 @pytest.mark.parametrize("op", [0, 1], ids=["fc1", "fc2"])
@@ -283,6 +277,6 @@ def test_shuffling_needs_at_most_one_expert_more():
     one_expert = sum(tensor[0].nbytes for tensor in weights)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    layer.backend.prepare(weights, layer.rounding)
+    layer.backend.prepare_weights(weights, layer.rounding)
     peak = torch.cuda.max_memory_allocated() - before
     assert weights.w13[0].nbytes < peak <= one_expert, (peak, one_expert)

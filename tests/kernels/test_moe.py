@@ -3,8 +3,8 @@
 import pytest
 import torch
 from dsv4_kernels import moe, reference
-from dsv4_kernels.backends import BACKENDS, Backend, MoeLayer, choose_backend
-from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeShape, Routing
+from dsv4_kernels.backends import BACKENDS, Backend, choose_backend
+from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeLayer, MoeShape, Routing
 
 SHAPE = MoeShape(
     num_experts=6,
@@ -232,8 +232,9 @@ def oracle_fc2(h, layout, layer, *, out) -> None:
 
 CHAIN = Backend(
     name="chain",
-    supports=lambda shape, capability: None,
-    prepare=lambda weights, rounding: weights,
+    majors=(),
+    unsupported_reason=lambda shape: None,
+    prepare_weights=lambda weights, rounding: weights,
     tile=lambda shape, num_tokens: 8 if num_tokens < 16 else 32,
     fc1=oracle_fc1,
     fc2=oracle_fc2,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dsv4_kernels import reference
-from dsv4_kernels.sm90.weights import CHUNK, shuffle_sm90
+from dsv4_kernels.sm90.weights import CHUNK, prepare_weights
 from dsv4_kernels.types import ExpertWeights
 
 from tests.support.launches import peak_bytes
@@ -63,7 +63,7 @@ def random_mxfp4(
 def shuffle_on_device(weights: ExpertWeights) -> ExpertWeights:
     """A copy, shuffled where kernels run."""
     copy = ExpertWeights(*(tensor.to(DEVICE, copy=True) for tensor in weights))
-    return ExpertWeights(*(tensor.cpu() for tensor in shuffle_sm90(copy)))
+    return ExpertWeights(*(tensor.cpu() for tensor in prepare_weights(copy)))
 
 
 def assert_same_bytes(got: ExpertWeights, expected: ExpertWeights) -> None:
@@ -100,7 +100,7 @@ def test_the_shuffle_of_mxfp4_is_the_oracles_byte_for_byte(shape, scale_bytes):
     weights.w13[:, 5] = 0x80
     expected, error = shuffled_mxfp4(weights)
     rounding = torch.zeros(1, device=DEVICE)
-    got = shuffle_sm90(ExpertWeights(*(t.to(DEVICE, copy=True) for t in weights)), rounding)
+    got = prepare_weights(ExpertWeights(*(t.to(DEVICE, copy=True) for t in weights)), rounding)
     assert_same_bytes(got, expected)
     assert rounding.item() == error
     assert (error > 0) == (scale_bytes != SCALE_BYTES["31-powers"])
@@ -118,7 +118,7 @@ def test_the_shuffle_of_mxfp4_is_the_oracles_at_real_sizes(experts, hidden, inte
     part = ExpertWeights(*(tensor[checked].cpu() for tensor in weights))
     expected, error = shuffled_mxfp4(part)
     rounding = torch.zeros(1, device="cuda")
-    result = shuffle_sm90(weights, rounding)
+    result = prepare_weights(weights, rounding)
     assert_same_bytes(ExpertWeights(*(tensor[checked] for tensor in result)), expected)
     assert error <= rounding.item() <= 2.0**-32
 
@@ -137,7 +137,7 @@ def test_the_shuffle_is_the_oracles_at_real_sizes(experts, hidden, intermediate)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    result = shuffle_sm90(weights)
+    result = prepare_weights(weights)
     assert torch.cuda.max_memory_allocated() - before <= 300 << 20
     assert_same_bytes(ExpertWeights(*(tensor[checked] for tensor in result)), expected)
 
@@ -231,4 +231,4 @@ def test_scratch_is_one_chunk_of_the_larger_matrix():
     weights = random_weights(CHUNK + 1, 64, 64)
     one_expert = weights.w13[0].nbytes + weights.w13_block_scales[0].nbytes
     # Triton's interpreter allocates a few bytes in PyTorch.
-    assert 0 <= peak_bytes(lambda: shuffle_sm90(weights)) - CHUNK * one_expert < 4096
+    assert 0 <= peak_bytes(lambda: prepare_weights(weights)) - CHUNK * one_expert < 4096

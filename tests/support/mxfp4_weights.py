@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from dsv4_kernels import reference
 from dsv4_kernels.sm90 import gemm as sm90
-from dsv4_kernels.sm90.weights import shuffle_sm90
+from dsv4_kernels.sm90.weights import prepare_weights
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 
-from tests.support.sm90_problems import ROW_TILE, aligned
+from tests.support.sm90_problems import ROW_TILE, aligned, layer_of
 
 SIZE = 64  # of hidden and intermediate
 WINDOW = 31  # powers of two that an expert's scales may span without a rounding
@@ -38,14 +38,14 @@ def multiplied(
     )
     prepared = ExpertWeights(*(aligned(tensor).to(device) for tensor in prepared))
     rounding = torch.zeros(1, device=device)
-    shuffle_sm90(prepared, rounding)
+    prepare_weights(prepared, rounding)
     ids = torch.arange(experts, dtype=torch.int32).repeat_interleave(SIZE)[:, None]
     layout = reference.expert_layout(ids, experts, None, ROW_TILE)
     layout = ExpertLayout(*(aligned(tensor).to(device) for tensor in layout))
     scale = torch.exp2(-torch.tensor(power, dtype=torch.float32))
     h = aligned((torch.eye(SIZE) * scale[:, None, None]).flatten(0, 1).bfloat16()).to(device)
     out = aligned(torch.full((len(h), SIZE), float("nan"), dtype=torch.bfloat16)).to(device)
-    sm90.fc2(h, layout, prepared, shape, out=out)
+    sm90.fc2(h, layout, layer_of(prepared, shape), out=out)
     return Multiplied(out.cpu().unflatten(0, (experts, SIZE)).transpose(1, 2), float(rounding))
 
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from dsv4_kernels import reference
+from dsv4_kernels.backends import SM90
 from dsv4_kernels.sm90 import gemm as sm90
-from dsv4_kernels.types import MXFP4_BLOCK, ExpertLayout, ExpertWeights, MoeShape
+from dsv4_kernels.types import MXFP4_BLOCK, ExpertLayout, ExpertWeights, MoeLayer, MoeShape
 
 from tests.support.sm90_shuffle import shuffled, shuffled_mxfp4
 
@@ -170,20 +171,27 @@ def placed_rows(inputs: Inputs, top_k: int) -> torch.Tensor:
     return rows.to(inputs.x.device)
 
 
+def layer_of(prepared: ExpertWeights, shape: MoeShape, limit: float | None = None) -> MoeLayer:
+    """A layer of weights that are in the kernels' order already."""
+    nothing = torch.zeros(1, device=prepared.w13.device)
+    return MoeLayer(SM90, shape, prepared, limit, None, nothing, nothing)
+
+
 def run(problem: Problem, inputs: Inputs, op: str) -> torch.Tensor:
     """The op's own host function on the inputs' device; rows that do not exist stay NaN."""
     width = problem.intermediate if op == "fc1" else problem.hidden
     size = (len(inputs.layout.row_to_slot), width)
     out = aligned(torch.full(size, float("nan"), dtype=torch.bfloat16))
     out = out.to(inputs.x.device)
-    weights, layout, shape = inputs.prepared, inputs.layout, problem.shape
+    layout, shape = inputs.layout, problem.shape
+    layer = layer_of(inputs.prepared, shape, problem.limit)
     if op == "fc1":
         x, routing = inputs.x, inputs.routing_weights
-        if sm90.places_rows(shape, problem.num_tokens):
+        if not sm90.gemms(shape, problem.num_tokens)[0].gather:
             x = placed_rows(inputs, problem.top_k)
-        sm90.fc1(x, routing, layout, weights, shape, problem.limit, out=out)
+        sm90.fc1(x, routing, layout, layer, out=out)
     else:
-        sm90.fc2(inputs.h, layout, weights, shape, out=out)
+        sm90.fc2(inputs.h, layout, layer, out=out)
     return out
 
 

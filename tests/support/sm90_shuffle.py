@@ -1,4 +1,4 @@
-"""The oracle of `sm90.weights.shuffle_sm90` in plain PyTorch, its inverse, and what one needs."""
+"""The oracle of sm90's `prepare_weights` in plain PyTorch, its inverse, and what one needs."""
 
 import torch
 from dsv4_kernels.reference import E2M1_VALUES, unpack_e2m1

@@ -22,8 +22,7 @@ from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
 
 if TYPE_CHECKING:
     import torch
-    from dsv4_kernels.backends import MoeLayer
-    from dsv4_kernels.types import ExpertWeights, Routing
+    from dsv4_kernels.types import ExpertWeights, MoeLayer, Routing
 
     from vllm_dsv4_moe.settings import Settings
 

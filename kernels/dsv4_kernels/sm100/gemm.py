@@ -19,15 +19,10 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 from dsv4_kernels.compiled import Kernel, arch_of, compiled
+from dsv4_kernels.sm100.heuristic import all_gemms
 from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100
-from dsv4_kernels.sm100.spec import CONFIGS, Gemm, all_gemms
-from dsv4_kernels.types import (
-    ActivationScales,
-    ExpertLayout,
-    ExpertWeights,
-    MoeShape,
-    QuantizedRows,
-)
+from dsv4_kernels.sm100.spec import CONFIGS, Gemm
+from dsv4_kernels.types import ExpertLayout, MoeLayer, MoeShape, QuantizedRows
 
 _DTYPES = {
     torch.uint8: Uint8,
@@ -105,18 +100,16 @@ def fc1(
     x: QuantizedRows,
     routing_weights: torch.Tensor,
     layout: ExpertLayout,
-    weights: ExpertWeights,
-    scales: ActivationScales,
-    limit: float | None,
-    saturated: torch.Tensor,
+    layer: MoeLayer,
     *,
     out: QuantizedRows | torch.Tensor,
 ) -> None:
     """h of every row that exists: x (capacity, hidden) -> out (capacity, intermediate).
 
-    routing_weights (num_tokens, top_k) float32. out is QuantizedRows if scales.fc2 says with
-    which global scales, else bf16; saturated (1,) int64 grows by the blocks that did not fit.
+    routing_weights (num_tokens, top_k) float32. out is QuantizedRows if the layer's scales.fc2
+    says with which global scales, else bf16; layer.saturated grows by the blocks that did not fit.
     """
+    weights, scales = layer.weights, layer.activation_scales
     quantize = isinstance(out, QuantizedRows)
     assert quantize == (scales.fc2 is not None), scales
     gemm = _specialise("fc1", layout, weights, scales.fc1 is None, quantize)
@@ -138,21 +131,21 @@ def fc1(
             scales.fc2 if quantize else None,
             layout.row_to_slot,
             routing_weights,
-            saturated if quantize else None,
+            layer.saturated if quantize else None,
         ),
-        limit,
+        layer.limit,
     )
 
 
 def fc2(
     h: QuantizedRows,
     layout: ExpertLayout,
-    weights: ExpertWeights,
-    scales: ActivationScales,
+    layer: MoeLayer,
     *,
     out: torch.Tensor,
 ) -> None:
     """Rows for `combine`: h (capacity, intermediate) -> out (capacity, hidden) bf16."""
+    weights, scales = layer.weights, layer.activation_scales
     gemm = _specialise("fc2", layout, weights, scales.fc2 is None, False)
     launch(
         gemm,

@@ -3,10 +3,7 @@
 Pure Python: what decides about buffers and backends needs no compiler and no GPU.
 """
 
-import functools
 from dataclasses import dataclass
-
-from dsv4_kernels.types import MoeShape
 
 TILE_M = 128  # weight rows a CTA
 TILE_K = 256  # values of K a pipeline stage: 128 bytes of E2M1, the widest swizzle
@@ -43,46 +40,6 @@ CONFIGS = {
     128: Config(tile=128, num_ctas=1, token_box=32, stages=5),
     256: Config(tile=256, num_ctas=2, token_box=64, stages=5),
 }
-
-
-def unsupported(shape: MoeShape) -> str | None:
-    """Why these kernels cannot run the layer, or None."""
-    if shape.weight_format != "nvfp4":
-        return (
-            f"it multiplies NVFP4 weights, and this layer's are {shape.weight_format.upper()}, "
-            "which vLLM's own kernels take with MXFP8 activations: leave the layer to vLLM"
-        )
-    if not shape.quantize_activations:
-        return (
-            "it multiplies NVFP4 activations, and this layer keeps them in bf16: set activations "
-            "to auto"
-        )
-    for name, multiple in (("hidden", 128), ("intermediate", 64)):
-        size = getattr(shape, name)
-        if size % multiple:
-            return (
-                f"{name} size {size} of this rank is not a multiple of {multiple}: use a smaller "
-                "tensor-parallel size or expert parallelism"
-            )
-    return None
-
-
-def choose_config(shape: MoeShape, num_tokens: int) -> Config:
-    """By the rows that an expert gets if routing is even.
-
-    Each tile reads all of an expert's weights, from L2 after the first, so a tile should hold
-    what an expert usually gets; N follows the rows that exist, so a large tile costs padding and
-    shared memory only. Up to about 350 rows an expert is bound by reading its weights once (9
-    PFLOP/s over 8 TB/s, at 0.5625 bytes a weight); beyond, by the tensor cores, which two CTAs
-    and 256 tokens keep fed with half the shared-memory traffic of one and 128.
-    """
-    rows = num_tokens * shape.top_k / shape.num_experts
-    if rows <= 40:
-        return CONFIGS[64]
-    # A pair takes 256 weight rows: 128 gate and 128 up, or 256 of hidden.
-    if rows <= 160 or shape.intermediate % 128 or shape.hidden % 256:
-        return CONFIGS[128]
-    return CONFIGS[256]
 
 
 @dataclass(frozen=True)
@@ -169,25 +126,3 @@ class Gemm:
     def tmem_columns(self) -> int:
         """The two accumulators, then the scales."""
         return self.acc_stride + self.config.tile + self.scale_columns
-
-
-def gemms(shape: MoeShape, tile: int, fc1_per_row: bool) -> tuple[Gemm, Gemm]:
-    """(fc1, fc2) of a layer at one tile; fc1_per_row: whether x has one global scale per row."""
-    local, inner, hidden = shape.num_local_experts, shape.intermediate, shape.hidden
-    per_row, config = shape.scale_per_row, CONFIGS[tile]
-    return (
-        Gemm("fc1", local, inner, hidden, config, not per_row, fc1_per_row),
-        Gemm("fc2", local, hidden, inner, config, False, per_row),
-    )
-
-
-@functools.cache
-def all_gemms(shape: MoeShape) -> tuple[Gemm, ...]:
-    """Every specialisation that calls of up to shape.max_num_tokens need.
-
-    With a scale per row into FC2, x may have one per row or one in all (`token`, `warmup`).
-    """
-    tiles = {choose_config(shape, tokens).tile for tokens in range(1, shape.max_num_tokens + 1)}
-    policies = (False, True) if shape.scale_per_row else (False,)
-    found = [gemm for t in sorted(tiles) for p in policies for gemm in gemms(shape, t, p)]
-    return tuple(dict.fromkeys(found))

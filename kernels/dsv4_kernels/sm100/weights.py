@@ -18,11 +18,11 @@ BLOCK_ROWS, BLOCK_SCALES = 128, 4
 _PARTS = 4
 
 
-def swizzle_sm100(weights: ExpertWeights) -> ExpertWeights:
+def prepare_weights(weights: ExpertWeights, rounding: torch.Tensor | None = None) -> ExpertWeights:
     """Rewrite the block scales in place; shapes stay. Two launches for each quarter of a tensor's
     experts, which is copied.
 
-    Rows must be whole blocks of 128 and columns of 64 (`spec.unsupported`).
+    Rows must be whole blocks of 128 and columns of 64 (`heuristic.unsupported_reason`).
     """
     for tensor, gate_up in ((weights.w13_block_scales, True), (weights.w2_block_scales, False)):
         _, rows, columns = tensor.shape

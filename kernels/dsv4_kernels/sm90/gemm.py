@@ -24,7 +24,7 @@ from dsv4_kernels.compiled import Kernel, compiled
 from dsv4_kernels.sm90.heuristic import choose_config
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import FLAGS, MOST_PARTIALS, Gemm
-from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertLayout, ExpertWeights, MoeShape
+from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertLayout, MoeLayer, MoeShape
 
 H200_SMS = 132  # multiprocessors of an H200 or H100 (SXM): what is meant where there is no GPU
 _DTYPES = {
@@ -34,28 +34,6 @@ _DTYPES = {
     torch.float32: Float32,
     torch.int32: Int32,
 }
-
-
-def unsupported(shape: MoeShape) -> str | None:
-    """Why these kernels cannot run the layer, or None."""
-    if shape.quantize_activations:
-        return (
-            "compute capability 9.0 has no FP4 arithmetic, so activations stay in bf16: set "
-            "activations to bf16"
-        )
-    for name in ("hidden", "intermediate"):
-        size = getattr(shape, name)
-        if size % 64:
-            return (
-                f"{name} size {size} of this rank is not a multiple of 64: use a smaller "
-                "tensor-parallel size or expert parallelism"
-            )
-    return None
-
-
-def places_rows(shape: MoeShape, num_tokens: int) -> bool:
-    """Whether fc1 wants rows as the layout says."""
-    return not gemms(shape, num_tokens)[0].gather
 
 
 @functools.lru_cache(maxsize=4096)
@@ -156,9 +134,7 @@ def fc1(
     x: torch.Tensor,
     routing_weights: torch.Tensor,
     layout: ExpertLayout,
-    weights: ExpertWeights,
-    shape: MoeShape,
-    limit: float | None,
+    layer: MoeLayer,
     *,
     out: torch.Tensor,
 ) -> None:
@@ -169,7 +145,8 @@ def fc1(
     """
     assert x.dtype == out.dtype == torch.bfloat16, (x.dtype, out.dtype)
     assert x.is_contiguous() and out.is_contiguous() and routing_weights.is_contiguous()
-    gemm, _ = gemms(shape, len(routing_weights))
+    weights = layer.weights
+    gemm, _ = gemms(layer.shape, len(routing_weights))
     assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape
     launch(
         gemm,
@@ -184,15 +161,14 @@ def fc1(
             layout.row_to_slot,
             routing_weights,
         ),
-        limit,
+        layer.limit,
     )
 
 
 def fc2(
     h: torch.Tensor,
     layout: ExpertLayout,
-    weights: ExpertWeights,
-    shape: MoeShape,
+    layer: MoeLayer,
     *,
     out: torch.Tensor,
 ) -> None:
@@ -204,7 +180,8 @@ def fc2(
     """
     assert h.dtype == out.dtype == torch.bfloat16, (h.dtype, out.dtype)
     assert h.is_contiguous() and out.is_contiguous()
-    _, gemm = gemms(shape, len(layout.slot_to_row))
+    weights = layer.weights
+    _, gemm = gemms(layer.shape, len(layout.slot_to_row))
     launch(
         gemm,
         (

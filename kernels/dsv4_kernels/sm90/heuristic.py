@@ -8,6 +8,33 @@ from dsv4_kernels.types import MoeShape
 FEW_ROWS = 14  # an expert, at most, where tiles of 8 to 32 rows serve
 
 
+def unsupported_reason(shape: MoeShape) -> str | None:
+    """Why these kernels cannot run the layer, or None."""
+    if shape.quantize_activations:
+        return (
+            "compute capability 9.0 has no FP4 arithmetic, so activations stay in bf16: set "
+            "activations to bf16"
+        )
+    for name in ("hidden", "intermediate"):
+        size = getattr(shape, name)
+        if size % 64:
+            return (
+                f"{name} size {size} of this rank is not a multiple of 64: use a smaller "
+                "tensor-parallel size or expert parallelism"
+            )
+    return None
+
+
+def tile(shape: MoeShape, num_tokens: int) -> int:
+    """Rows that a group is padded to: N is a multiple of 8."""
+    return 8
+
+
+def places_rows(shape: MoeShape, num_tokens: int) -> bool:
+    """Whether fc1 wants rows as the layout says."""
+    return not choose_config(shape, num_tokens).gather
+
+
 def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
     """How both GEMMs run at a number of tokens, by the rows of an expert if routing is even.
 

@@ -11,7 +11,7 @@ of the stages of K of the tiles that are left, so that whatever the routing, all
 that began the tile adds them, in the order of K: the result does not depend on timing.
 
 One producer warpgroup fills a ring of shared-memory stages, each tile_k wide: codes and block
-scales by bulk copies (`weights.shuffle_sm90` made them contiguous), rows of x by TMA where
+scales by bulk copies (`weights.prepare_weights` made them contiguous), rows of x by TMA where
 they lie one after another, or gathered by 16-byte cp.async. The consumer warpgroups widen codes to
 bf16 in registers, which is exact, and multiply. The blocks of a cluster work on the same rows: each
 fetches some of them for all, and a stage is free when all have read it.

@@ -49,12 +49,12 @@ CHUNK = 8
 _K_BLOCKS = 4
 
 
-def shuffle_sm90(weights: ExpertWeights, rounding: torch.Tensor | None = None) -> ExpertWeights:
+def prepare_weights(weights: ExpertWeights, rounding: torch.Tensor | None = None) -> ExpertWeights:
     """Rewrite the four big tensors in place; shapes stay, the meaning of the bytes is above.
 
     Block scales must be 0 or positive numbers, MXFP4's below 255 (NaN): who loads a checkpoint
-    looks. Rows of both matrices and their K are multiples of 64 (`sm90.gemm.unsupported`). Three
-    launches a matrix and chunk.
+    looks. Rows of both matrices and their K are multiples of 64 (`heuristic.unsupported_reason`).
+    Three launches a matrix and chunk.
 
     MXFP4 takes two launches a matrix more, multiplies the global scales, and rounding (1,) float32
     grows to the largest error of a weight, over the largest scale of its expert: 0 if all is exact.
