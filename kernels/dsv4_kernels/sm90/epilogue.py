@@ -105,22 +105,17 @@ class Sm90Epilogue(Sm90Schedule):
             )
 
     @cute.jit
-    def _slot(self, block: Int32):
-        """Where partial sums and flags of a block are, in the cluster's place of this one."""
-        return block * self.cluster + self._rank()
-
-    @cute.jit
-    def _partial(self, partials: cute.Pointer, block: Int32, mb: cutlass.Constexpr):
-        """Where block's thread of this number keeps its partial sums of row block mb."""
+    def _partial(self, partials: cute.Pointer, bidx: Int32, mb: cutlass.Constexpr):
+        """Where block bidx's thread of this number keeps its partial sums of row block mb."""
         config = self.config
         tidx, _, _ = cute.arch.thread_idx()
-        first = (self._slot(block) * config.warpgroups + tidx // 128) * config.m_blocks + mb
+        first = (bidx * config.warpgroups + tidx // 128) * config.m_blocks + mb
         return partials + (first * (64 * self.tile_n_max) + tidx % 128 * 4)
 
     @cute.jit
-    def _flag(self, flags: cute.Pointer, block: Int32):
-        """Set when this warp of block has left its partial sums."""
-        return flags + (self._slot(block) * FLAGS + cute.arch.warp_idx())
+    def _flag(self, flags: cute.Pointer, bidx: Int32):
+        """Set when this warp of block bidx has left its partial sums."""
+        return flags + (bidx * FLAGS + cute.arch.warp_idx())
 
     @cute.jit
     def _await(self, flag: cute.Pointer):
@@ -135,16 +130,16 @@ class Sm90Epilogue(Sm90Schedule):
     def _leave(self, n: cutlass.Constexpr, acc: list, fix_up: tuple):
         """The sums of a tile that an earlier block began."""
         partials, flags = fix_up
-        block, _ = self._this_block()
+        bidx, _, _ = cute.arch.block_idx()
         for mb in cutlass.range_constexpr(self.config.m_blocks):
-            target = self._partial(partials, block, mb)
+            target = self._partial(partials, bidx, mb)
             for i in cutlass.range_constexpr(0, n // 2, 4):
                 ptx.store_partial(
                     target + i * 128, acc[mb][i], acc[mb][i + 1], acc[mb][i + 2], acc[mb][i + 3]
                 )
         cute.arch.sync_warp()
         if cute.arch.lane_idx() == 0:
-            ptx.set_flag(self._flag(flags, block), Int32(1))
+            ptx.set_flag(self._flag(flags, bidx), Int32(1))
 
     @cute.jit
     def _add_parts(
@@ -163,6 +158,7 @@ class Sm90Epilogue(Sm90Schedule):
         """
         partials, flags = fix_up
         block, grid = self._this_block()
+        bidx, _, _ = cute.arch.block_idx()
         lane = cute.arch.lane_idx()
         tile_end = self._cut(block + 1, tables) + (self.k_stages - k_first)
         parts = Int32(0)  # following blocks that begin inside this tile
@@ -172,7 +168,7 @@ class Sm90Epilogue(Sm90Schedule):
             begins, ends = self._cut(other, tables), self._cut(other + 1, tables)
             is_part = other < grid and begins < tile_end
             if is_part and ends > begins:
-                flag = self._flag(flags, other)
+                flag = self._flag(flags, bidx - (other - block) * self.cluster)
                 self._await(flag)
                 flag.store(Int32(0))
             cute.arch.sync_warp()
@@ -191,8 +187,8 @@ class Sm90Epilogue(Sm90Schedule):
                 batch = quads[start : start + SUMS_AT_ONCE // 4]
                 sums = []
                 for g, mb, i in batch:
-                    other = block + 1 + cutlass.min(first + g, parts - 1)
-                    source = self._partial(partials, other, mb)
+                    after = 1 + cutlass.min(first + g, parts - 1)
+                    source = self._partial(partials, bidx - after * self.cluster, mb)
                     sums.append(ptx.load_partial(source + i * 128))
                 for (g, mb, i), values in zip(batch, sums, strict=True):
                     other = block + 1 + first + g

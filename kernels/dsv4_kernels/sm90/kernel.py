@@ -324,7 +324,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         k_blocks_total = self.k // 64
         stage_bytes = self.m_blocks_tile * self.k_blocks * self._block_bytes()
         is_first = Boolean(True)
-        rank = self._rank()
+        rank = cute.arch.block_idx()[0] % self.cluster
         everyone = cutlass.Int16((1 << self.cluster) - 1) if self.cluster > 1 else None
         whole, first, end = self._share(tables)
         position = Int32(0) if whole > 0 else first

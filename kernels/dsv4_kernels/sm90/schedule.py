@@ -68,11 +68,6 @@ class Sm90Schedule:
         return grid - 1 - bidx // self.cluster, grid
 
     @cute.jit
-    def _rank(self):
-        """Of this block in its cluster."""
-        return cute.arch.block_idx()[0] % self.cluster
-
-    @cute.jit
     def _plan(self, counts: cute.Pointer, offsets: cute.Pointer, tables: tuple):
         """Fills the tables; by all threads of a block."""
         s_counts, s_offsets = tables[1:3]
