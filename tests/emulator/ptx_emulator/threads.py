@@ -316,11 +316,14 @@ class Gang:
             if other is None:
                 at[place] = strand
                 continue
+            shared = set(strand.warps) & set(other.warps)
+            if bool(strand.blocked) != bool(other.blocked) and not shared:
+                continue  # whole warps need not wait for the rest of others
             mask = strand.mask | other.mask
             joined = Strand(strand.pc, self.full if mask.all() else mask)
             joined.parked = strand.parked or other.parked
             joined.polled = strand.polled or other.polled
-            if strand.blocked and other.blocked and not set(strand.warps) & set(other.warps):
+            if strand.blocked and other.blocked and not shared:
                 joined.blocked = CONVERGENCE
             self.strands.remove(strand)
             self.strands.remove(other)
