@@ -77,7 +77,7 @@ def compile_in_processes(shapes: list[MoeShape], path: Path) -> None:
     """Have `sm90` launch kernels from objects that processes without a GPU keep in a folder."""
     gemms = {gemm for shape in shapes for n in TOKENS for gemm in sm90.gemms(shape, n)}
     kernels = [Kernel(sm90.compile_now, gemm, "sm_90a") for gemm in gemms]
-    folder = TrustedFolder(path)
+    folder = TrustedFolder.make(path, 0o755)
     failures = CompileProcesses(kernels, folder, os.cpu_count() or 1, os.environ).wait()
     assert not failures, failures
     use_cache(KernelCache([folder]))
@@ -86,10 +86,10 @@ def compile_in_processes(shapes: list[MoeShape], path: Path) -> None:
 def run(arguments: argparse.Namespace) -> None:
     deadline = time.monotonic() + arguments.seconds
     shapes = {title: SHAPES[title] for title in shape_titles(arguments.shapes)}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         if "sm90" in arguments.backends.split(","):
             start = time.monotonic()
-            compile_in_processes(list(shapes.values()), Path(folder))
+            compile_in_processes(list(shapes.values()), arguments.objects or Path(temporary))
             print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
         run_shapes(shapes, arguments, deadline)
 
@@ -163,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     runner.add_argument("--out", type=Path, required=True)
     runner.add_argument("--shapes", default="0,1,2,3", help=f"which of {list(SHAPES)}, from 0")
     runner.add_argument("--backends", default=",".join(MEASURED), help=f"of {', '.join(BACKENDS)}")
+    runner.add_argument("--objects", type=Path, help="folder that keeps our compiled kernels")
     runner.add_argument("--seconds", type=float, default=330, help="begin nothing after (330)")
     runner.add_argument("--commit", default=None, help="where there is no git")
     runner.set_defaults(call=run)
