@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
 
 # A command's module has add_arguments(parser) and run(args) -> exit status, and imports torch or
 # vLLM inside run only.
@@ -24,11 +26,18 @@ COMMANDS = {
 }
 
 
+class ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"{parser.prog} {version('vllm-dsv4-moe')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dsv4-moe",
         description="The MoE layer of DeepSeek-V4 in FP4, as a vLLM plugin.",
     )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show it and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module_name, summary) in COMMANDS.items():
         module = importlib.import_module(module_name)
