@@ -1,5 +1,6 @@
 """What the README says is what the code does: its tables, files and commands."""
 
+import ast
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,34 @@ def test_a_benchs_tables_are_of_the_kept_numbers(bench, capsys):
     written = README.split(f"<!-- {bench}: begin -->\n")[1].split(f"<!-- {bench}: end -->")[0]
     REPORTS[bench](SimpleNamespace(results=RESULTS / f"{bench}.json", plot=None))
     assert written == capsys.readouterr().out
+
+
+def test_what_it_gives_is_the_tables():
+    ratios = [float(ratio) for ratio in re.findall(r"(?m)\| ([\d.]+)× \|$", README)]
+    words = " ".join(README.split())
+    assert len(ratios) > 1 and f"{min(ratios)} to {max(ratios)} times as fast" in words
+
+
+def messages() -> list[str]:
+    """Regular expressions of the sentences that the plugin's modules are written with."""
+    found = []
+    for path in (ROOT / "vllm_dsv4_moe").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else "%s" for part in parts]
+            if all(isinstance(text, str) for text in texts):
+                pieces = re.split(r"%[sd]", "".join(texts).removeprefix("dsv4-moe: "))
+                found.append(".+".join(map(re.escape, pieces)))
+    return [message for message in found if not message.startswith(".+")]
+
+
+LOGGED = re.findall(r"(?m)^ {4}((?:vllm-)?dsv4-moe(?:: | leaves ).*)", README)
+
+
+@pytest.mark.parametrize("line", LOGGED)
+def test_line_of_the_log_is_one_that_is_logged(line):
+    sentence = line.removeprefix("dsv4-moe: ").removesuffix(" (first: …)")
+    assert any(re.fullmatch(message, sentence) for message in messages())
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))

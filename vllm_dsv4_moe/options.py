@@ -22,24 +22,26 @@ ALL2ALL_BACKENDS = (
 
 class Option(NamedTuple):
     name: str
-    verdict: str  # works, read (works by what vLLM's source says, not run), or refused
+    verdict: str  # works on CPU or H200, read (by vLLM's source it works, not run), or refused
     why: str
 
 
 OPTIONS = (
     Option(
         "`--tensor-parallel-size`, `--data-parallel-size`, `--enable-expert-parallel`",
-        "works",
+        "works on CPU",
         "served with two ranks, each layer compared with one rank's",
     ),
     Option(
         "`--enable-eplb`, redundant experts, `--expert-placement-strategy`",
-        "works",
-        "through vLLM's own exchange; an expert's scales move along",
+        "works on CPU",
+        "through vLLM's own exchange, between ranks in one process; an expert's scales move along",
     ),
     Option("`--pipeline-parallel-size`", "read", "hash layers are the first rank's"),
     Option("load balancing of data-parallel ranks", "read", "nothing of it reaches a layer"),
-    Option("`--all2all-backend allgather_reducescatter`", "works", "the default, on two ranks"),
+    Option(
+        "`--all2all-backend allgather_reducescatter`", "works on CPU", "the default, on two ranks"
+    ),
     Option(
         "`--all2all-backend deepep_high_throughput`, `flashinfer_nvlink_*`",
         "read",
@@ -54,8 +56,8 @@ OPTIONS = (
         "arena and gate have a part for each micro-batch, whose kernels share one stream",
     ),
     Option(
-        "CUDA graphs, `--enforce-eager`, compilation modes",
-        "works",
+        "CUDA graphs and compilation as vLLM sets them, `--enforce-eager`",
+        "works on H200",
         "the layer is inside vLLM's custom op; the `reference` backend wants `--enforce-eager`",
     ),
     Option(
@@ -64,7 +66,9 @@ OPTIONS = (
         "their MXFP4 experts are taken where `formats` has `mxfp4`, and are vLLM's otherwise",
     ),
     Option(
-        "chunked prefill, mixed batches", "works", "every hash layer sees every token's id once"
+        "chunked prefill, mixed batches",
+        "works on CPU",
+        "every hash layer sees every token's id once",
     ),
     Option(
         "KV cache types, offloading and transfer, prefix caching",
@@ -75,7 +79,7 @@ OPTIONS = (
     Option("`--enable-sleep-mode`", "read", "level 1; level 2 drops what only loading makes"),
     Option(
         "`reload_weights`",
-        "works",
+        "works on CPU",
         "in place, all of them; refused when called with EPLB or sleep mode",
     ),
     Option(
@@ -86,7 +90,11 @@ OPTIONS = (
     Option("`--enable-lora`", "refused", "where experts are among its target modules"),
     Option("`--enable-elastic-ep`", "refused", "a layer's buffers are sized for the ranks at load"),
     Option("`VLLM_BATCH_INVARIANT`", "refused", "tiles are chosen by the number of tokens"),
-    Option("`--moe-backend` other than `auto`", "works", "vLLM's own experts run, not these"),
+    Option(
+        "`--moe-backend` other than `auto`",
+        "works on CPU",
+        "the layer is left to vLLM's own experts",
+    ),
 )
 
 

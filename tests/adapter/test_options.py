@@ -1,6 +1,8 @@
 """vLLM's options that the plugin's layer cannot serve are refused at load, in one sentence."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.support import loading
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
 
+ROOT = Path(__file__).parents[2]
 LAYER = "model.layers.0.ffn.experts"
 CONFIG = TinyConfig(layers=2, hash_layers=1, hidden=64, intermediate=32, experts=12, heads=4)
 
@@ -129,10 +132,68 @@ def test_batch_invariance_is_refused(monkeypatch):
     assert "unset it" in unsupported_reason(changed(), moe_config(), LAYER)
 
 
+# How the name of an option that works begins, and the test that shows it.
+SHOWN_BY = {
+    "`--tensor-parallel-size`": (
+        "serving/test_serve.py::test_two_expert_parallel_processes_give_the_single_process_output"
+    ),
+    "`--enable-eplb`": (
+        "adapter/test_expert_parallel.py::test_redundant_experts_and_their_scales_follow_eplb"
+    ),
+    "`--all2all-backend allgather_reducescatter`": (
+        "serving/test_serve.py::test_two_expert_parallel_processes_give_the_single_process_output"
+    ),
+    "CUDA graphs": "gpu/test_serve_gpu.py::test_agrees_with_the_reference_backend",
+    "chunked prefill": (
+        "serving/test_serve.py"
+        "::test_hash_layers_see_every_token_id_once_in_chunks_and_mixed_batches"
+    ),
+    "`reload_weights`": (
+        "adapter/test_options.py::test_weights_that_are_loaded_again_replace_the_first_in_place"
+    ),
+    "`--moe-backend` other": (
+        "adapter/test_plugin.py::test_layers_that_are_not_ours_get_vllms_own_method"
+    ),
+}
+
+
+def passed_on_h200() -> set[str]:
+    """file.py::test of what passed, by the kept results."""
+    passed = set()
+    for path in (ROOT / "kernels/bench/results").glob("test-gpu*.json"):
+        kept = json.loads(path.read_text())
+        if kept["gpu"] == "NVIDIA H200":
+            names = (n for n, test in kept["tests"].items() if test["outcome"] == "passed")
+            passed |= {re.split(r"[\[@]", name)[0].rpartition("/")[2] for name in names}
+    return passed
+
+
+@pytest.mark.parametrize("begin", SHOWN_BY)
+def test_an_option_works_where_its_test_ran(begin):
+    from vllm_dsv4_moe.options import OPTIONS
+
+    (verdict,) = (option.verdict for option in OPTIONS if option.name.startswith(begin))
+    file, _, function = SHOWN_BY[begin].partition("::")
+    source = (ROOT / "tests" / file).read_text()
+    assert f"def {function}(" in source
+    if file.startswith("gpu/"):
+        assert verdict == "works on H200"
+        assert SHOWN_BY[begin].removeprefix("gpu/") in passed_on_h200()
+    else:
+        assert verdict == "works on CPU"
+
+
+def test_every_option_that_works_has_its_test():
+    from vllm_dsv4_moe.options import OPTIONS
+
+    others = [o for o in OPTIONS if not o.name.startswith(tuple(SHOWN_BY))]
+    assert {option.verdict for option in others} == {"read", "refused"}
+
+
 def test_the_readmes_table_is_the_codes():
     from vllm_dsv4_moe.options import options_table
 
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     written = readme.split("<!-- options: begin -->\n")[1].split("<!-- options: end -->")[0]
     assert written == options_table()
 
