@@ -1,4 +1,4 @@
-"""What the README says is what the code does: its tables, files and commands."""
+"""What README and CONTRIBUTING say is what the code does: their tables, files and commands."""
 
 import ast
 import re
@@ -12,6 +12,8 @@ from vllm_dsv4_moe.settings import settings_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+BOTH = README + CONTRIBUTING
 
 
 def test_settings_are_the_codes():
@@ -58,9 +60,21 @@ def test_line_of_the_log_is_one_that_is_logged(line):
     assert any(re.fullmatch(message, sentence) for message in messages())
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", BOTH))))
 def test_linked_file_exists(path):
     assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:adapter|serving)/test_\w+\.py)`", CONTRIBUTING)))
+)
+def test_named_test_exists(path):
+    assert (ROOT / "tests" / path).is_file()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`python -m bench\.(\w+)", BOTH))))
+def test_bench_exists(name):
+    assert (ROOT / f"kernels/bench/{name}.py").is_file()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
@@ -69,7 +83,7 @@ def test_every_deployment_is_listed(path):
 
 
 # In code, not in prose: after a backtick, or indented.
-TARGETS = re.findall(r"(?m)(?:`|^ {4})make ([a-z-]+)", README)
+TARGETS = re.findall(r"(?m)(?:`|^ {4})make ([a-z-]+)", BOTH)
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS)))
