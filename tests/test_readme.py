@@ -32,8 +32,9 @@ def test_a_benchs_tables_are_of_the_kept_numbers(bench, capsys):
     assert written == capsys.readouterr().out
 
 
-def test_what_it_gives_is_the_tables():
-    ratios = [float(ratio) for ratio in re.findall(r"(?m)\| ([\d.]+)× \|$", README)]
+def test_what_it_gives_is_what_its_table_says():
+    table = README.split("<!-- layer: begin -->")[1].split("<!-- layer: end -->")[0]
+    ratios = [float(ratio) for ratio in re.findall(r"(?m)\| ([\d.]+)× \|$", table)]
     words = " ".join(README.split())
     assert len(ratios) > 1 and f"{min(ratios)} to {max(ratios)} times as fast" in words
 
