@@ -13,7 +13,7 @@ import torch
 from cuda.bindings import driver
 from cutlass import Int32
 from cutlass.cute.runtime import make_ptr
-from dsv4_kernels.sm90.schedule import Sm90Schedule
+from dsv4_kernels.sm90.schedule import Sm90Schedule, Tables
 
 from tests.emulator.ptx_emulator.host import EmulatedFunction, emulate
 
@@ -33,18 +33,17 @@ class Piece(NamedTuple):
 
 
 class Schedule(Sm90Schedule):
-    """Every block writes its pieces to out (blocks, MOST, FIELDS)."""
-
-    threads = 256
+    """Every CTA writes its pieces to out (CTAs, MOST, FIELDS)."""
 
     def __init__(self, experts: int, tile_n: tuple[int, int], m_tiles: int, cluster: int):
-        self.num_experts = experts
-        self.experts_padded = max(32, 1 << (experts - 1).bit_length())
-        self.tile_n_min, self.tile_n_max = tile_n
-        self.m_tiles = m_tiles
-        self.k_stages = 16
-        self.by_cost = self.tile_n_max > 64
-        self.cluster = cluster
+        super().__init__(
+            num_experts=experts,
+            tile_n=tile_n,
+            m_tiles=m_tiles,
+            k_stages=16,
+            threads=256,
+            cluster=cluster,
+        )
 
     @cute.jit
     def __call__(
@@ -73,7 +72,7 @@ class Schedule(Sm90Schedule):
             self._write(out + cute.arch.block_idx()[0] * (MOST * FIELDS), tables)
 
     @cute.jit
-    def _write(self, target: cute.Pointer, tables: tuple):
+    def _write(self, target: cute.Pointer, tables: Tables):
         """In the order in which all roles of a GEMM's block walk them."""
         whole, first, end = self._share(tables)
         position = Int32(0) if whole > 0 else first

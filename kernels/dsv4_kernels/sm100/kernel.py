@@ -1,17 +1,22 @@
 """Device side of the sm_100a grouped GEMM: NVFP4 x NVFP4 on the fifth-generation tensor cores.
 
-Weights are the M operand (128 rows a CTA), tokens the N operand, and N is a run-time value: a
-multiple of 8 (16 with two CTAs) that just covers the rows of the tile that exist, so a tile of
-one token costs an MMA of N = 8. One CTA (or a pair, whose MMA spans both) works on one tile of
-128 (256) weight rows x `tile` tokens at a time and takes the next one from a list that it derives
-from the layout in device memory; experts without rows are not in the list.
+Weights are the M operand (128 rows a CTA), tokens the N operand, and N is a run-time value: the
+multiple of 8 (16 with two CTAs) that covers the tile's live rows, so a tile of one token costs an
+MMA of N = 8. The kernel is persistent with a static schedule: clusters (a CTA, or a pair whose MMA
+spans both) take tiles of 128 (256) weight rows x `tile` tokens in turn. The tiles follow from the
+layout in device memory; experts without rows have none.
 
-Six warps: 0-3 epilogue (TMEM lanes 32 w .. 32 w + 31 each), 4 MMA, 5 TMA. Accumulators have two
-buffers in TMEM, so the epilogue of a tile runs under the MMAs of the next.
+Six warps: 0-3 epilogue (TMEM lanes 32 w .. 32 w + 31 each), 4 MMA, 5 TMA producer. Accumulators are
+double-buffered in TMEM, so the epilogue of a tile overlaps the MMAs of the next.
+
+Barriers. full: of a stage; the even CTA's producer arrives and expects the bytes of both CTAs.
+empty: of a stage; the MMA warp's commit arrives, on both CTAs. acc_full: of an accumulator; the MMA
+warp's commit, on both CTAs. acc_empty: an elected lane of every epilogue warp of both, on the even
+CTA.
 
 FC1's 128 rows are 4 groups of 16 gate rows and the 16 up rows of the same intermediate indices:
-one TMA box with those strides makes that order from the checkpoint's own. A warp then holds gate
-and up of 16 indices, one NVFP4 block, in the same registers of the same lanes.
+a TMA box with those strides permutes the checkpoint's order. A warp then holds gate and up of 16
+indices, one NVFP4 block, in the same registers of the same lanes.
 
 Block scales, of weights and of tokens, are 128x4 blocks of 512 bytes: the scale of row r and
 K block b is byte 512 * ((r // 128) * (K / 64) + b // 4) + 16 * (r % 32) + 4 * (r % 128 // 32)
@@ -24,6 +29,17 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, cut
 from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from dsv4_kernels.sm100 import ptx as ptx
+from dsv4_kernels.sm100.arguments import (
+    Barriers,
+    GlobalScales,
+    Layout,
+    Loads,
+    Output,
+    Routing,
+    Stages,
+    TileScales,
+    Work,
+)
 from dsv4_kernels.sm100.spec import (
     CHUNK,
     MMA_K,
@@ -57,7 +73,7 @@ class Dsv4GroupedGemmSm100:
         self.k_tiles = -(-gemm.k // TILE_K)
         self.sfa_column = gemm.acc_stride + config.tile
         self.sfb_column = self.sfa_column + 4 * (TILE_K // MMA_K)
-        # Of every K = 64 the scales of all token blocks are beside one another in TMEM.
+        # TMEM columns from one K = 64 to the next: the scales of all token blocks are adjacent.
         self.sfb_step = 4 * gemm.scale_blocks
         self.group = tcgen05.CtaGroup.TWO if config.num_ctas == 2 else tcgen05.CtaGroup.ONE
         self.n_granule = 8 * config.num_ctas
@@ -99,7 +115,7 @@ class Dsv4GroupedGemmSm100:
         token_tma, _ = cpasync.make_tiled_tma_atom(
             load, mX, self._operand_layout(config.token_box), (config.token_box, TILE_K // 2)
         )
-        # Block scales as lines of 128 words, one for 128 rows and K = 64.
+        # Block scales as lines of 128 words, each of 128 rows and K = 64.
         scale_box = (TILE_K // MMA_K, SCALE_BLOCK // 4)
         scale_layout = cute.make_layout(scale_box, stride=(SCALE_BLOCK // 4, 1))
         lines = gemm.num_experts * (gemm.weight_rows // TILE_M) * k_blocks
@@ -120,11 +136,11 @@ class Dsv4GroupedGemmSm100:
                 (CHUNK, 32),
             )
         self.kernel(
-            (weight_tma, sfa_tma, token_tma, sfb_tma),
-            (counts, offsets, tile_to_expert),
-            (weight_global_scales, token_global_scales),
-            (out_tma, mOut, out_scales, out_global_scales),
-            (row_to_slot, routing_weights, saturated, limit),
+            Loads(weight_tma, sfa_tma, token_tma, sfb_tma),
+            Layout(counts, offsets, tile_to_expert),
+            GlobalScales(weight_global_scales, token_global_scales),
+            Output(out_tma, mOut, out_scales, out_global_scales),
+            Routing(row_to_slot, routing_weights, saturated, limit),
         ).launch(
             grid=(num_clusters * config.num_ctas, 1, 1),
             block=(NUM_THREADS, 1, 1),
@@ -141,7 +157,7 @@ class Dsv4GroupedGemmSm100:
         rows, strides = n, k_bytes
         if gemm.op == "fc1":
             rows, strides = (16, 2, n // 16), (k_bytes, n * k_bytes, 16 * k_bytes)
-        # Not a static extent: a tensor map drops those of 1, and with them a coordinate.
+        # Dynamic: a tensor map drops static extents of 1, and with them a coordinate.
         shape = (rows, k_bytes, Int32(gemm.num_experts))
         layout = cute.make_layout(shape, stride=(strides, 1, gemm.weight_rows * k_bytes))
         return cute.make_tensor(weights, layout)
@@ -171,30 +187,37 @@ class Dsv4GroupedGemmSm100:
     # ---- device
 
     @cute.kernel
-    def kernel(self, loads, layout, global_scales, outputs, routing):
+    def kernel(
+        self,
+        loads: Loads,
+        layout: Layout,
+        global_scales: GlobalScales,
+        output: Output,
+        routing: Routing,
+    ):
         config = self.gemm.config
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         first = Uint32(cute.arch.block_idx()[0]) // config.num_ctas
         step = Uint32(cute.arch.grid_dim()[0]) // config.num_ctas
 
-        # Phase 1: barriers, tensor memory, tensor maps; nothing that an earlier kernel wrote.
+        # Phase 1, overlapping earlier kernels (PDL), reads nothing of theirs: barriers, TMEM, maps.
         smem = cutlass.utils.SmemAllocator()  # where vLLM's CuTe DSL 4.7.1 has it
-        barriers = (
-            smem.allocate_array(Int64, config.stages),  # full: operands of a stage are there
-            smem.allocate_array(Int64, config.stages),  # empty: the MMAs have read them
-            smem.allocate_array(Int64, 2),  # an accumulator is complete
-            smem.allocate_array(Int64, 2),  # the epilogue has read it
+        barriers = Barriers(
+            full=smem.allocate_array(Int64, config.stages),
+            empty=smem.allocate_array(Int64, config.stages),
+            acc_full=smem.allocate_array(Int64, 2),
+            acc_empty=smem.allocate_array(Int64, 2),
         )
         tmem_slot = smem.allocate_array(Int32, 1)
-        staged = self._allocate_stages(smem)
+        stages = self._allocate_stages(smem)
         staging = smem.allocate_array(Uint8, self.gemm.staging_bytes, byte_alignment=1024)
         if warp == TMA_WARP:
             self._init_barriers(barriers)
             for atom in loads:
                 cpasync.prefetch_descriptor(atom)
         if cutlass.const_expr(config.num_ctas == 2):
-            # A pair allocates together, and the other CTA may not run yet.
+            # TMEM allocation spans the pair, whose other CTA may not have started.
             self._sync_cluster()
         if warp == MMA_WARP:
             cute.arch.alloc_tmem(
@@ -203,23 +226,23 @@ class Dsv4GroupedGemmSm100:
         self._sync_cluster()
         tmem = cute.make_tensor(tmem_slot, cute.make_layout(1))[0]
 
-        # Phase 2: the layout and the tokens come from the kernels before this one.
+        # Phase 2: after the earlier kernels, which wrote layout and tokens: the work, by role.
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        mOffsets = cute.make_tensor(layout[1], cute.make_layout(self.gemm.num_experts + 1))
+        mOffsets = cute.make_tensor(layout.offsets, cute.make_layout(self.gemm.num_experts + 1))
         num_work = Uint32(mOffsets[self.gemm.num_experts]) // config.tile * self.gemm.m_tiles
-        work = (first, step, num_work)
+        work = Work(first, step, num_work)
         if warp == TMA_WARP:
-            self._load(work, rank, loads, layout, barriers, staged)
+            self._load(work, rank, loads, layout, barriers, stages)
         elif warp == MMA_WARP:
             if rank == 0:
-                self._multiply(work, layout, barriers, staged, tmem)
+                self._multiply(work, layout, barriers, stages, tmem)
         else:
             self._epilogue(
-                work, rank, layout, global_scales, outputs, routing, barriers, staging, tmem
+                work, rank, layout, global_scales, output, routing, barriers, staging, tmem
             )
 
-        # Phase 3: no CTA of the pair leaves while the other may still signal it.
+        # Phase 3: a CTA must not exit while its pair may still arrive on its barriers.
         ptx.fence_before_sync()
         self._sync_cluster()
         if warp == MMA_WARP:
@@ -234,25 +257,27 @@ class Dsv4GroupedGemmSm100:
 
     @cute.jit
     def _allocate_stages(self, smem):
-        """Addresses, by stage, of weights and tokens (rows, 128 B) and of their block scales."""
         gemm, stages = self.gemm, self.gemm.config.stages
         sizes = (gemm.weight_bytes, gemm.token_bytes, gemm.scale_bytes, gemm.token_scale_bytes)
-        return tuple(
-            ptx.smem_address(smem.allocate_array(Uint8, size * stages, byte_alignment=1024))
-            for size in sizes
+        return Stages(
+            *(
+                ptx.smem_address(smem.allocate_array(Uint8, size * stages, byte_alignment=1024))
+                for size in sizes
+            )
         )
 
     @cute.jit
-    def _init_barriers(self, barriers):
-        full, empty, acc_full, acc_empty = barriers
+    def _init_barriers(self, barriers: Barriers):
         config = self.gemm.config
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(config.stages):
-                cute.arch.mbarrier_init(full + i, 1)
-                cute.arch.mbarrier_init(empty + i, 1)
+                cute.arch.mbarrier_init(barriers.full + i, 1)
+                cute.arch.mbarrier_init(barriers.empty + i, 1)
             for i in cutlass.range_constexpr(2):
-                cute.arch.mbarrier_init(acc_full + i, 1)
-                cute.arch.mbarrier_init(acc_empty + i, NUM_EPILOGUE_WARPS * config.num_ctas)
+                cute.arch.mbarrier_init(barriers.acc_full + i, 1)
+                cute.arch.mbarrier_init(
+                    barriers.acc_empty + i, NUM_EPILOGUE_WARPS * config.num_ctas
+                )
         cute.arch.mbarrier_init_fence()
 
     @cute.jit
@@ -264,60 +289,61 @@ class Dsv4GroupedGemmSm100:
             cute.arch.sync_threads()
 
     @cute.jit
-    def _tile(self, work, layout):
-        """Of a piece of work: weight tile, expert, first token row, and how many rows exist."""
-        counts, offsets, tile_to_expert = layout
+    def _locate(self, index, layout: Layout):
+        """Tile index -> (weight tile, expert, first token row, live rows)."""
         config, big = self.gemm.config, cute.make_layout(1 << 30)
-        token_tile = work // self.gemm.m_tiles
-        m_tile = Int32(work - token_tile * self.gemm.m_tiles)
+        token_tile = index // self.gemm.m_tiles
+        m_tile = Int32(index - token_tile * self.gemm.m_tiles)
         row = Int32(token_tile * config.tile)
-        expert = cute.make_tensor(tile_to_expert, big)[token_tile]
-        below = cute.make_tensor(counts, big)[expert] + cute.make_tensor(offsets, big)[expert]
-        return m_tile, expert, row, cutlass.min(below - row, config.tile)
+        expert = cute.make_tensor(layout.tile_to_expert, big)[token_tile]
+        counts, offsets = (cute.make_tensor(p, big) for p in (layout.counts, layout.offsets))
+        end = counts[expert] + offsets[expert]
+        return m_tile, expert, row, cutlass.min(end - row, config.tile)
 
     @cute.jit
-    def _covering(self, live):
-        """N of the MMA: the rows that exist, up to a multiple of what N may be."""
+    def _mma_n(self, live):
+        """Live rows, rounded up to an N that the MMA has."""
         granule = self.n_granule
         return (live + (granule - 1)) & -granule
 
-    # ---- warp 5: operands from global to shared memory
+    # ---- warp 5, the producer: operands from global to shared memory
 
     @cute.jit
-    def _load(self, work, rank, loads, layout, barriers, staged):
+    def _load(
+        self, work: Work, rank, loads: Loads, layout: Layout, barriers: Barriers, stages: Stages
+    ):
         gemm, config = self.gemm, self.gemm.config
-        full, empty, _, _ = barriers
         k_blocks = gemm.k // MMA_K
-        maps = [ptx.tensor_map_address(atom) for atom in loads]
+        maps = Loads(*(ptx.tensor_map_address(atom) for atom in loads))
         index, step, num_work = work
         stage, phase = Int32(0), Int32(1)
         while index < num_work:
-            m_tile, expert, row, live = self._tile(index, layout)
+            m_tile, expert, row, live = self._locate(index, layout)
             m_tile = m_tile * config.num_ctas + rank
-            # The pair's CTAs hold one half of N each.
-            rows_here = self._covering(live) >> (config.num_ctas - 1)
+            # Each CTA of a pair holds one half of N.
+            rows_here = self._mma_n(live) >> (config.num_ctas - 1)
             boxes = Int32(Uint32(rows_here + (config.token_box - 1)) // config.token_box)
             weight_line = (expert * (gemm.weight_rows // TILE_M) + m_tile) * k_blocks
             token_line = (row >> 7) * k_blocks
             tile = (m_tile, expert, row + rank * rows_here, boxes, weight_line, token_line)
             for k in cutlass.range(self.k_tiles, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
+                cute.arch.mbarrier_wait(barriers.empty + stage, phase)
                 with cute.arch.elect_one():
                     if rank == 0:
                         cute.arch.mbarrier_arrive_and_expect_tx(
-                            full + stage, self._bytes_of_stage(boxes)
+                            barriers.full + stage, self._bytes_of_stage(boxes)
                         )
-                    self._load_stage(k, stage, tile, maps, full, staged)
+                    self._load_stage(k, stage, tile, maps, barriers, stages)
                 stage, phase = self._advance(stage, phase)
             index += step
         if cutlass.const_expr(config.num_ctas == 2):
-            # The even CTA signals what it has read to this one as well: until then, stay.
+            # The even CTA commits to this one's empty barriers too: drain them before exit.
             for _ in cutlass.range(config.stages, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
+                cute.arch.mbarrier_wait(barriers.empty + stage, phase)
                 stage, phase = self._advance(stage, phase)
 
     def _bytes_of_stage(self, boxes):
-        """What the CTA, or the pair together, loads into a stage."""
+        """Of the CTA, or of the pair together."""
         gemm, config = self.gemm, self.gemm.config
         box_bytes = config.token_box * (TILE_K // 2)
         return config.num_ctas * (gemm.stage_bytes - gemm.token_bytes) + boxes * (
@@ -325,29 +351,30 @@ class Dsv4GroupedGemmSm100:
         )
 
     @cute.jit
-    def _load_stage(self, k, stage, tile, maps, full, staged):
+    def _load_stage(self, k, stage, tile: tuple, maps: Loads, barriers: Barriers, stages: Stages):
         gemm, config = self.gemm, self.gemm.config
         m_tile, expert, row, boxes, weight_line, token_line = tile
-        weights, weight_scales, tokens, token_scales = maps
-        sW, sX, sSFA, sSFB = staged
-        barrier = ptx.smem_address(full + stage)
+        barrier = ptx.smem_address(barriers.full + stage)
         if cutlass.const_expr(config.num_ctas == 2):
             barrier = barrier & ptx.EVEN_CTA
         ctas, k_byte, line = config.num_ctas, k * (TILE_K // 2), k * (TILE_K // MMA_K)
         place = (m_tile * TILE_M, expert)
         if cutlass.const_expr(gemm.op == "fc1"):
             place = (0, 0, m_tile * (TILE_M // 32), expert)
-        ptx.load_box(weights, (k_byte, *place), sW + stage * gemm.weight_bytes, barrier, ctas)
-        to = sSFA + stage * gemm.scale_bytes
-        ptx.load_box(weight_scales, (0, weight_line + line), to, barrier, ctas)
-        to = sSFB + stage * gemm.token_scale_bytes
+        to = stages.weights + stage * gemm.weight_bytes
+        ptx.load_box(maps.weights, (k_byte, *place), to, barrier, ctas)
+        to = stages.weight_scales + stage * gemm.scale_bytes
+        ptx.load_box(maps.weight_scales, (0, weight_line + line), to, barrier, ctas)
+        to = stages.token_scales + stage * gemm.token_scale_bytes
         for b in cutlass.range_constexpr(gemm.scale_blocks):
             place = (0, token_line + b * (gemm.k // MMA_K) + line)
-            ptx.load_box(token_scales, place, to + b * gemm.scale_bytes, barrier, ctas)
-        to = sX + stage * gemm.token_bytes
+            ptx.load_box(maps.token_scales, place, to + b * gemm.scale_bytes, barrier, ctas)
+        to = stages.tokens + stage * gemm.token_bytes
         for b in cutlass.range(boxes, unroll=1):
             place = (k_byte, row + b * config.token_box)
-            ptx.load_box(tokens, place, to + b * (config.token_box * TILE_K // 2), barrier, ctas)
+            ptx.load_box(
+                maps.tokens, place, to + b * (config.token_box * TILE_K // 2), barrier, ctas
+            )
 
     @cute.jit
     def _partition(self, atom, s, g):
@@ -363,46 +390,44 @@ class Dsv4GroupedGemmSm100:
             phase ^= 1
         return stage, phase
 
-    # ---- warp 4 of the even CTA: block scales to tensor memory, and the MMAs
+    # ---- warp 4 of the even CTA: block scales to TMEM, and the MMAs
 
     @cute.jit
-    def _multiply(self, work, layout, barriers, staged, tmem):
+    def _multiply(self, work: Work, layout: Layout, barriers: Barriers, stages: Stages, tmem):
         gemm, config = self.gemm, self.gemm.config
-        full, empty, acc_full, acc_empty = barriers
-        sW, sX, sSFA, sSFB = staged
         descs = (
-            (ptx.smem_desc(sW, ptx.OPERAND_DESC), gemm.weight_bytes),
-            (ptx.smem_desc(sX, ptx.OPERAND_DESC), gemm.token_bytes),
-            (ptx.smem_desc(sSFA, ptx.SCALES_DESC), gemm.scale_bytes),
-            (ptx.smem_desc(sSFB, ptx.SCALES_DESC), gemm.token_scale_bytes),
+            (ptx.smem_desc(stages.weights, ptx.OPERAND_DESC), gemm.weight_bytes),
+            (ptx.smem_desc(stages.tokens, ptx.OPERAND_DESC), gemm.token_bytes),
+            (ptx.smem_desc(stages.weight_scales, ptx.SCALES_DESC), gemm.scale_bytes),
+            (ptx.smem_desc(stages.token_scales, ptx.SCALES_DESC), gemm.token_scale_bytes),
         )
         index, step, num_work = work
         stage, phase = Int32(0), Int32(0)
         buffer = Int32(0)
-        # The accumulator whose release this tile waits for: its own, or, where the two overlap,
-        # the one of the tile before, of which the epilogue then reads the shared columns first.
+        # The accumulator on whose acc_empty this tile waits: its own, or, where the two alias, the
+        # previous tile's, whose shared columns the epilogue reads first (`_chunk_order`).
         waited, acc_phase = Int32(1 if gemm.overlaps else 0), Int32(1)
         while index < num_work:
-            _, _, row, live = self._tile(index, layout)
+            _, _, row, live = self._locate(index, layout)
             idesc = ptx.instruction_descriptor(TILE_M * config.num_ctas) | (
-                self._covering(live) // 8 << 17
+                self._mma_n(live) // 8 << 17
             )
             d = tmem + buffer * gemm.acc_stride
-            # Of a tile smaller than a 128-row block, the scales start at a later column.
+            # A tile of 64 rows may start in the middle of a 128-row block of scales.
             sfb = tmem + self.sfb_column + ((row & 127) >> 5)
-            cute.arch.mbarrier_wait(acc_empty + waited, acc_phase)
+            cute.arch.mbarrier_wait(barriers.acc_empty + waited, acc_phase)
             ptx.fence_after_sync()
             for k in cutlass.range(self.k_tiles, unroll=1):
-                cute.arch.mbarrier_wait(full + stage, phase)
+                cute.arch.mbarrier_wait(barriers.full + stage, phase)
                 ptx.fence_after_sync()
                 with cute.arch.elect_one():
                     # A descriptor's address is its lowest field, in units of 16 bytes.
                     operands = [desc + Int64(stage * (size >> 4)) for desc, size in descs]
                     self._multiply_stage(k, operands, tmem, sfb, d, idesc)
-                    self._commit(empty + stage)
+                    self._commit(barriers.empty + stage)
                 stage, phase = self._advance(stage, phase)
             with cute.arch.elect_one():
-                self._commit(acc_full + buffer)
+                self._commit(barriers.acc_full + buffer)
             buffer ^= 1
             waited ^= 1
             acc_phase ^= waited ^ 1
@@ -447,23 +472,31 @@ class Dsv4GroupedGemmSm100:
 
     @cute.jit
     def _epilogue(
-        self, work, rank, layout, global_scales, outputs, routing, barriers, staging, tmem
+        self,
+        work: Work,
+        rank,
+        layout: Layout,
+        global_scales: GlobalScales,
+        output: Output,
+        routing: Routing,
+        barriers: Barriers,
+        staging: cute.Pointer,
+        tmem,
     ):
         gemm, config = self.gemm, self.gemm.config
-        _, _, acc_full, acc_empty = barriers
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         index, step, num_work = work
         buffer, acc_phase = Int32(0), Int32(0)
         slot, overflow = Int32(0), Int32(0)
         while index < num_work:
-            m_tile, expert, row, live = self._tile(index, layout)
+            m_tile, expert, row, live = self._locate(index, layout)
             m_tile = m_tile * config.num_ctas + rank
-            scales = (*self._tile_scales(expert, global_scales, outputs), routing[3])
+            scales = self._tile_scales(expert, global_scales, output, routing.limit)
             chunks = (live + (CHUNK - 1)) >> 5
             chunk, stride, last = self._chunk_order(chunks, buffer)
             source = tmem + buffer * gemm.acc_stride + (warp << 21)
             weight = self._routing_weight(row, live, chunk, routing)
-            cute.arch.mbarrier_wait(acc_full + buffer, acc_phase)
+            cute.arch.mbarrier_wait(barriers.acc_full + buffer, acc_phase)
             ptx.fence_after_sync()
             for i in cutlass.range(chunks, unroll=1):
                 row_scales = self._row_scales(row + chunk * CHUNK, global_scales)
@@ -471,16 +504,16 @@ class Dsv4GroupedGemmSm100:
                 if i == last:
                     ptx.fence_before_sync()
                     with cute.arch.elect_one():
-                        self._release(acc_empty + buffer)
+                        self._release(barriers.acc_empty + buffer)
                 place = (m_tile, row + chunk * CHUNK, live - chunk * CHUNK)
                 chunk += stride
                 if cutlass.const_expr(gemm.op == "fc2"):
-                    self._store_rows(place, low, high, scales, row_scales, outputs, staging, slot)
+                    self._store_rows(place, low, high, scales, row_scales, output, staging, slot)
                     slot ^= 1
                 else:
                     next_weight = self._routing_weight(row, live, chunk, routing)
                     overflow += self._store_activations(
-                        place, low, high, scales, row_scales, weight, outputs, staging
+                        place, low, high, scales, row_scales, weight, output, staging
                     )
                     weight = next_weight
             buffer ^= 1
@@ -494,19 +527,19 @@ class Dsv4GroupedGemmSm100:
                 with cute.arch.elect_one():
                     count = Int64(overflow)
                     cute.arch.red(
-                        routing[2], count, op="add", dtype="u64", sem="relaxed", scope="gpu"
+                        routing.saturated, count, op="add", dtype="u64", sem="relaxed", scope="gpu"
                     )
 
     @cute.jit
     def _chunk_order(self, chunks, buffer):
-        """First chunk of a tile and step to the next, and after how many the MMAs may go on.
+        """(first chunk of a tile, step to the next, iteration after which acc_empty is signalled).
 
-        Overlapping accumulators: the first is read from its end and the second from its start,
-        until only columns remain that the other does not have.
+        Where the accumulators alias, the first is read from its end and the second from its start:
+        MMAs may overwrite the other once the shared columns have been read.
         """
         chunk, stride, last = Int32(0), Int32(1), chunks - 1
         if cutlass.const_expr(self.gemm.overlaps):
-            own = self.gemm.acc_stride // CHUNK  # whole chunks that the second does not touch
+            own = self.gemm.acc_stride // CHUNK  # chunks that the second does not alias
             shared = -(-(self.gemm.config.tile - self.gemm.acc_stride) // CHUNK)
             last = cutlass.min(last, shared - 1)
             if buffer == 0:
@@ -522,8 +555,7 @@ class Dsv4GroupedGemmSm100:
             cute.arch.mbarrier_arrive(barrier)
 
     @cute.jit
-    def _tile_scales(self, expert, global_scales, outputs):
-        """Of a tile: gate's and up's (fc1) or the output's (fc2) factor; the output's scale."""
+    def _tile_scales(self, expert, global_scales: GlobalScales, output: Output, limit):
         gemm, big = self.gemm, cute.make_layout(1 << 30)
         weights, tokens = (cute.make_tensor(p, big) for p in global_scales)
         common = Float32(1.0)
@@ -537,48 +569,57 @@ class Dsv4GroupedGemmSm100:
                 common = tokens[expert]
         out_scale = Float32(1.0)
         if cutlass.const_expr(gemm.quantize):
-            out_scale = cute.make_tensor(outputs[3], big)[expert]
-        return first * common, second * common, out_scale
+            out_scale = cute.make_tensor(output.global_scales, big)[expert]
+        return TileScales(first * common, second * common, out_scale, limit)
 
     @cute.jit
-    def _row_scales(self, row, global_scales):
+    def _row_scales(self, row, global_scales: GlobalScales):
         """`token` policy: global scales of this lane's 8 columns of a chunk, else ones."""
         scales = [Float32(1.0)] * 8
         if cutlass.const_expr(self.gemm.scale_per_row):
-            tokens = cute.make_tensor(global_scales[1], cute.make_layout(1 << 30))
+            tokens = cute.make_tensor(global_scales.tokens, cute.make_layout(1 << 30))
             column = row + cute.arch.lane_idx() % 4 * 2
             scales = [tokens[column + 8 * j + i] for j in range(4) for i in range(2)]
         return scales
 
     @cute.jit
-    def _routing_weight(self, row, live, chunk, routing):
+    def _routing_weight(self, row, live, chunk, routing: Routing):
         """fc1: the routing weight of this lane's token of a chunk, if there is one."""
         weight = Float32(0.0)
         if cutlass.const_expr(self.gemm.op == "fc1"):
             big, token = cute.make_layout(1 << 30), chunk * CHUNK + cute.arch.lane_idx()
             if token >= 0 and token < live:
-                slot = cute.make_tensor(routing[0], big)[row + token]
-                weight = cute.make_tensor(routing[1], big)[slot]
+                slot = cute.make_tensor(routing.row_to_slot, big)[row + token]
+                weight = cute.make_tensor(routing.weights, big)[slot]
         return weight
 
     # ---- fc2: bf16 rows
 
     @cute.jit
-    def _store_rows(self, place, low, high, scales, row_scales, outputs, staging, slot):
+    def _store_rows(
+        self,
+        place: tuple,
+        low,
+        high,
+        scales: TileScales,
+        row_scales,
+        output: Output,
+        staging: cute.Pointer,
+        slot,
+    ):
         """32 tokens x this warp's 32 hidden values to bf16, transposed, and out by TMA."""
         m_tile, row, _ = place
-        out_tma, mOut = outputs[0], outputs[1]
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         layout = self._out_staging_layout()
         start = (warp * 2 + slot) * (CHUNK * 32 * 2)
-        # Of the two buffers, the one about to be written has been read by its TMA store.
+        # Double-buffered: the TMA store that read this buffer last has done so.
         cute.arch.cp_async_bulk_wait_group(1, read=True)
         cute.arch.sync_warp()
         token, group = lane % 8, lane // 8
         address = ptx.smem_address(staging) + start + token * 64 + (group ^ (token >> 1)) * 16
         for j in cutlass.range_constexpr(CHUNK // 8):
-            factors = [scales[0] * row_scales[2 * j + i] for i in range(2)]
+            factors = [scales.gate * row_scales[2 * j + i] for i in range(2)]
             matrices = [
                 ptx.bf16x2_pack(half[i] * factors[0], half[i + 1] * factors[1])
                 for half in (low, high)
@@ -590,17 +631,29 @@ class Dsv4GroupedGemmSm100:
         pointer = cute.recast_ptr(staging + start, layout.inner, dtype=BFloat16)
         sOut = cute.make_tensor(pointer, layout.outer)
         gOut = cute.local_tile(
-            cute.domain_offset((row, m_tile * TILE_M + warp * 32), mOut), (CHUNK, 32), (None, None)
+            cute.domain_offset((row, m_tile * TILE_M + warp * 32), output.rows),
+            (CHUNK, 32),
+            (None, None),
         )
-        tSs, tSg = self._partition(out_tma, sOut, gOut)
-        cute.copy(out_tma, tSs, tSg[None, 0, 0])
+        tSs, tSg = self._partition(output.store, sOut, gOut)
+        cute.copy(output.store, tSs, tSg[None, 0, 0])
         cute.arch.cp_async_bulk_commit_group()
 
     # ---- fc1: SwiGLU, routing weight, and NVFP4 or bf16
 
     @cute.jit
-    def _store_activations(self, place, low, high, scales, row_scales, weight, outputs, staging):
-        """32 tokens x this warp's 16 intermediate values; returns 1 if this lane's saturated."""
+    def _store_activations(
+        self,
+        place: tuple,
+        low,
+        high,
+        scales: TileScales,
+        row_scales,
+        weight,
+        output: Output,
+        staging: cute.Pointer,
+    ):
+        """32 tokens x this warp's 16 intermediate values -> 1 if this lane's block saturated."""
         m_tile, row, live = place
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -609,16 +662,16 @@ class Dsv4GroupedGemmSm100:
         pairs = [ptx.mul2(pair, weights) for pair in pairs]
         values = [value for pair in pairs for value in ptx.unpack(pair)]
         column = (m_tile * NUM_EPILOGUE_WARPS + warp) * 16
-        out = Int64(outputs[1].toint())
+        out = Int64(output.rows.toint())
         width = self.gemm.out_features
         saturated = Int32(0)
         if cutlass.const_expr(self.gemm.quantize):
-            codes, scale, saturated = self._quantize(pairs, values, scales[2])
+            codes, scale, saturated = self._quantize(pairs, values, scales.out)
             line = (row >> 7) * (width // 64) + m_tile
             scale_at = Int64(line) * SCALE_BLOCK + (lane * 16 + ((row & 96) >> 3) + warp)
             if lane < live:
                 ptx.store_global(out + (Int64(row + lane) * (width // 2) + column // 2), codes)
-                ptx.store_global_byte(Int64(outputs[2].toint()) + scale_at, scale)
+                ptx.store_global_byte(Int64(output.scales.toint()) + scale_at, scale)
             else:
                 saturated = Int32(0)
         else:
@@ -630,20 +683,20 @@ class Dsv4GroupedGemmSm100:
         return saturated
 
     @cute.jit
-    def _swiglu(self, gate, up, scales, row_scales):
+    def _swiglu(self, gate, up, scales: TileScales, row_scales):
         """silu(min(gate, limit)) * clamp(up, -limit, limit) of the scaled accumulators."""
-        values, limit = [], scales[3]
+        values, limit = [], scales.limit
         for r in cutlass.range_constexpr(16):
             row_scale = row_scales[r // 4 * 2 + r % 2]
-            g = cute.arch.fmin(gate[r] * (scales[0] * row_scale), limit, nan=True)
-            u = ptx.clamp(up[r] * (scales[1] * row_scale), limit)
+            g = cute.arch.fmin(gate[r] * (scales.gate * row_scale), limit, nan=True)
+            u = ptx.clamp(up[r] * (scales.up * row_scale), limit)
             exponential = cute.math.exp2(g * -1.4426950408889634, fastmath=True)
             values.append(g * cute.arch.rcp_approx(1.0 + exponential) * u)
         return values
 
     @cute.jit
     def _transpose(self, values, staging):
-        """From a lane's 2 rows x 8 tokens to 8 pairs of its one token's 16 rows, through smem."""
+        """Through shared memory: a lane's 2 rows x 8 tokens -> its one token's 16 rows, 8 pairs."""
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         base = ptx.smem_address(staging) + warp * (CHUNK * STAGING_PITCH)
@@ -661,10 +714,8 @@ class Dsv4GroupedGemmSm100:
 
     @cute.jit
     def _quantize(self, pairs, values, global_scale):
-        """NVFP4 of a block of 16, as `reference.nvfp4_quantize` has it: 2 words, scale, 0 or 1.
-
-        A quotient is corrected by its remainder, which rounds it as a division would.
-        """
+        """A block of 16, bit-equal to `reference.nvfp4_quantize` -> (2 words of codes, scale byte,
+        1 if saturated)."""
         largest = self._largest(values, nan=True)
         saturated = Int32(0)
         if largest != largest:
@@ -701,13 +752,14 @@ class Dsv4GroupedGemmSm100:
 
     @cute.jit
     def _divide(self, x, divisor, inverse):
-        """x / divisor, given about 1 / divisor."""
+        """x / divisor, correctly rounded: inverse is about 1 / divisor, and one step of its exact
+        remainder corrects the quotient (Markstein)."""
         quotient = x * inverse
         return ptx.fma(ptx.fma(quotient, -divisor, x), inverse, quotient)
 
     @cute.jit
     def _divide_pairs(self, pairs, divisor, inverse):
-        """16 values of 8 pairs, each over divisor."""
+        """`_divide` of the 16 values of 8 pairs."""
         minus, inverses = ptx.pack(-divisor, -divisor), ptx.pack(inverse, inverse)
         values = []
         for pair in pairs:

@@ -1,124 +1,171 @@
-"""What becomes of a tile's sums: device code of the sm90 grouped GEMM.
+"""Epilogue of a tile and stream-K's fix-up: device code of the sm90 grouped GEMM.
 
-The weights' warp runs ahead of the consumers and tells them of every tile, so that they never look
-one up or wait for its factors: a note (rows, stages, first row or -1 where an earlier block stores
-the tile, m tile), which the tile's first stage hands over, and the factors that its sums are
-multiplied by, which it fetches once all of the tile has been asked for (`weighed`). A place for a
-tile is free again when all consumer warps are done with it (`stored`).
+The weights' producer warp runs ahead of the consumers and hands them a work descriptor per tile:
+(rows, k stages, first row, m tile), first row -1 where another unit began the tile and stores it.
+So consumers neither look a tile up nor wait for its factors. The full barrier of the tile's first
+stage publishes the descriptor. The epilogue's factors, loaded once all of the tile's copies have
+been issued, have their own barrier, `factors_full`; all consumer threads arrive on `empty` when
+they are done with the tile, and descriptor and factors may be overwritten.
 """
+
+import math
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
 from dsv4_kernels.sm90 import ptx as ptx
-from dsv4_kernels.sm90.schedule import Sm90Schedule
-from dsv4_kernels.sm90.spec import FLAGS, Sm90Config
+from dsv4_kernels.sm90.schedule import Sm90Schedule, Tables
+from dsv4_kernels.sm90.spec import FLAGS, Gemm
 
-NOTES = 2  # places
-SUMS_AT_ONCE = 32  # partial sums that a thread asks for together: more would not fit in registers
-STAGING_BYTES = 512  # of a buffer in which a warp turns what it stores; each has two
+DESCRIPTORS = 2  # in the ring
+PARTIALS_IN_FLIGHT = 32  # loads of a thread in the fix-up: more would not fit in registers
+STAGING_BYTES = 512  # of a transposition buffer; each warp has two
 UNSCALE = 128.0  # the 2^7 that widened weights lack
 
 
-class Sm90Epilogue(Sm90Schedule):
-    """Methods over what the kernel is specialised on.
+class WorkRing(NamedTuple):
+    """Work descriptors and factors of DESCRIPTORS tiles in shared memory, and their mbarriers."""
 
-    spin_limit: for debugging, looks at a flag after which a thread that waits for partial sums
+    descriptors: cute.Pointer  # (DESCRIPTORS, 4) int32
+    factors: cute.Pointer  # (DESCRIPTORS, self.factors) float32
+    factors_full: cute.Pointer
+    empty: cute.Pointer
+
+
+class FactorSources(NamedTuple):
+    """In global memory: what factors are made of."""
+
+    global_scales: cute.Pointer
+    row_to_slot: cute.Pointer
+    slot_weights: cute.Pointer
+
+
+class FixUp(NamedTuple):
+    """In global memory: what stream-K's units pass to one another."""
+
+    partials: cute.Pointer
+    flags: cute.Pointer  # FLAGS a CTA, one a consumer warp: its partial sums are written
+
+
+class Sm90Epilogue(Sm90Schedule):
+    """Owns how a tile is cut among consumer warps, and what its sums are multiplied by.
+
+    spin_limit: for debugging, polls of a flag after which a thread that waits for partial sums
     traps, so that a hang ends in an error; None, as served, waits without a limit.
     """
 
     spin_limit: int | None = None
 
-    config: Sm90Config
-    fc1: bool
-    m: int
-    m_out: int
-    m_blocks_tile: int
-    factors: int
+    def __init__(self, gemm: Gemm):
+        config = gemm.config
+        super().__init__(
+            num_experts=gemm.num_experts,
+            tile_n=config.tile_n,
+            m_tiles=math.ceil(gemm.m / (config.tile_m * config.cluster)),
+            k_stages=gemm.k // config.tile_k,
+            threads=128 * (config.warpgroups + 1),
+            cluster=config.cluster,
+        )
+        self.config = config
+        self.fc1 = gemm.op == "fc1"
+        self.m = gemm.m
+        self.m_out = gemm.m // 2 if self.fc1 else gemm.m
+        self.m_blocks_tile = config.m_blocks * config.warpgroups  # of 64 rows, in a CTA's tile
+        # Two global scales, then a routing weight a row; fc2: one global scale.
+        self.factors = 2 + (-(-self.tile_n_max // 32) * 32 if self.fc1 else 0)
 
-    def _note(self, s_notes: cute.Pointer, note: Int32) -> cute.Tensor:
-        return cute.make_tensor((s_notes + note * 4).align(16), cute.make_layout(4))
+    def _descriptor(self, work: WorkRing, index: Int32) -> cute.Tensor:
+        return cute.make_tensor((work.descriptors + index * 4).align(16), cute.make_layout(4))
 
     @cute.jit
-    def _weigh(
+    def _load_factors(
         self,
-        sources: tuple,
+        sources: FactorSources,
         expert: Int32,
         row_start: Int32,
         rows: Int32,
         factors: cute.Pointer,
     ):
-        """The factors of a tile, by one warp."""
-        global_scales, row_to_slot, slot_weights = sources
+        """Global -> shared: a tile's factors; one warp."""
         lane = cute.arch.lane_idx()
         if cutlass.const_expr(self.fc1):
-            # No branches, so that loads are in flight together: past the last row, the last row.
+            # Unpredicated, so that loads are in flight together: past the last row, the last.
             row_groups = (self.factors - 2) // 32
             values = [Float32(0.0)] * row_groups
             slots = [Int32(0)] * row_groups
             for i in cutlass.range_constexpr(row_groups):
-                slots[i] = (row_to_slot + row_start + cutlass.min(lane + 32 * i, rows - 1)).load()
+                slots[i] = (
+                    sources.row_to_slot + row_start + cutlass.min(lane + 32 * i, rows - 1)
+                ).load()
             for i in cutlass.range_constexpr(row_groups):
-                values[i] = (slot_weights + slots[i]).load()
+                values[i] = (sources.slot_weights + slots[i]).load()
             for i in cutlass.range_constexpr(row_groups):
                 (factors + 2 + lane + 32 * i).store(values[i])
             if lane < 2:
-                (factors + lane).store((global_scales + 2 * expert + lane).load() * UNSCALE)
+                (factors + lane).store((sources.global_scales + 2 * expert + lane).load() * UNSCALE)
         elif lane == 0:
-            factors.store((global_scales + expert).load() * UNSCALE)
+            factors.store((sources.global_scales + expert).load() * UNSCALE)
 
     @cute.jit
-    def _finish(
+    def _epilogue(
         self,
         n: cutlass.Constexpr,
         acc: list,
         out: cute.Pointer,
-        fix_up: tuple,
+        fix_up: FixUp,
         limit: Float32,
-        notes: tuple,
+        work: WorkRing,
         s_staging: cute.Pointer,
         tile: Int32,
-        tables: tuple,
+        tables: Tables,
     ):
-        """What comes after the sums of this block's tile number `tile`."""
+        """Of the CTA's tile number `tile`: spill the accumulators, or fix up and store."""
         tile = ptx.opaque(tile)
-        s_notes, s_factors, weighed, _ = notes
-        note = cute.make_rmem_tensor((4,), Int32)
-        cute.autovec_copy(self._note(s_notes, tile % NOTES), note)
-        rows, k_stages, row_start, m_tile = note[0], note[1], note[2], note[3]
+        descriptor = cute.make_rmem_tensor((4,), Int32)
+        cute.autovec_copy(self._descriptor(work, tile % DESCRIPTORS), descriptor)
+        rows, k_stages, row_start, m_tile = (
+            descriptor[0],
+            descriptor[1],
+            descriptor[2],
+            descriptor[3],
+        )
         if row_start < 0:
-            self._leave(n, acc, fix_up)
+            self._spill(n, acc, fix_up)
         else:
             if k_stages < self.k_stages:
-                self._add_parts(n, acc, fix_up, k_stages, tables)
+                self._add_partials(n, acc, fix_up, k_stages, tables)
             warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-            cute.arch.mbarrier_wait(weighed + tile % NOTES, tile // NOTES % 2)
+            cute.arch.mbarrier_wait(work.factors_full + tile % DESCRIPTORS, tile // DESCRIPTORS % 2)
             self._store(
                 n,
                 acc,
                 out,
-                (row_start, rows, m_tile),
+                row_start,
+                rows,
+                m_tile,
                 limit,
-                s_factors + tile % NOTES * self.factors,
+                work.factors + tile % DESCRIPTORS * self.factors,
                 s_staging + warp * (2 * STAGING_BYTES),
             )
 
     @cute.jit
-    def _partial(self, partials: cute.Pointer, bidx: Int32, mb: cutlass.Constexpr):
-        """Where block bidx's thread of this number keeps its partial sums of row block mb."""
+    def _partial(self, fix_up: FixUp, cta: Int32, mb: cutlass.Constexpr):
+        """Partial sums of this thread's peer in the CTA, of the warpgroup's row block mb."""
         config = self.config
         tidx, _, _ = cute.arch.thread_idx()
-        first = (bidx * config.warpgroups + tidx // 128) * config.m_blocks + mb
-        return partials + (first * (64 * self.tile_n_max) + tidx % 128 * 4)
+        first = (cta * config.warpgroups + tidx // 128) * config.m_blocks + mb
+        return fix_up.partials + (first * (64 * self.tile_n_max) + tidx % 128 * 4)
 
     @cute.jit
-    def _flag(self, flags: cute.Pointer, bidx: Int32):
-        """Set when this warp of block bidx has left its partial sums."""
-        return flags + (bidx * FLAGS + cute.arch.warp_idx())
+    def _flag(self, fix_up: FixUp, cta: Int32):
+        """Of this warp's peer in the CTA."""
+        return fix_up.flags + (cta * FLAGS + cute.arch.warp_idx())
 
     @cute.jit
-    def _await(self, flag: cute.Pointer):
+    def _wait_flag(self, flag: cute.Pointer):
+        """Spin with loads that acquire at GPU scope."""
         spins = Int32(0)
         while ptx.get_flag(flag) == 0:
             if cutlass.const_expr(self.spin_limit is not None):
@@ -127,78 +174,78 @@ class Sm90Epilogue(Sm90Schedule):
                     ptx.trap()
 
     @cute.jit
-    def _leave(self, n: cutlass.Constexpr, acc: list, fix_up: tuple):
-        """The sums of a tile that an earlier block began."""
-        partials, flags = fix_up
-        bidx, _, _ = cute.arch.block_idx()
+    def _spill(self, n: cutlass.Constexpr, acc: list, fix_up: FixUp):
+        """Partial sums of a tile that another unit began -> workspace. The elected lane sets the
+        warp's flag with release at GPU scope, after the warp's stores."""
+        cta, _, _ = cute.arch.block_idx()
         for mb in cutlass.range_constexpr(self.config.m_blocks):
-            target = self._partial(partials, bidx, mb)
+            target = self._partial(fix_up, cta, mb)
             for i in cutlass.range_constexpr(0, n // 2, 4):
                 ptx.store_partial(
                     target + i * 128, acc[mb][i], acc[mb][i + 1], acc[mb][i + 2], acc[mb][i + 3]
                 )
         cute.arch.sync_warp()
         if cute.arch.lane_idx() == 0:
-            ptx.set_flag(self._flag(flags, bidx), Int32(1))
+            ptx.set_flag(self._flag(fix_up, cta), Int32(1))
 
     @cute.jit
-    def _add_parts(
+    def _add_partials(
         self,
         n: cutlass.Constexpr,
         acc: list,
-        fix_up: tuple,
+        fix_up: FixUp,
         k_first: Int32,
-        tables: tuple,
+        tables: Tables,
     ):
-        """Adds what the following blocks have of this tile, from stage k_first on, in their order.
+        """Fix-up: adds the partial sums of the following units, whose ranges hold this tile's
+        stages from k_first on, in the order of K: the result does not depend on timing.
 
-        Their block indices are lower than this one's: they are resident or have ended. A lane waits
-        for each, so that all are waited for at once; and of small tiles, the sums of several blocks
-        are asked for together: a tile of a few rows may be cut into a dozen parts.
+        A lane polls each unit's flag, so that a warp waits for all at once, and resets it. Of small
+        tiles the partial sums of several units are in flight together: a tile of a few rows may be
+        split a dozen ways.
         """
-        partials, flags = fix_up
-        block, grid = self._this_block()
-        bidx, _, _ = cute.arch.block_idx()
+        unit, num_units = self._this_unit()
+        cta, _, _ = cute.arch.block_idx()  # a following unit's CTA of this rank is a cluster before
         lane = cute.arch.lane_idx()
-        tile_end = self._cut(block + 1, tables) + (self.k_stages - k_first)
-        parts = Int32(0)  # following blocks that begin inside this tile
+        tile_end = self._cut(unit + 1, tables) + (self.k_stages - k_first)
+        parts = Int32(0)  # following units whose ranges begin inside this tile
         found = Int32(32)
         while found == 32:
-            other = cutlass.min(block + 1 + parts + lane, grid)
+            other = cutlass.min(unit + 1 + parts + lane, num_units)
             begins, ends = self._cut(other, tables), self._cut(other + 1, tables)
-            is_part = other < grid and begins < tile_end
+            is_part = other < num_units and begins < tile_end
             if is_part and ends > begins:
-                flag = self._flag(flags, bidx - (other - block) * self.cluster)
-                self._await(flag)
+                flag = self._flag(fix_up, cta - (other - unit) * self.cluster)
+                self._wait_flag(flag)
                 flag.store(Int32(0))
             cute.arch.sync_warp()
             found = cute.arch.popc(cute.arch.vote_ballot_sync(is_part))
             parts += found
-        at_once = max(1, SUMS_AT_ONCE // (n // 2 * self.config.m_blocks))
+        units_in_flight = max(1, PARTIALS_IN_FLIGHT // (n // 2 * self.config.m_blocks))
         quads = [
             (g, mb, i)
-            for g in range(at_once)
+            for g in range(units_in_flight)
             for mb in range(self.config.m_blocks)
             for i in range(0, n // 2, 4)
         ]
         first = Int32(0)
         while first < parts:
-            for start in cutlass.range_constexpr(0, len(quads), SUMS_AT_ONCE // 4):
-                batch = quads[start : start + SUMS_AT_ONCE // 4]
+            for start in cutlass.range_constexpr(0, len(quads), PARTIALS_IN_FLIGHT // 4):
+                batch = quads[start : start + PARTIALS_IN_FLIGHT // 4]
                 sums = []
                 for g, mb, i in batch:
                     after = 1 + cutlass.min(first + g, parts - 1)
-                    source = self._partial(partials, bidx - after * self.cluster, mb)
+                    source = self._partial(fix_up, cta - after * self.cluster, mb)
                     sums.append(ptx.load_partial(source + i * 128))
                 for (g, mb, i), values in zip(batch, sums, strict=True):
-                    other = block + 1 + first + g
+                    other = unit + 1 + first + g
                     ends, begins = self._cut(other + 1, tables), self._cut(other, tables)
                     self._add(acc[mb], i, values, first + g < parts and ends > begins)
-            first += at_once
+            first += units_in_flight
 
     @cute.jit
     def _add(self, acc: cute.Tensor, i: cutlass.Constexpr, values: tuple, is_part):
-        """Four partial sums, if they are this tile's."""
+        """Four partial sums, if they are of this tile."""
         if is_part:
             for c in cutlass.range_constexpr(4):
                 acc[i + c] = acc[i + c] + values[c]
@@ -209,29 +256,31 @@ class Sm90Epilogue(Sm90Schedule):
         n: cutlass.Constexpr,
         acc: list,
         out: cute.Pointer,
-        place: tuple,
+        row_start: Int32,
+        rows: Int32,
+        m_tile: Int32,
         limit: Float32,
         factors: cute.Pointer,
         staging: cute.Pointer,
     ):
-        """Accumulators -> out at (first row, rows, m tile).
+        """Accumulators -> rows [row_start, row_start + rows) of out.
 
-        A warp turns 8 columns of 32 rows (fc2: 16 of 16) at a time in one of its two buffers, so
-        that a thread stores 16 bytes of one row; between two uses of a buffer all lanes have met.
+        A warp transposes 8 columns of 32 rows (fc2: 16 of 16) at a time through one of its two
+        staging buffers, so that a lane stores 16 bytes of one row. One __syncwarp a buffer is
+        enough: the other buffer's lies between two uses of one.
         """
         config = self.config
-        row_start, rows, m_tile = place
         scale_g = factors.load()
         scalars = (scale_g, (factors + 1).load(), limit) if self.fc1 else ()
         lane = cute.arch.lane_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         columns = 8 if self.fc1 else 16
-        row = lane if self.fc1 else lane // 2  # of those at a time, that this lane stores
+        row = lane if self.fc1 else lane // 2  # of a buffer, that this lane stores
         source = staging + self._staged(row, 0 if self.fc1 else lane % 2)
         target = staging + self._staged(
             *((lane, 0) if self.fc1 else (lane // 16 * 8 + lane % 8, lane // 8 % 2))
         )
-        groups = 32 // columns  # of 8 rows, at a time
+        groups = 32 // columns  # of 8 rows, in a buffer
         for mb in cutlass.range_constexpr(config.m_blocks):
             m_block = m_tile * self.m_blocks_tile + (warp // 4) * config.m_blocks + mb
             column = m_block * (4 * columns) + (warp % 4) * columns
@@ -261,7 +310,7 @@ class Sm90Epilogue(Sm90Schedule):
                         )
 
     def _staged(self, row, chunk):
-        """Where 16 bytes of a row are in a buffer: no bank is met twice, by rows or by columns."""
+        """Offset of a row's 16 bytes in a buffer, swizzled against bank conflicts."""
         return row * 16 if self.fc1 else row * 32 + (chunk ^ (row // 4 % 2)) * 16
 
     def _chunk(self, pointer: cute.Pointer) -> cute.Tensor:

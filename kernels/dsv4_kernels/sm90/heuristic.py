@@ -1,11 +1,11 @@
-"""Which kernels run a call of the sm90 grouped GEMMs: by the rows of an expert."""
+"""Tile heuristic of the sm90 grouped GEMMs: number of tokens -> tile shapes of fc1 and fc2."""
 
 import math
 
 from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
 from dsv4_kernels.types import MoeShape
 
-FEW_ROWS = 14  # an expert, at most, where tiles of 8 to 32 rows serve
+FEW_ROWS = 14  # of an expert: up to here, the smallest tiles
 
 
 def unsupported_reason(shape: MoeShape) -> str | None:
@@ -36,11 +36,11 @@ def places_rows(shape: MoeShape, num_tokens: int) -> bool:
 
 
 def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
-    """How both GEMMs run at a number of tokens, by the rows of an expert if routing is even.
+    """How both GEMMs run, by the rows of an expert under even routing.
 
-    fc1 gathers its rows by token, which costs less than to copy them to where TMA finds them: 3 %
-    of fc1 and the copy at 128 rows an expert, 2 % at 48, on an H200. But what cp.async fetches is
-    one block's: a cluster, which shares rows, has them placed.
+    fc1 gathers its rows by token rather than reading rows that `place_rows` has permuted: on an
+    H200, 3 % less than fc1 and the permutation at 128 rows an expert, 2 % at 48. cp.async has no
+    multicast, so a cluster, which shares rows, needs them permuted.
     """
     rows = num_tokens * shape.top_k / shape.num_experts
     fc1, fc2 = (_config(rows, k) for k in (shape.hidden, shape.intermediate))
@@ -48,16 +48,18 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
 
 
 def _config(rows: float, k: int) -> Sm90Config:
-    """Of the GEMM whose weights have k columns.
+    """Of a GEMM with this K, by what bounds it.
 
-    Few rows: the weights' bytes bind, and then the instructions that widen them; 16 warps share
-    that work and long stages spread what a stage costs. More rows: fewer, larger tiles spread what
-    a tile costs, until the sums leave registers for two warpgroups only. tile_n is four sizes about
-    what a tile will hold: with more, ptxas runs out of registers and makes WGMMA wait.
+    Few rows: bound by the bytes of the weights, then by the instructions that widen them. Four
+    consumer warpgroups share the widening, and long stages amortise the cost of a stage.
 
-    Most rows: the tensor cores bind, and the power that they and all else draw. Half the weight
-    rows a block leave room for all rows of an expert in one tile, so that weights are widened once,
-    and for more sizes; two blocks of a cluster then share the rows.
+    More rows: larger tiles amortise the cost of a tile; accumulators then leave registers for three
+    warpgroups, at last for two. tile_n has four sizes around the rows that a tile is expected to
+    hold: with more, ptxas runs out of registers and serialises WGMMA.
+
+    Most rows: bound by the tensor cores and by power. With one row block a warpgroup instead of
+    two, all rows of an expert fit in one tile, so weights are widened once, and there are registers
+    for more sizes of tile_n; clusters of two CTAs halve the traffic of rows.
     """
     if rows <= FEW_ROWS:
         return Sm90Config(1, 4, (8, 16, 24, 32), _tile_k(k, 256))
@@ -66,7 +68,7 @@ def _config(rows: float, k: int) -> Sm90Config:
     tile_k = _tile_k(k, 128)
     parts, most = _even_parts(rows, 224)
     if most > 144 and _even_parts(rows, 144)[0] > parts:
-        most = math.ceil(most / 32) * 32  # a kernel more for every 16 rows is not worth 2 %
+        most = math.ceil(most / 32) * 32  # in steps of 16: 2 % faster, twice the kernels
         return Sm90Config(1, 2, tuple(range(most - 48, most + 8, 8)), tile_k, cluster=2)
     _, most = _even_parts(rows, 144)
     warpgroups = 3 if most <= 64 else 2
@@ -74,8 +76,8 @@ def _config(rows: float, k: int) -> Sm90Config:
 
 
 def _even_parts(rows: float, limit: int) -> tuple[int, int]:
-    """(tiles of at most `limit` rows that an expert's are cut into, the most rows of one): one
-    and a half standard deviations more than the even share still fit."""
+    """(row tiles of an expert, rows of the largest, at most `limit`), with room for 1.5 standard
+    deviations above the mean of a Poisson routing."""
     parts = math.ceil((rows + 1.25 * math.sqrt(rows)) / limit)
     most = (rows + 1.5 * math.sqrt(rows)) / parts
     return parts, min(limit, math.ceil(most / 16) * 16)

@@ -3,33 +3,35 @@
     fc1: h[row, i]   = w_row * silu(min(g, L)) * clamp(u, -L, L),   g = gs_g W1 x,  u = gs_u W3 x
     fc2: out[row, m] = gs W2 h[row]
 
-One output tile is 64 * m_blocks * warpgroups weight rows (the M of WGMMA) by at most tile_n[-1]
-rows of one expert (its N); the N that fits the rows at hand is chosen per tile from `tile_n`.
-Each persistent block finds its work from `counts` and `offsets` alone: whole tiles, then a stretch
-of the stages of K of the tiles that are left, so that whatever the routing, all blocks end together
-(`Sm90Schedule`). A stretch that begins inside a tile leaves its sums in `partials`, where the block
-that began the tile adds them, in the order of K: the result does not depend on timing.
+A CTA's output tile is 64 * m_blocks * warpgroups weight rows (M of WGMMA) by at most tile_n[-1]
+rows of one expert (N); each tile takes the smallest N of `tile_n` that covers its rows. The kernel
+is persistent, and derives its stream-K schedule (`schedule`) on the device, from `counts` and
+`offsets`: all CTAs end together whatever the routing. Work descriptors and fix-up: `epilogue`.
 
-One producer warpgroup fills a ring of shared-memory stages, each tile_k wide: codes and block
-scales by bulk copies (`weights.prepare_weights` made them contiguous), rows of x by TMA where
-they lie one after another, or gathered by 16-byte cp.async. The consumer warpgroups widen codes to
-bf16 in registers, which is exact, and multiply. The blocks of a cluster work on the same rows: each
-fetches some of them for all, and a stage is free when all have read it.
+One producer warpgroup fills a ring of pipeline stages, each tile_k wide: codes and block scales by
+bulk copies (`weights` made them contiguous), rows of x by TMA where they are contiguous, otherwise
+gathered by 16-byte cp.async. Consumer warpgroups widen codes to bf16 in registers, exactly, and
+multiply with A from registers. The CTAs of a cluster share a row tile: each multicasts some of its
+boxes to all, and a stage is empty when the consumers of all have arrived.
 
-Widening. A word holds the eight codes of one thread in one m64k16 step; shifts and masks put each
-code's sign at bit 15 and its three other bits at 8:6 of a bf16, which reads it as code * 2^-126.
-A scale byte holds five exponent bits and three of mantissa; (byte << 4) | 0x7000 is the scale
-times 2^119. Their product is a normal bf16, scale * code * 2^-7, without rounding: E2M1 has 2
-significant bits and E4M3 has 4. The 2^7 is put back with the fp32 global scale. An MXFP4 scale is
-such a byte without mantissa; it serves two steps, which NVFP4's does one.
+Barriers of a stage. full: the elected lane of the weights' warp arrives and expects the bytes of
+its copies; with gather, `_signal_rows` arrives as well. rows_landed (gather): one cp.async arrival
+a gathering thread. empty: an elected lane a consumer warp, on each CTA of the cluster.
 
-What a step (m64, n, k16) of a warpgroup costs a multiprocessor, measured on an H200 with all in
-shared memory and two warpgroups or more: WGMMA alone max(13, n / 2) cycles, whatever the groups and
-their number in flight; with I other instructions a warp about max(n / 2, I + 3 + n / 4), as if
-WGMMA took every second issue slot while it runs. Up to n = 90 it is instructions that count.
+Widening. A word holds a thread's eight codes of one m64k16 step; shifts and masks put each code's
+sign at bit 15 and its three other bits at 8:6 of a bf16, whose value is then code * 2^-126. A scale
+byte has five exponent bits and three of mantissa; (byte << 4) | 0x7000 is the scale times 2^119.
+The product, scale * code * 2^-7, is a normal bf16 and exact: E2M1 has 2 significant bits and E4M3
+4. The epilogue's fp32 global scale restores the 2^7. An MXFP4 scale is such a byte without
+mantissa, and serves two steps to NVFP4's one.
+
+Cycles of a multiprocessor for a warpgroup's step (m64, n, k16), measured on an H200 with operands
+in shared memory and two warpgroups or more: WGMMA alone max(13, n / 2), whatever the number of
+groups in flight; with I other instructions a warp about max(n / 2, I + 3 + n / 4), as if WGMMA took
+every second issue slot. Up to n = 90 the kernel is bound by instruction issue.
 """
 
-import math
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -38,7 +40,15 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from dsv4_kernels.sm90 import ptx as ptx
-from dsv4_kernels.sm90.epilogue import NOTES, STAGING_BYTES, Sm90Epilogue
+from dsv4_kernels.sm90.epilogue import (
+    DESCRIPTORS,
+    STAGING_BYTES,
+    FactorSources,
+    FixUp,
+    Sm90Epilogue,
+    WorkRing,
+)
+from dsv4_kernels.sm90.schedule import Tables
 from dsv4_kernels.sm90.spec import FLAGS, Gemm
 from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK
 
@@ -47,15 +57,25 @@ SMEM_BYTES = 227 * 1024
 TMA_ROWS = 16  # of a box
 
 
+class Pipeline(NamedTuple):
+    """The ring of stages in shared memory, and its mbarriers."""
+
+    x: cute.Pointer  # (stages, k_blocks, tile_n_max, 64) bf16, 128-byte swizzle
+    codes: cute.Pointer  # (stages, m_blocks_tile, k_blocks, 512) uint32
+    scales: cute.Pointer  # (stages, m_blocks_tile, k_blocks, scale_block_bytes / 4) uint32
+    full: cute.Pointer
+    rows_landed: cute.Pointer
+    empty: cute.Pointer
+
+
 class Dsv4GroupedGemmSm90(Sm90Epilogue):
-    """One grouped GEMM, compiled for one specialisation."""
+    """One grouped GEMM, compiled for one specialisation; owns the pipeline and the launch."""
 
     def __init__(self, gemm: Gemm):
-        op, num_experts, m, k, top_k, gather, config, scale_block = gemm
-        fc1 = op == "fc1"
+        op, _, m, k, top_k, gather, config, scale_block = gemm
         assert op in ("fc1", "fc2"), op
-        # Who gathers does not wait for the kernel before: fc1 has done so for all of its warps.
-        assert fc1 or not gather, "fc2 gathers no rows"
+        # The gathering warps rely on fc1's griddepcontrol.wait, in which all warps take part.
+        assert op == "fc1" or not gather, "fc2 gathers no rows"
         assert m % 64 == 0, f"{m} weight rows, must be a multiple of 64"
         assert k % config.tile_k == 0, f"K = {k}, must be a multiple of tile_k = {config.tile_k}"
         assert config.tile_n == tuple(sorted(config.tile_n)), config.tile_n
@@ -64,34 +84,20 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             f"largest tile_n {config.tile_n[-1]}, must be a multiple of {TMA_ROWS}"
         )
         assert 4 * config.warpgroups <= FLAGS, f"{config.warpgroups} warpgroups"
-        self.config = config
-        self.fc1 = fc1
-        self.gather = gather
-        self.num_experts = num_experts
-        self.m, self.k, self.top_k = m, k, top_k
-        self.m_out = m // 2 if fc1 else m
-        self.tile_n_max = config.tile_n[-1]
         assert scale_block in (NVFP4_BLOCK, MXFP4_BLOCK), scale_block
+        assert config.cluster == 1 or not gather, "a CTA gathers rows for itself alone"
+        super().__init__(gemm)
+        self.gather = gather
+        self.k, self.top_k = k, top_k
         self.scale_block = scale_block
         self.scale_block_bytes = 64 * 64 // scale_block
-        self.k_blocks = config.tile_k // 64
-        self.k_stages = k // config.tile_k
-        self.tile_n_min = config.tile_n[0]
-        self.by_cost = config.tile_n[-1] > 64
-        self.m_blocks_tile = config.m_blocks * config.warpgroups
-        assert config.cluster == 1 or not gather, "a block gathers rows for itself alone"
-        self.cluster = config.cluster
-        self.m_tiles = math.ceil(m / (config.tile_m * config.cluster))
-        # What a tile's sums are multiplied by: two global scales, then a weight a row.
-        self.factors = 2 + (-(-self.tile_n_max // 32) * 32 if fc1 else 0)
-        self.threads = 128 * (config.warpgroups + 1)
-        self.experts_padded = max(32, 1 << (num_experts - 1).bit_length())
+        self.k_blocks = config.tile_k // 64  # of a stage
         self.stages = self._num_stages()
         assert self.stages >= 2, f"{config} leaves room for {self.stages} stages"
 
     @property
     def partial_floats(self) -> int:
-        """Per thread block, of `partials`."""
+        """Of a CTA, in `partials`."""
         return self.config.tile_m * self.tile_n_max
 
     def _block_bytes(self) -> int:
@@ -100,10 +106,10 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
 
     def _fixed_smem(self) -> int:
         warps = 4 * self.config.warpgroups
-        notes = NOTES * (16 + 4 * self.factors)
+        work = DESCRIPTORS * (16 + 4 * self.factors)
         barriers_and_alignment = 4096
         staging = warps * 2 * STAGING_BYTES
-        return staging + notes + self._table_bytes() + barriers_and_alignment
+        return staging + work + self._table_bytes() + barriers_and_alignment
 
     def _num_stages(self) -> int:
         rows = self.tile_n_max * 128 * self.k_blocks
@@ -142,7 +148,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         fc2; x (tokens or rows, k) bf16; out (rows, m_out) bf16; counts (experts,), offsets
         (experts + 1,), row_to_slot (rows,) int32; slot_weights (tokens * top_k,) float32;
         partials (num_blocks * partial_floats,) float32; flags (num_blocks * FLAGS,) int32, zeros
-        before and after; limit of SwiGLU, infinity for none; num_rows: of x."""
+        before and after; limit of SwiGLU, infinity for none; num_rows of x; num_blocks: CTAs."""
         tma_atom, tma_x = None, None
         if cutlass.const_expr(not self.gather):
             box = (TMA_ROWS, 64)
@@ -221,35 +227,36 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             128,
         )
         s_staging = self._allocate(smem, Uint8, warps * 2 * STAGING_BYTES, 128)
-        s_notes = self._allocate(smem, Int32, NOTES * 4, 16)
-        s_factors = self._allocate(smem, Float32, NOTES * self.factors, 16)
+        s_descriptors = self._allocate(smem, Int32, DESCRIPTORS * 4, 16)
+        s_factors = self._allocate(smem, Float32, DESCRIPTORS * self.factors, 16)
         tables = self._allocate_tables(lambda size: self._allocate(smem, Int32, size, 16))
         full = self._allocate(smem, Int64, self.stages, 8)
-        landed = self._allocate(smem, Int64, self.stages, 8)
+        rows_landed = self._allocate(smem, Int64, self.stages, 8)
         empty = self._allocate(smem, Int64, self.stages, 8)
-        weighed = self._allocate(smem, Int64, NOTES, 8)
-        stored = self._allocate(smem, Int64, NOTES, 8)
+        factors_full = self._allocate(smem, Int64, DESCRIPTORS, 8)
+        work_empty = self._allocate(smem, Int64, DESCRIPTORS, 8)
+        pipeline = Pipeline(s_x, s_codes, s_scales, full, rows_landed, empty)
+        work = WorkRing(s_descriptors, s_factors, factors_full, work_empty)
         if tidx == 0:
-            for note in cutlass.range_constexpr(NOTES):
-                cute.arch.mbarrier_init(weighed + note, 32)
-                cute.arch.mbarrier_init(stored + note, 32 * warps)
+            for i in cutlass.range_constexpr(DESCRIPTORS):
+                cute.arch.mbarrier_init(factors_full + i, 32)
+                cute.arch.mbarrier_init(work_empty + i, 32 * warps)
             for stage in cutlass.range_constexpr(self.stages):
-                # The warp that loads weights and the one that passes on rows; 64 gather these.
                 cute.arch.mbarrier_init(full + stage, 2 if self.gather else 1)
-                cute.arch.mbarrier_init(landed + stage, 64)
+                cute.arch.mbarrier_init(rows_landed + stage, 64)
                 cute.arch.mbarrier_init(empty + stage, warps * self._arrivals())
         cute.arch.mbarrier_init_fence()
-        self._meet()
+        self._sync_cluster()
 
-        # Phase 2: which tiles are alive. fc2 comes right after fc1, which waited for the layout:
-        # it waits for fc1 only where it asks for the first rows, its weights already on their way.
+        # Phase 2: the schedule. PDL: fc1 waits for the layout here. fc2 directly follows fc1, which
+        # has waited, so it reads the layout early; it waits for fc1's h before the first load of
+        # rows, when the first stage's weights are already in flight (`_load_weights`).
         if cutlass.const_expr(self.fc1):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         self._plan(counts, offsets, tables)
 
         # Phase 3: roles.
-        notes = (s_notes, s_factors, weighed, stored)
         producer_registers, consumer_registers = self._registers()
         if warp >= warps:
             cute.arch.setmaxregister_decrease(producer_registers)
@@ -259,37 +266,25 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                     block_scales,
                     tma_atom,
                     tma_x,
-                    (global_scales, row_to_slot, slot_weights),
-                    (s_x, s_codes, s_scales),
-                    notes,
-                    full,
-                    empty,
+                    FactorSources(global_scales, row_to_slot, slot_weights),
+                    pipeline,
+                    work,
                     tables,
                 )
             if cutlass.const_expr(self.gather):
                 if warp == warps + 1:
-                    self._pass_on_rows(landed, full, tables)
+                    self._signal_rows(pipeline, tables)
                 elif warp > warps + 1:
-                    self._load_rows(x, row_to_slot, s_x, landed, empty, tables)
+                    self._gather_rows(x, row_to_slot, pipeline, tables)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
-            self._consume(
-                out,
-                (partials, flags),
-                limit,
-                (s_x, s_codes, s_scales, s_staging),
-                notes,
-                full,
-                empty,
-                tables,
-            )
+            self._consume(out, FixUp(partials, flags), limit, pipeline, s_staging, work, tables)
 
-        # No block of a cluster leaves while another may still signal it.
-        self._meet()
+        # A CTA must not exit while another of its cluster may still arrive on its barriers.
+        self._sync_cluster()
 
     @cute.jit
-    def _meet(self):
-        """All blocks of a cluster."""
+    def _sync_cluster(self):
         if cutlass.const_expr(self.cluster > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
@@ -305,21 +300,17 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         block_scales: cute.Pointer,
         tma_atom: cute.CopyAtom | None,
         tma_x: cute.Tensor | None,
-        sources: tuple,
-        buffers: tuple,
-        notes: tuple,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        tables: tuple,
+        sources: FactorSources,
+        pipeline: Pipeline,
+        work: WorkRing,
+        tables: Tables,
     ):
-        """One warp asks for every stage's codes and scales, and for its rows if they need no
-        gathering; those of the next expert, or past the end as zeros, where a box holds more.
+        """Producer warp 0: every stage's codes and scales and, without gather, its rows; a tile's
+        last box also brings rows of the next expert, and zeros past the end of x.
 
-        It also writes every tile's note, which the first stage hands over, and its factors: see
-        `Sm90Epilogue`'s file.
+        It writes each tile's work descriptor before it arrives on the full barrier of the tile's
+        first stage, which publishes it, and the factors after the tile's last copies.
         """
-        s_x, s_codes, s_scales = buffers
-        s_notes, s_factors, weighed, stored = notes
         m_blocks_total = self.m // 64
         k_blocks_total = self.k // 64
         stage_bytes = self.m_blocks_tile * self.k_blocks * self._block_bytes()
@@ -330,8 +321,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         position = Int32(0) if whole > 0 else first
         stage = Int32(0)
         phase = Int32(1)
-        note = Int32(0)
-        note_phase = Int32(1)
+        index = Int32(0)
+        index_phase = Int32(1)
         while position < end:
             expert, row_start, rows, m_tile = self._locate(self._tile_at(position, whole), tables)
             m_tile = m_tile * self.cluster + rank
@@ -340,41 +331,42 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             position += k_end - k_first
             if position == whole:
                 position = first
-            cute.arch.mbarrier_wait(stored + note, note_phase)
+            cute.arch.mbarrier_wait(work.empty + index, index_phase)
             if cute.arch.lane_idx() == 0:
-                told = cute.make_rmem_tensor((4,), Int32)
-                told[0], told[1], told[2], told[3] = rows, k_end - k_first, row_start, m_tile
+                descriptor = cute.make_rmem_tensor((4,), Int32)
+                descriptor[0], descriptor[1] = rows, k_end - k_first
+                descriptor[2], descriptor[3] = row_start, m_tile
                 if k_first > 0:
-                    told[2] = Int32(-1)
-                cute.autovec_copy(told, self._note(s_notes, note))
+                    descriptor[2] = Int32(-1)
+                cute.autovec_copy(descriptor, self._descriptor(work, index))
             first_block = Int64(expert) * m_blocks_total
             expected = Int32(stage_bytes)
             if cutlass.const_expr(not self.gather):
                 boxes = (rows + TMA_ROWS - 1) // TMA_ROWS
                 expected += boxes * (TMA_ROWS * 128 * self.k_blocks)
-                t_rows, t_boxes = self._row_boxes(tma_atom, tma_x, row_start, s_x)
+                t_rows, t_boxes = self._row_boxes(tma_atom, tma_x, row_start, pipeline.x)
             for k_stage in cutlass.range(k_first, k_end, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
+                cute.arch.mbarrier_wait(pipeline.empty + stage, phase)
                 if cute.arch.lane_idx() == 0:
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, expected)
+                    cute.arch.mbarrier_arrive_and_expect_tx(pipeline.full + stage, expected)
                     for mb in cutlass.range_constexpr(self.m_blocks_tile):
-                        # Beyond the last rows of weights: the last block again, never stored.
+                        # Past the last row block of weights: the last again, never stored.
                         m_block = cutlass.min(
                             m_tile * self.m_blocks_tile + mb, Int32(m_blocks_total - 1)
                         )
                         block = (first_block + m_block) * k_blocks_total + k_stage * self.k_blocks
                         in_stage = (stage * self.m_blocks_tile + mb) * self.k_blocks
                         ptx.copy_bulk(
-                            s_codes + in_stage * (CODE_BLOCK_BYTES // 4),
+                            pipeline.codes + in_stage * (CODE_BLOCK_BYTES // 4),
                             codes + block * CODE_BLOCK_BYTES,
                             Int32(self.k_blocks * CODE_BLOCK_BYTES),
-                            full + stage,
+                            pipeline.full + stage,
                         )
                         ptx.copy_bulk(
-                            s_scales + in_stage * (self.scale_block_bytes // 4),
+                            pipeline.scales + in_stage * (self.scale_block_bytes // 4),
                             block_scales + block * self.scale_block_bytes,
                             Int32(self.k_blocks * self.scale_block_bytes),
-                            full + stage,
+                            pipeline.full + stage,
                         )
                 cute.arch.sync_warp()
                 if cutlass.const_expr(not self.fc1):
@@ -388,7 +380,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                                 tma_atom,
                                 t_rows[None, box, k_stage * self.k_blocks + kb],
                                 t_boxes[None, box, kb, stage],
-                                tma_bar_ptr=full + stage,
+                                tma_bar_ptr=pipeline.full + stage,
                                 mcast_mask=everyone,
                             )
                 stage += 1
@@ -396,20 +388,22 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                     stage = Int32(0)
                     phase ^= 1
             if k_first == 0:
-                self._weigh(sources, expert, row_start, rows, s_factors + note * self.factors)
-            cute.arch.mbarrier_arrive(weighed + note)
-            note += 1
-            if note == NOTES:
-                note = Int32(0)
-                note_phase ^= 1
+                self._load_factors(
+                    sources, expert, row_start, rows, work.factors + index * self.factors
+                )
+            cute.arch.mbarrier_arrive(work.factors_full + index)
+            index += 1
+            if index == DESCRIPTORS:
+                index = Int32(0)
+                index_phase ^= 1
         if cutlass.const_expr(not self.fc1):
-            # Also without work: that fc2 has ended must mean that fc1 has.
+            # Also without work: that fc2 has completed must imply that fc1 has.
             cute.arch.griddepcontrol_wait()
 
     @cute.jit
     def _row_boxes(self, tma_atom, tma_x, row_start: Int32, s_x: cute.Pointer):
-        """TMA's view of the rows from row_start: (bytes, box, k block), and of where they go:
-        (bytes, box, k block of the stage, stage)."""
+        """TMA partitions: of x from row_start on, (box's elements, box, k block), and of the
+        stages, (box's elements, box, k block of the stage, stage)."""
         atom = self._swizzle_atom()
         layout = cute.make_layout(
             ((8, TMA_ROWS // 8), 64, self.tile_n_max // TMA_ROWS, self.k_blocks, self.stages),
@@ -438,21 +432,16 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         return warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
 
     @cute.jit
-    def _load_rows(
-        self,
-        x: cute.Pointer,
-        row_to_slot: cute.Pointer,
-        s_x: cute.Pointer,
-        landed: cute.Pointer,
-        empty: cute.Pointer,
-        tables: tuple,
+    def _gather_rows(
+        self, x: cute.Pointer, row_to_slot: cute.Pointer, pipeline: Pipeline, tables: Tables
     ):
-        """Two warps gather the rows of x: a thread has one 16-byte chunk of every eighth row."""
+        """Producer warps 2 and 3, with gather: rows of x by token. A thread copies one 16-byte
+        chunk of every eighth row."""
         config = self.config
         thread = cute.arch.thread_idx()[0] - 128 * config.warpgroups - 64
         first_row = thread // 8
         chunk = thread % 8
-        target_0 = s_x + (first_row * 64 + (chunk ^ first_row) * 8)
+        target_0 = pipeline.x + (first_row * 64 + (chunk ^ first_row) * 8)
         row_groups = self.tile_n_max // 8
         whole, first, end = self._share(tables)
         position = Int32(0) if whole > 0 else first
@@ -469,7 +458,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             for i in cutlass.range_constexpr(len(config.tile_n) - 1):
                 if rows > config.tile_n[i]:
                     padded_rows = Int32(config.tile_n[i + 1])
-            # In units of 16 bytes. A row that does not exist is read as zeros: none of its bytes.
+            # In units of 16 bytes. cp.async reads no byte of a row past the last and writes zeros.
             sources = [Int32(0)] * row_groups
             for i in cutlass.range_constexpr(row_groups):
                 row = first_row + 8 * i
@@ -479,7 +468,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             for k_stage in cutlass.range(k_first, k_end, unroll=1):
                 column = x + (k_stage * config.tile_k + chunk * 8)
                 target = target_0 + stage * (self.k_blocks * self.tile_n_max * 64)
-                cute.arch.mbarrier_wait(empty + stage, phase)
+                cute.arch.mbarrier_wait(pipeline.empty + stage, phase)
                 for i in cutlass.range_constexpr(row_groups):
                     if 8 * i < padded_rows:
                         live = Int32(16) if first_row + 8 * i < rows else Int32(0)
@@ -488,7 +477,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                             ptx.copy_row_chunk(
                                 target + (kb * self.tile_n_max + 8 * i) * 64, source + kb * 64, live
                             )
-                cute.arch.cp_async_mbarrier_arrive_noinc(landed + stage)
+                cute.arch.cp_async_mbarrier_arrive_noinc(pipeline.rows_landed + stage)
                 stage += 1
                 if stage == self.stages:
                     stage = Int32(0)
@@ -496,21 +485,21 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         cute.arch.cp_async_wait_group(0)
 
     @cute.jit
-    def _pass_on_rows(self, landed: cute.Pointer, full: cute.Pointer, tables: tuple):
-        """One warp passes on that a stage's rows have landed.
+    def _signal_rows(self, pipeline: Pipeline, tables: Tables):
+        """Producer warp 1, with gather: rows_landed -> proxy fence -> full.
 
-        cp.async writes through the generic proxy and WGMMA reads through the async one: between
-        them stands this warp's fence. Who gathers cannot fence without waiting for all that it
-        has in flight, and for who multiplies the fence is dear.
+        cp.async writes through the generic proxy and WGMMA reads through the async proxy. A
+        gathering warp could fence only after draining its copies in flight, and a consumer warp has
+        no issue slots to spare; so this one fences, and its elected lane arrives.
         """
         whole, first, end = self._share(tables)
         stage = Int32(0)
         phase = Int32(0)
         for _ in cutlass.range(whole + end - first, unroll=1):
-            cute.arch.mbarrier_wait(landed + stage, phase)
+            cute.arch.mbarrier_wait(pipeline.rows_landed + stage, phase)
             cute.arch.fence_view_async_shared()
             if cute.arch.lane_idx() == 0:
-                cute.arch.mbarrier_arrive(full + stage)
+                cute.arch.mbarrier_arrive(pipeline.full + stage)
             stage += 1
             if stage == self.stages:
                 stage = Int32(0)
@@ -520,54 +509,54 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
     def _consume(
         self,
         out: cute.Pointer,
-        fix_up: tuple,
+        fix_up: FixUp,
         limit: Float32,
-        buffers: tuple,
-        notes: tuple,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        tables: tuple,
+        pipeline: Pipeline,
+        s_staging: cute.Pointer,
+        work: WorkRing,
+        tables: Tables,
     ):
+        """Consumer warpgroups: main loop and epilogue of every tile. N is chosen per tile among the
+        instances of `tile_n`, unrolled here."""
         config = self.config
-        s_notes, _, _, stored = notes
         whole, first, end = self._share(tables)
         left = whole + end - first
         stage = Int32(0)
         phase = Int32(0)
         tile = Int32(0)
-        note = cute.make_rmem_tensor((4,), Int32)
+        descriptor = cute.make_rmem_tensor((4,), Int32)
         while left > 0:
-            cute.arch.mbarrier_wait(full + stage, phase)
-            cute.autovec_copy(self._note(s_notes, tile % NOTES), note)
-            rows, k_stages = note[0], note[1]
+            cute.arch.mbarrier_wait(pipeline.full + stage, phase)
+            cute.autovec_copy(self._descriptor(work, tile % DESCRIPTORS), descriptor)
+            rows, k_stages = descriptor[0], descriptor[1]
             left -= k_stages
             for v in cutlass.range_constexpr(len(config.tile_n)):
                 n = config.tile_n[v]
                 above = config.tile_n[v - 1] if v > 0 else 0
                 if rows > above and rows <= n:
-                    acc, stage, phase = self._multiply(
-                        n, k_stages, buffers, full, empty, stage, phase
-                    )
-                    self._finish(n, acc, out, fix_up, limit, notes, buffers[3], tile, tables)
-            cute.arch.sync_warp()  # the next tile begins with a staging buffer of this one
-            cute.arch.mbarrier_arrive(stored + tile % NOTES)
+                    acc, stage, phase = self._multiply(n, k_stages, pipeline, stage, phase)
+                    self._epilogue(n, acc, out, fix_up, limit, work, s_staging, tile, tables)
+            cute.arch.sync_warp()  # the next tile's epilogue reuses the staging buffers
+            cute.arch.mbarrier_arrive(work.empty + tile % DESCRIPTORS)
             tile += 1
 
     def _arrivals(self) -> int:
-        """Of a warp, where it gives back a stage: one a block of the cluster."""
+        """Of a warp on an empty barrier: one from each CTA of the cluster."""
         return self.cluster
 
     @cute.jit
     def _give_back(self, empty: cute.Pointer, lane: Int32, is_read: Boolean):
-        """A stage, if this warp has read it. All lanes have waited for WGMMA, so that one can speak
-        for all: where each speaks for itself, Flash takes up to 10 % longer on an H200."""
+        """Arrive on a stage's empty barrier, lane i on that of the cluster's CTA i. All lanes have
+        waited for WGMMA, so one arrival a warp is enough: with one a lane, Flash took up to 10 %
+        longer on an H200."""
         if is_read and lane < self.cluster:
             cute.arch.mbarrier_arrive(empty, lane if self.cluster > 1 else None)
 
     def _steps(self, n: int) -> int:
-        """Of a group. Two warps a scheduler hide less: theirs is a block of four, where registers
-        allow, but not of one row block: groups take two sets of registers in turn, so a stage must
-        have an even number of them, and with four a tile of 200 rows took 9 % longer on an H200."""
+        """K steps of a WGMMA group: four where only two warps a scheduler hide latency and
+        registers allow, otherwise two. Not with one row block: groups alternate between two
+        register fragments, so a stage needs an even number of groups, and with four a tile of 200
+        rows took 9 % longer on an H200."""
         config = self.config
         return 4 if config.warpgroups < 3 and config.m_blocks == 2 and n <= 80 else 2
 
@@ -576,23 +565,21 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         self,
         n: cutlass.Constexpr,
         k_stages: Int32,
-        buffers: tuple,
-        full: cute.Pointer,
-        empty: cute.Pointer,
+        pipeline: Pipeline,
         stage: Int32,
         phase: Int32,
     ):
-        """The next k_stages of one tile, of which the first has been waited for ->
-        (accumulators, one a 64-row block; stage; phase).
+        """Main loop over k_stages of a tile, the first already waited for -> (accumulators, one a
+        64-row block; stage; phase).
 
-        By units of 64 rows by 64 columns, each in groups of two or four steps: widen a group into
-        one set of registers while WGMMA still reads the other, and load the next unit's codes
-        under it.
+        Each 64 x 64 block of weights is a few WGMMA groups of `_steps`: a group is widened into one
+        register fragment while the WGMMAs in flight read the other, and the next block's codes load
+        meanwhile.
         """
         config = self.config
         lane = cute.arch.lane_idx()
-        # Addresses hoisted out of the loop over tiles, a set for every n, would take the registers
-        # that keep WGMMA asynchronous.
+        # Opaque: addresses hoisted out of the loop over tiles, a set for every n, would take the
+        # registers that keep WGMMA asynchronous.
         thread = ptx.opaque(cute.arch.thread_idx()[0]) % 128
         mma = cute.make_tiled_mma(
             warpgroup.MmaF16BF16Op(
@@ -605,7 +592,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             )
         )
         mma.set(warpgroup.Field.ACCUMULATE, True)
-        frag_x = self._rows_operand(mma, n, thread, buffers[0])
+        frag_x = self._rows_operand(mma, n, thread, pipeline.x)
         steps = self._steps(n)
         groups = 4 // steps
         shape_w = mma.partition_shape_A((64, 16 * steps))
@@ -613,26 +600,26 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         acc = [mma.make_fragment_C(mma.partition_shape_C((64, n))) for _ in range(config.m_blocks)]
         for mb in cutlass.range_constexpr(config.m_blocks):
             acc[mb].fill(0.0)
-        t_codes, t_scales = self._thread_weights(thread, buffers[1], buffers[2])
+        t_codes, t_scales = self._thread_weights(thread, pipeline)
         codes = cute.make_rmem_tensor((4,), Uint32)
         scales = cute.make_rmem_tensor((self._scale_words(),), Uint32)
-        # In a register: an instruction has room for one constant, and this one's has another.
+        # In a register: LOP3 takes one immediate, and this one's has another.
         scale_bits = Uint32(ptx.opaque(Int32(0x0FF00FF0)))
-        units = self.k_blocks * config.m_blocks
+        blocks = self.k_blocks * config.m_blocks
         previous = stage
         cute.autovec_copy(t_codes[None, 0, 0, stage], codes)
         cute.autovec_copy(t_scales[None, 0, 0, stage], scales)
         for k_stage in cutlass.range(k_stages, unroll=1):
-            # Uniform, so that WGMMA's descriptors need no moves to uniform registers.
+            # Warp-uniform: WGMMA's shared-memory descriptors need no moves to uniform registers.
             current = cute.arch.make_warp_uniform(stage)
             stage += 1
             if stage == self.stages:
                 stage = Int32(0)
                 phase ^= 1
-            for unit in cutlass.range_constexpr(units):
-                kb, mb = unit // config.m_blocks, unit % config.m_blocks
+            for block in cutlass.range_constexpr(blocks):
+                kb, mb = block // config.m_blocks, block % config.m_blocks
                 for group in cutlass.range_constexpr(groups):
-                    frag = frag_w[(unit * groups + group) % 2]
+                    frag = frag_w[(block * groups + group) % 2]
                     words_w = cute.recast_tensor(frag, Uint32)
                     for i in cutlass.range_constexpr(steps):
                         step = group * steps + i
@@ -651,25 +638,25 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                         )
                     warpgroup.commit_group()
                     if cutlass.const_expr(group == groups - 1):
-                        if cutlass.const_expr(unit + 1 < units):
-                            kb, mb = (unit + 1) // config.m_blocks, (unit + 1) % config.m_blocks
+                        if cutlass.const_expr(block + 1 < blocks):
+                            kb, mb = (block + 1) // config.m_blocks, (block + 1) % config.m_blocks
                             cute.autovec_copy(t_codes[None, kb, mb, current], codes)
                             cute.autovec_copy(t_scales[None, kb, mb, current], scales)
                         elif k_stage + 1 < k_stages:
-                            cute.arch.mbarrier_wait(full + stage, phase)
+                            cute.arch.mbarrier_wait(pipeline.full + stage, phase)
                             cute.autovec_copy(t_codes[None, 0, 0, stage], codes)
                             cute.autovec_copy(t_scales[None, 0, 0, stage], scales)
                     warpgroup.wait_group(1)
-                    if cutlass.const_expr(unit == 0 and group == 0):
-                        # Only this group is still in flight: the stage before it is free.
-                        self._give_back(empty + previous, lane, k_stage > 0)
+                    if cutlass.const_expr(block == 0 and group == 0):
+                        # Only this group is in flight: no WGMMA reads the previous stage any more.
+                        self._give_back(pipeline.empty + previous, lane, k_stage > 0)
             previous = current
         warpgroup.wait_group(0)
-        self._give_back(empty + previous, lane, Boolean(True))
+        self._give_back(pipeline.empty + previous, lane, Boolean(True))
         return acc, stage, phase
 
     def _rows_operand(self, mma, n: int, thread, s_x: cute.Pointer) -> cute.Tensor:
-        """WGMMA's descriptors of n rows of x: (1, 1, steps of 16 columns, stages)."""
+        """Operand B, n rows of x, as descriptors: (1, 1, k steps of 16, stages)."""
         atom = self._swizzle_atom()
         layout = cute.make_layout(
             ((8, n // 8), (64, self.k_blocks), self.stages),
@@ -683,12 +670,12 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         return mma.make_fragment_B(mma.get_slice(thread).partition_B(tile))
 
     def _scale_words(self) -> int:
-        """Of a thread in a 64 x 64 block: scales of two rows, two along K a word."""
+        """Of a thread, a 64 x 64 block: scales of two rows, two along K a word."""
         return 64 // self.scale_block // 2
 
-    def _thread_weights(self, thread, s_codes: cute.Pointer, s_scales: cute.Pointer):
-        """This thread's codes (4 words, k blocks, m blocks, stages) and scales (2 words, MXFP4 1,
-        ...)."""
+    def _thread_weights(self, thread, pipeline: Pipeline):
+        """This thread's codes, (4 words, k blocks, m blocks, stages), and scales, (2 words, MXFP4
+        1, ...)."""
         config = self.config
         scale_words = self._scale_words()
         first_block = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4 * config.m_blocks
@@ -706,6 +693,10 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             return cute.make_tensor(pointer + first_block * (self.k_blocks * block_words), layout)
 
         return (
-            view(s_codes + thread * 4, 4, CODE_BLOCK_BYTES // 4),
-            view(s_scales + thread // 4 * scale_words, scale_words, self.scale_block_bytes // 4),
+            view(pipeline.codes + thread * 4, 4, CODE_BLOCK_BYTES // 4),
+            view(
+                pipeline.scales + thread // 4 * scale_words,
+                scale_words,
+                self.scale_block_bytes // 4,
+            ),
         )

@@ -1,4 +1,4 @@
-"""What a thread of the sm90 grouped GEMM does: PTX that CuTe DSL lacks, widening, SwiGLU."""
+"""Per-thread code of the sm90 grouped GEMM: PTX that CuTe DSL lacks, widening, SwiGLU."""
 
 import math
 
@@ -9,7 +9,7 @@ from cutlass.cutlass_dsl import dsl_user_op
 
 @dsl_user_op
 def copy_row_chunk(dst, src, live_bytes, *, loc=None, ip=None) -> None:
-    """cp.async of 16 bytes; bytes from live_bytes on are written as zeros."""
+    """cp.async of 16 bytes, zero-filled from live_bytes on."""
     cute.arch.inline_ptx(
         "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
         read_only_args=[dst, src, live_bytes],
@@ -20,7 +20,7 @@ def copy_row_chunk(dst, src, live_bytes, *, loc=None, ip=None) -> None:
 
 @dsl_user_op
 def copy_bulk(dst, src, num_bytes, barrier, *, loc=None, ip=None) -> None:
-    """Contiguous global -> shared copy that completes on barrier."""
+    """cp.async.bulk, global -> shared, with complete_tx on barrier."""
     cute.arch.inline_ptx(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [{$r0}], [{$r1}], {$r2}, [{$r3}];",
@@ -32,7 +32,7 @@ def copy_bulk(dst, src, num_bytes, barrier, *, loc=None, ip=None) -> None:
 
 @dsl_user_op
 def opaque(value, *, loc=None, ip=None) -> Int32:
-    """value, but what is computed from it stays where it is."""
+    """value, through a shuffle: what is computed from it is not hoisted out of a loop."""
     return cute.arch.shuffle_sync(value, cute.arch.lane_idx(), loc=loc, ip=ip)
 
 
@@ -56,13 +56,13 @@ def get_flag(ptr, *, loc=None, ip=None) -> Int32:
 
 @dsl_user_op
 def trap(*, loc=None, ip=None) -> None:
-    """Ends the kernel with an error that the host sees."""
+    """Abort the kernel with an error that the host sees."""
     cute.arch.inline_ptx("trap;", loc=loc, ip=ip)
 
 
 @dsl_user_op
 def load_partial(ptr, *, loc=None, ip=None):
-    """Four floats that another block wrote."""
+    """Four floats that another CTA wrote, past L1."""
     return cute.arch.inline_ptx(
         "ld.relaxed.gpu.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Float32] * 4,
@@ -84,7 +84,7 @@ def store_partial(ptr, a, b, c, d, *, loc=None, ip=None) -> None:
 
 @dsl_user_op
 def scale_pair(a, pair, half: int, *, loc=None, ip=None) -> Uint32:
-    """Both bf16 of a times the low (half 0) or high (half 1) bf16 of pair."""
+    """bf16x2: a times the low (half 0) or high (half 1) bf16 of pair."""
     name = "hi" if half else "lo"
     return cute.arch.inline_ptx(
         "{.reg .b16 lo, hi; .reg .b32 both; mov.b32 {lo, hi}, {$r1};"
@@ -109,7 +109,7 @@ def pack_bf16(lo, hi, *, loc=None, ip=None) -> Uint32:
 
 @dsl_user_op
 def store_transposed(ptr, words, *, loc=None, ip=None) -> None:
-    """Four 8 x 8 bf16 matrices, transposed: lane i gives row i % 8 of matrix i // 8 its address."""
+    """stmatrix.x4.trans of 8 x 8 bf16; lane i has the address of row i % 8 of matrix i // 8."""
     cute.arch.inline_ptx(
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
         read_only_args=[ptr, *words],
@@ -120,15 +120,15 @@ def store_transposed(ptr, words, *, loc=None, ip=None) -> None:
 
 @cute.jit
 def widen(word: Uint32, scale_word: Uint32, scale_bits: Uint32, scale: cutlass.Constexpr):
-    """One word of codes -> four bf16 pairs of one m64k16 fragment, times a scale word's first or
-    second (0 or 1) scales."""
+    """A word of codes -> the four bf16x2 of a thread's m64k16 A fragment, times the first (0) or
+    second (1) scales of a scale word. The bits are `weights`'s."""
     code_bits = Uint32(0x81C081C0)
     code_0 = word & code_bits
     code_1 = (word << 6) & code_bits
     code_2 = cute.arch.shf(word, word, 4, "r") & code_bits
     code_3 = ((word << 2) ^ (word >> 6)) & code_bits
-    # The scales of row and row + 8: the first are at bits 11:4 and 27:20, and the second come there
-    # by a rotation. The exponent's upper bits are the same for all.
+    # Scales of row and row + 8: the first are at bits 11:4 and 27:20, a rotation brings the second
+    # there. All exponents share their upper bits.
     if cutlass.const_expr(scale == 1):
         scale_word = cute.arch.shf(scale_word, scale_word, 8, "r")
     pair = (scale_word & scale_bits) | Uint32(0x70007000)
@@ -149,7 +149,8 @@ def activate(
     row_weights: cute.Pointer,
     lane: Int32,
 ):
-    """SwiGLU of a thread's gate (rows r) and up (rows r + 8), two tokens, as one bf16 pair."""
+    """SwiGLU of a thread's gate (row r) and up (row r + 8) of two tokens, times their routing
+    weights -> bf16x2."""
     scale_g, scale_u, limit = scalars
     values = [Float32(0.0)] * 2
     weights = cute.make_rmem_tensor((2,), Float32)
@@ -160,7 +161,7 @@ def activate(
         up = acc[i + 2 + c] * scale_u
         up = cute.arch.fmax(cute.arch.fmin(up, limit), -limit)
         weight = weights[c]
-        # silu(g) = g / (1 + 2^(-g log2 e)); both approximations are within 2 ulp of fp32.
+        # silu(g) = g / (1 + 2^(-g log2 e)); ex2.approx and rcp.approx are within 2 ulp of fp32.
         power = cute.math.exp2(gate * -math.log2(math.e), fastmath=True)
         values[c] = gate * cute.arch.rcp_approx(1.0 + power) * up * weight
     return pack_bf16(values[0], values[1])

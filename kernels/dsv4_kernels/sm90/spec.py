@@ -1,13 +1,13 @@
-"""What a kernel of the sm90 grouped GEMM is specialised on."""
+"""Specialisation of the sm90 grouped GEMM."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from dsv4_kernels.types import NVFP4_BLOCK
 
-# Of 256 weight rows by 144 rows of an expert, per thread block: the most sums that a tile may have.
+# Accumulators of a CTA's largest tile: 256 weight rows by 144 rows of an expert.
 MOST_PARTIALS = 256 * 144
-FLAGS = 16  # per thread block: one a consumer warp, of which there are not more
+FLAGS = 16  # of a CTA: one a consumer warp, of which there are at most 16
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,9 @@ class Sm90Config:
     """What a compiled kernel is specialised on, besides the layer's shape.
 
     m_blocks: 64-row blocks of weights a warpgroup owns; warpgroups: consumer warpgroups;
-    tile_n: ascending multiples of 8, the row counts a tile may have; tile_k: 64, 128 or 256;
-    blocks_per_sm: thread blocks that share one multiprocessor;
-    cluster: thread blocks that work on one row tile together, each on weights of its own, and get
-    its rows by multicast.
+    tile_n: ascending multiples of 8, the N of WGMMA that tiles choose from; tile_k: 64, 128 or 256;
+    blocks_per_sm: CTAs that share one multiprocessor;
+    cluster: CTAs that share a row tile, its rows by TMA multicast, each with its own weight rows.
     """
 
     m_blocks: int
@@ -41,7 +40,7 @@ class Gemm(NamedTuple):
     m: int  # weight rows: 2 * intermediate for fc1, hidden for fc2
     k: int  # columns
     top_k: int
-    gather: bool  # rows of x are fetched by row_to_slot; otherwise they lie as the layout says
+    gather: bool  # rows of x by row_to_slot; otherwise x is permuted as the layout says
     config: Sm90Config
     scale_block: int = NVFP4_BLOCK  # columns that share a scale; MXFP4_BLOCK for MXFP4's weights
 
@@ -49,6 +48,6 @@ class Gemm(NamedTuple):
 class LayerConfig(NamedTuple):
     """How both GEMMs of a call run."""
 
-    gather: bool  # fc1 fetches rows of x by token; otherwise they lie as the layout says
+    gather: bool  # fc1 gathers rows of x by token; otherwise x is permuted
     fc1: Sm90Config
     fc2: Sm90Config
