@@ -1,4 +1,4 @@
-"""What stream-K of the sm90 GEMMs gives every block of a grid: its device code in the emulator."""
+"""What the stream-K schedule of the sm90 GEMMs gives every CTA: its device code in the emulator."""
 
 import functools
 import math

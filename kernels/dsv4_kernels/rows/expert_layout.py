@@ -4,13 +4,11 @@
     offset[e] = sum over e' < e of count[e'] rounded up to the tile
     row[slot] = offset[e] + number of earlier slots of the same expert
 
-Slots are token * top_k + j. The first programs own `steps` runs of STEP slots each and place them;
-the programs after those write the tiles' experts and the rows that no slot has. Every program
-counts all slots itself up to one_launch_slots, in one launch and with nothing shared; beyond that,
-a first launch leaves the counts of every block of slots in a scratch buffer, and the programs of
-the second rank their slots in their blocks while it does. A slot's rank is counted by comparing it
-with the slots before it. No atomics: the order of rows is the order of slots, whatever the GPU does
-first.
+Slot token * top_k + j. Placing programs rank `steps` runs of STEP slots each, by comparing a slot
+with those before it; filler programs write tile_to_expert and the padding rows. Up to
+one_launch_slots, every program histograms all slots itself, in one launch. Beyond, a first launch
+writes a histogram per block of slots to the scratch, and the second launch ranks slots within their
+blocks before its PDL wait. No atomics: rows are in slot order, deterministically.
 """
 
 from typing import NamedTuple
@@ -25,26 +23,26 @@ from dsv4_kernels.types import ExpertLayout, capacity
 MAX_LOCAL_EXPERTS = 512
 MAX_BLOCKS = 128
 MAX_FILLERS = 128
-UNROLL = tl.constexpr(16)  # loads of counts that do not wait for one another
+UNROLL = tl.constexpr(16)  # independent loads of counts in flight
 
 
 class Config(NamedTuple):
-    step: int  # slots that are ranked at once
+    step: int  # slots ranked at a time
     steps: int  # runs of `step` slots per program
-    parts: int  # programs per block, whose slots are counted together
+    parts: int  # programs per block of slots, which share a histogram
     blocks: int
     num_warps: int
-    tiles: int  # that a filler writes at once
-    rows: int = 0  # blocks whose counts are read at once; 0 for one launch
+    tiles: int  # that a filler writes at a time
+    rows: int = 0  # histograms read at a time; 0: one launch
 
 
 def choose_config(num_slots: int, expert_block: int) -> Config:
-    """Few slots per program while they are few, then blocks that are few enough to be added up.
+    """Few slots: few a program. Many: few blocks, whose histograms every program must add up.
 
     us on an H200, a hash layer's router included. 128 tokens of top 6, 256 experts: 3.6 with 8
     slots a program, 3.8 with 16. 512 tokens: 4.0 with 32 slots in blocks of 256, 4.3 in blocks of
-    128. 2048 tokens: 5.9 with 64 slots in blocks of 256, 6.9 with 32, 6.2 with blocks of 128. One
-    row of counts at a time is added up within threads; 96 short rows are faster read together.
+    128. 2048 tokens: 5.9 with 64 slots in blocks of 256, 6.9 with 32, 6.2 with blocks of 128. Wide
+    histograms are read one at a time, so that sums stay within threads; short ones together.
     """
     if num_slots <= one_launch_slots(expert_block):
         num_warps = 2 if num_slots <= 64 else 8
@@ -60,7 +58,7 @@ def choose_config(num_slots: int, expert_block: int) -> Config:
 
 
 def one_launch_slots(expert_block: int) -> int:
-    """Slots up to which every program counts them all.
+    """Slots up to which one launch is faster.
 
     On an H200, a hash layer's router included, 128 tokens of top 6 and 384 experts take 4.5 us in
     two launches and 5.8 in one; 8 tokens take 3.5 in one.
@@ -73,7 +71,7 @@ def choose_expert_block(num_local_experts: int) -> int:
 
 
 def slots_at_once(num_slots: int) -> int:
-    """Slots that one launch counts: of few sizes, each of which is compiled."""
+    """Slots that the one launch is compiled for: few sizes."""
     return next((size for size in (64, 128, 512) if num_slots <= size), 1024)
 
 
@@ -87,7 +85,7 @@ def scratch_size(num_tokens: int, top_k: int, num_local_experts: int) -> int:
 
 @triton.jit
 def _load_map(map_ptr, map_size, MAP_BLOCK: tl.constexpr):
-    """(MAP_BLOCK,) local expert of every global one, -1 beyond the map; read before the wait."""
+    """(MAP_BLOCK,) global -> local expert, -1 beyond the map; read before the PDL wait."""
     experts = tl.arange(0, MAP_BLOCK)
     if map_ptr is None:
         local = experts
@@ -116,7 +114,7 @@ def _to_local(ids, map_ptr, expert_map, NUM_LOCAL: tl.constexpr, MAP_BLOCK: tl.c
 
 @triton.jit
 def _ranks(earlier_local, earlier_slots, local, slots):
-    """int32: before each of the slots, how many of the others have its expert."""
+    """int32, for each slot: how many earlier slots have its expert."""
     same = earlier_local[:, None] == local[None, :]
     is_earlier = same & (earlier_slots[:, None] < slots[None, :])
     return tl.sum(is_earlier.to(tl.int32), axis=0)
@@ -144,7 +142,7 @@ def _sum_counts(
     EXPERT_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """(EXPERT_BLOCK,) int32: counts of all blocks, and of those before own_block."""
+    """(EXPERT_BLOCK,) int32 each: histogram of all blocks, and of those before own_block."""
     experts = tl.arange(0, EXPERT_BLOCK)[None, :]
     total = tl.zeros([ROWS, EXPERT_BLOCK], tl.int32)
     before = tl.zeros([ROWS, EXPERT_BLOCK], tl.int32)
@@ -225,7 +223,7 @@ def _layout_kernel(
     programs = blocks * PARTS
     experts = tl.arange(0, EXPERT_BLOCK)
     index = tl.arange(0, STEP)
-    # Ids that are read before the wait come from L2, not from what this multiprocessor has kept.
+    # Ids read before the PDL wait bypass L1, which may hold stale lines.
     CACHE: tl.constexpr = ".cg" if COUNTED else ""
     end = tl.minimum((program + 1) * steps * STEP, num_slots)
     slots = program * steps * STEP + index
@@ -234,8 +232,8 @@ def _layout_kernel(
         own_block = program // PARTS
         local = tl.full([STEP], -1, tl.int32)
         rank = tl.zeros([STEP], tl.int32)
-        # Phase 1: ranks in the block, while the counts are made. In a branch, or the compiler
-        # moves all of it past the wait.
+        # Phase 1, overlapping the first launch: ranks in the block. In a branch, or the compiler
+        # moves it past the wait.
         if program < programs and not SEVERAL_STEPS:
             others = own_block * PARTS * steps * STEP + tl.arange(0, AT_ONCE)
             others_ids = _load_ids(ids_ptr, others, num_slots, CACHE)
@@ -243,7 +241,7 @@ def _layout_kernel(
             others_local = _to_local(others_ids, map_ptr, expert_map, NUM_LOCAL, MAP_BLOCK)
             rank = _ranks(others_local, others, local, slots)
 
-        # Phase 2: rows of each expert in all, and before this program's block.
+        # Phase 2: rows of each expert, in all and before this program's block.
         wait_for_inputs(launch_pdl, releases=False)
         total, before = _sum_counts(
             block_counts_ptr, blocks, own_block, NUM_LOCAL, EXPERT_BLOCK, ROWS
@@ -255,7 +253,7 @@ def _layout_kernel(
         total = tl.histogram(others_local, EXPERT_BLOCK, mask=others_local >= 0)
         before = tl.zeros([EXPERT_BLOCK], tl.int32)
 
-    # Phase 3: groups. Experts beyond NUM_LOCAL are empty and end where the last group ends.
+    # Phase 3: padded groups. Experts beyond NUM_LOCAL are empty and end with the last group.
     padded = (total + TILE - 1) // TILE * TILE
     ends = tl.cumsum(padded, axis=0)
     starts = ends - padded
@@ -279,7 +277,7 @@ def _layout_kernel(
                 rank = _ranks(others_local, others, local, slots)
             _place(slot_to_row_ptr, row_to_slot_ptr, slots, end, local, rank, rows)
     else:
-        # Phase 5: the groups; tiles to experts; -1 to the rows that no slot has.
+        # Phase 5: counts and offsets; tile_to_expert; -1 to padding rows.
         if program == programs:
             tl.store(counts_ptr + experts, total, mask=experts < NUM_LOCAL)
             tl.store(offsets_ptr, 0)

@@ -2,9 +2,9 @@
 
 Codes and scales equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as on any
 GPU. A block is eight int32 words of two bf16, the even column in the low half, in eight tensors
-(blocks,). Plain are blocks of finite numbers whose scales are neither zero nor clipped, nor so
-small that a value is 7 times its scale, with a global scale from 2^-32 to 2^32: few instructions a
-value are enough (`quantize_plain`). `quantize_any` takes any.
+(blocks,). `quantize_plain` is the fast path: finite values, a block scale that is neither zero nor
+saturated nor below a seventh of a value, a global scale from 2^-32 to 2^32. `quantize_any` takes
+any block.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 # Of float32 as an integer: infinity (NaN is above), the sign, and the bits that bf16 has.
 INF, _SIGN, _BF16 = tl.constexpr(0x7F800000), tl.constexpr(-0x80000000), tl.constexpr(-0x10000)
-# The global scales of plain rows are from 2^-32 to 2^32.
+# Global scales of plain rows: 2^-32 to 2^32.
 LEAST_GS, MOST_GS = tl.constexpr(2.3283064365386963e-10), tl.constexpr(4294967296.0)
 
 
@@ -48,9 +48,9 @@ def load_blocks(row_ptr, block, NUM_BLOCKS: tl.constexpr):
 
 @triton.jit
 def largest_bits(words):
-    """The largest magnitude of every block as float32 bits; of NaN, bits above infinity's.
+    """Each block's amax as float32 bits; with a NaN, bits above infinity's.
 
-    Magnitudes of bf16 compare as integers: two words at once, where a GPU has that.
+    Magnitudes of bf16 order as integers, which a GPU may compare two at once.
     """
     largest = tl.zeros(words[0].shape, tl.uint16)
     for i in tl.static_range(8):
@@ -61,7 +61,7 @@ def largest_bits(words):
 
 @triton.jit
 def largest_number(words):
-    """The largest magnitude that is not NaN."""
+    """Each block's amax, NaN left out."""
     largest = tl.maximum(tl.abs(_even(words[0])), tl.abs(_odd(words[0])))
     for i in tl.static_range(1, 8):
         # maximum() takes the number where the other is NaN.
@@ -72,38 +72,43 @@ def largest_number(words):
 
 @triton.jit
 def _e4m3(x):
-    """0 <= x to the nearest E4M3, to even, 448 at most: its bits and its value."""
+    """x >= 0 to E4M3, nearest even, saturating at 448 -> (bits, value)."""
     x = tl.minimum(x, 448.0)
-    # Added to 2^20 times its power of two, 2^-6 at least, a number is rounded to three bits after
-    # its leading one, or to multiples of 2^-9.
+    # Adding 2^20 times x's power of two, at least 2^-6, rounds x to three bits after its leading
+    # one, or, subnormal, to a multiple of 2^-9.
     power = tl.maximum(x.to(tl.int32, bitcast=True) & INF, (127 - 6) << 23) + (20 << 23)
     power = power.to(tl.float32, bitcast=True)
     value = (x + power) - power
-    # Times 2^-120 the exponent is E4M3's, and subnormal numbers are.
+    # Times 2^-120, float32 has E4M3's exponent, and its subnormals.
     return (value * 7.52316384526264e-37).to(tl.int32, bitcast=True) >> 20, value
 
 
 @triton.jit
 def _inverse(scale):
-    """1 / scale in two parts, of which the second makes up for the first's error.
-
-    Their sum is too large, by 2^-39 of it at most: what rests is known to 2^-43 and has 2^-40
-    added.
+    """1 / scale as float32 plus a float32 correction: too large by a relative 2^-39 at most, never
+    too small. The correction is within 2^-43 of the residual, and 2^-40 is added for the sign.
     """
-    scale = tl.maximum(scale, 1e-30)  # under 0 there are zeros only, or what is not plain
+    scale = tl.maximum(scale, 1e-30)  # a zero scale: the block is all zeros, or not plain
     inverse = 1.0 / scale
     return inverse, inverse * (tl.fma(-inverse, scale, 1.0) + 9.094947017729282e-13)
 
 
 @triton.jit
 def _e2m1(x, inverse, rest):
-    """|x| / scale, below 7, to the nearest E2M1, to even: its 3 bits and 0x4AC00000.
+    """|x| / scale, below 7, to E2M1, nearest even -> its 3 bits plus 0x4AC00000.
 
-    The quotient is rounded to float32 first, as the oracle's is. Of all bf16 and all scales none
-    comes closer than 2^-33 of itself to where that makes it a tie of E2M1, or no longer one, but
-    for 2^k / (1 - 2^-24): by 2^-48 it is no tie. So an inverse too large by 2^-39 is exact enough.
-    The codes of 0, 0.5, 1, 1.5, 2 | 3, 4 | 6 are a concave function of them, the least of three
-    lines, and what is added to each makes its steps the last bits.
+    The oracle rounds the quotient q to float32, then to E2M1. So q's code changes at the midpoints
+    m between a tie of E2M1 and its two float32 neighbours.
+
+    Lemma: for every bf16 x and float32 scale s, q = x / s is at least 2^-33 q away from every m,
+    but for s = 2^k (1 - 2^-24), where q may lie 2^-48 q above one.
+
+    So a relative error of `_inverse` from 0 to 2^-39 never carries q across an m.
+    `test_no_quotient_is_close_to_where_rounding_it_to_float32_matters` checks the lemma for all
+    significands, `test_every_bf16_gets_the_code_of_its_quotient` codes at the closest ones.
+
+    As a function of the value, 0, 0.5, 1, 1.5, 2 | 3, 4 | 6, the code is concave: the minimum of
+    three lines. Each addition below rounds q to the steps of one line, in the last bits of the sum.
     """
     quotient = tl.abs(tl.fma(x, inverse, x * rest))
     halves = (quotient + 6291456.0).to(tl.int32, bitcast=True)  # 1.5 * 2^22
@@ -114,7 +119,7 @@ def _e2m1(x, inverse, rest):
 
 @triton.jit
 def _eight_codes(w0, w1, w2, w3, inverse, rest):
-    """8 values in 4 words -> their codes in one, the first in the lowest bits."""
+    """8 values in 4 words -> a word of codes, the first in the low nibble."""
     codes = _e2m1(_odd(w3), inverse, rest)
     codes = codes * 16 + _e2m1(_even(w3), inverse, rest)
     codes = codes * 16 + _e2m1(_odd(w2), inverse, rest)
@@ -123,8 +128,8 @@ def _eight_codes(w0, w1, w2, w3, inverse, rest):
     codes = codes * 16 + _e2m1(_even(w1), inverse, rest)
     codes = codes * 16 + _e2m1(_odd(w0), inverse, rest)
     codes = codes * 16 + _e2m1(_even(w0), inverse, rest)
-    codes += 0x49400000  # that takes away 0x4AC00000 from each
-    # Bytes with the signs, of the even columns and of the odd ones.
+    codes += 0x49400000  # cancels the eight 0x4AC00000
+    # Signs: the high bytes of the bf16, of even and of odd columns.
     first = ((w0 >> 8) & 0x00FF00FF) | (w1 & ~0x00FF00FF)
     second = ((w2 >> 8) & 0x00FF00FF) | (w3 & ~0x00FF00FF)
     even = (first & 0xFFFF) | (second << 16)
@@ -134,7 +139,7 @@ def _eight_codes(w0, w1, w2, w3, inverse, rest):
 
 @triton.jit
 def _sixteen_codes(words, inverse, rest):
-    """The first four bits are the first value's."""
+    """int64, the first value's code in the low nibble."""
     low = _eight_codes(words[0], words[1], words[2], words[3], inverse, rest)
     high = _eight_codes(words[4], words[5], words[6], words[7], inverse, rest)
     return (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
@@ -142,27 +147,27 @@ def _sixteen_codes(words, inverse, rest):
 
 @triton.jit
 def quantize_plain(words, largest, gs, gs_inverse):
-    """Blocks -> codes, scales' bits, and whether they are right: the block is plain.
+    """Blocks -> (codes, scales' bits, whether the block is plain; if not, discard both).
 
-    largest is the words' largest_bits. gs is from LEAST_GS to MOST_GS, gs_inverse its inverse,
-    correctly rounded.
+    largest is the words' largest_bits; gs from LEAST_GS to MOST_GS; gs_inverse = RN(1 / gs).
     """
     amax = largest.to(tl.float32, bitcast=True)
-    # Both quotients are IEEE's: amax times both parts of 1 / 6; that by gs, corrected once by its
-    # exact remainder (Markstein).
+    # Both quotients are correctly rounded: amax / 6 by 1 / 6 in two parts, sixth / gs by one
+    # correction with the exact remainder (Markstein).
     sixth = tl.fma(amax, 0.16666667163372039794921875, amax * -4.967053731282552e-09)
     near = sixth * gs_inverse
     quotient = tl.fma(tl.fma(-near, gs, sixth), gs_inverse, near)
     scale, value = _e4m3(quotient)
     inverse, rest = _inverse(value * gs)
-    # NaN compares false. Infinity leaves NaN in the quotient.
+    # NaN compares false; an infinite amax makes the quotient NaN.
     is_plain = (scale > 0) & (quotient <= 464.0) & (amax * inverse < 6.99)
     return _sixteen_codes(words, inverse, rest), scale, is_plain
 
 
 @triton.jit
 def _clamp_bf16(bits, up, limit):
-    """bf16 in the high half of an int32, times up, to limit; NaN to limit. All 0 if limit is."""
+    """bf16 in the high half of an int32, times up, clamped to +-limit; NaN to limit; 0 if limit is
+    0."""
     x = bits.to(tl.float32, bitcast=True)
     magnitude = tl.minimum(tl.abs(x) * up, limit).to(tl.int32, bitcast=True) & _BF16
     sign = tl.where(x == x, bits & _SIGN, 0)
@@ -171,15 +176,15 @@ def _clamp_bf16(bits, up, limit):
 
 @triton.jit
 def quantize_any(words, gs):
-    """Blocks -> codes, scales' bits, saturated: of any values, and of any gs."""
+    """Blocks -> (codes, scales' bits, 1 if saturated), for any values and gs."""
     amax = largest_number(words)
     quotient = tl.div_rn(tl.div_rn(amax, 6.0), gs)
     scale, value = _e4m3(quotient)
-    # Tiny and huge scales and their values are multiplied to where their inverses are normal.
+    # Tiny and huge scales, and the values with them, move to where inverses are normal numbers.
     up = tl.where(gs < LEAST_GS, 1.8446744073709552e19, 1.0)  # 2^64
     up = tl.where(gs > MOST_GS, 5.421010862427522e-20, up)
     scaled = (value * gs) * up
-    # A bf16 above 5 and below 7 times the scale has the code of all that is larger.
+    # A bf16 between 5 and 7 scales has the largest code: clamping to it changes none.
     limit = ((scaled * 6.5).to(tl.int32, bitcast=True) & _BF16).to(tl.float32, bitcast=True)
     clamped = ()
     for i in tl.static_range(8):

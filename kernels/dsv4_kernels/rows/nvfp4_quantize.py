@@ -3,17 +3,16 @@
     block scale = e4m3(max|block| / 6 / gs)          16 values, gs the global scale
     code        = e2m1(x / (block scale * gs))       both to nearest even; a zero scale: zero codes
 
-gs comes per layer or per row, or is the row's own, max|row| / 2688 (`token`). A program reads
-one token's row into registers, a block of 16 a thread in every chunk, quantises it once, and writes
-it to the row of each of its local slots: only tokens that have rows are read. Codes and scales
-equal `reference.nvfp4_quantize` bit for bit, under Triton's interpreter as on any GPU. Rows that
-are not plain (`nvfp4_blocks`) are quantised once more.
+gs is per layer, per row, or the row's own, max|row| / 2688 (`token`). A program reads one token's
+row into registers, a block of 16 a thread and chunk, quantises it once on the fast path of
+`nvfp4_blocks` (again, on the slow one, if a block is not plain), and writes it to the row of each
+local slot; tokens without one are not read. Bit-equal to `reference.nvfp4_quantize`.
 
 Block scales are written row-major, or as the 128x4 blocks that tcgen05 reads: the scale of row r
 and block c is at byte ((r // 128) * ceil(K / 64) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4
-+ c % 4. Groups of a layout whose tile is a multiple of 128 are swizzled each for itself. Of each
-32-byte sector of them a row has 4 bytes: with many tokens in a layout the scales therefore go to a
-scratch buffer, once a token, and a second launch writes whole sectors from there.
++ c % 4. Where the layout's tile is a multiple of 128, no block spans two experts. A row owns 4
+bytes of a 32-byte sector: with many tokens, scales first go to a scratch buffer, row-major by
+token, and a second launch writes whole sectors.
 """
 
 from typing import NamedTuple
@@ -37,23 +36,23 @@ from dsv4_kernels.rows.nvfp4_blocks import (
 from dsv4_kernels.types import NVFP4_BLOCK, ExpertLayout, QuantizedRows
 
 SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4
-# Where the global scale of a row is.
+# Source of a row's global scale.
 PER_LAYER, PER_ROW, OWN = 0, 1, 2
 _PER_ROW, _OWN = tl.constexpr(PER_ROW), tl.constexpr(OWN)
-# Where block scales are written: as rows, swizzled, or to the scratch, as rows of tokens.
+# Order of block scales: row-major, swizzled, or row-major by token (the scratch).
 ROWS, SWIZZLED, TOKENS = 0, 1, 2
 _SWIZZLED, _TOKENS = tl.constexpr(SWIZZLED), tl.constexpr(TOKENS)
 SWIZZLE_GROUPS = 4  # of 16 columns of scales, in a program
 
 
 class Config(NamedTuple):
-    blocks: int  # of 16 values, in a chunk: one a thread
+    blocks: int  # of 16 values, in a chunk; one a thread
     num_warps: int
-    swizzles: bool  # scales in a launch of its own
+    swizzles: bool  # scales in a second launch
 
 
 def choose_config(scale_columns: int, num_tokens: int) -> Config:
-    """Few tokens: many threads a row. Many: fewer. A row has up to eight chunks.
+    """The fewer tokens, the more threads a row; up to eight chunks a row.
 
     us on an H200 (Triton 3.9), 7168 columns, 6 slots, layer scale, row-major, with chunks of 64,
     128 and 256 blocks. 8192 tokens, all experts local: 84.0, 84.2, 86.4; one in eight local: 30.0,
@@ -67,7 +66,7 @@ def choose_config(scale_columns: int, num_tokens: int) -> Config:
 
 @triton.jit
 def _own_scale(row_ptr, largest, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
-    """max|row| / 2688, of the largest_bits of its chunks; NaN counts as 0."""
+    """max|row| / 2688, given largest_bits of the chunks; NaN counts as 0."""
     of_row = largest[0]
     for i in tl.static_range(1, len(largest)):
         of_row = tl.maximum(of_row, largest[i])
@@ -85,7 +84,7 @@ def _own_scale(row_ptr, largest, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr)
 
 @triton.jit
 def _plain_row(words, largest, gs, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
-    """A row's chunks -> their codes, their scales' bits, and whether they are right."""
+    """A row's chunks -> (codes, scales' bits, whether all blocks are plain)."""
     gs_inverse = tl.div_rn(1.0, gs)
     exceptions = tl.zeros([BLOCKS], tl.int32)
     codes = ()
@@ -102,14 +101,14 @@ def _plain_row(words, largest, gs, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexp
 
 @triton.jit
 def _any_row(row_ptr, gs, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr):
-    """A row -> its chunks' codes, their scales' bits, and how many blocks are saturated."""
+    """A row -> (codes, scales' bits, number of saturated blocks)."""
     codes = ()
     scales = ()
     for _ in tl.static_range(CHUNKS):
         codes = codes + (tl.zeros([BLOCKS], tl.int64),)
         scales = scales + (tl.zeros([BLOCKS], tl.int32),)
     num_saturated = tl.zeros([BLOCKS], tl.int32)
-    for chunk in range(CHUNKS):  # not unrolled: rows are seldom quantised here
+    for chunk in range(CHUNKS):  # not unrolled: the slow path is rare
         words = load_blocks(row_ptr, chunk * BLOCKS + tl.arange(0, BLOCKS), NUM_BLOCKS)
         chunk_codes, chunk_scales, saturated = quantize_any(words, gs)
         codes = codes[1:] + (chunk_codes,)
@@ -153,7 +152,7 @@ def _quantize_kernel(
     SCALE_COLUMNS: tl.constexpr,  # of a row of block scales, padding included
     TOP_K: tl.constexpr,
     BLOCKS: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of so many blocks, in a row of block scales
+    CHUNKS: tl.constexpr,  # of BLOCKS, in a row of block scales
     POLICY: tl.constexpr,
     ORDER: tl.constexpr,
     launch_pdl: tl.constexpr,
@@ -162,7 +161,7 @@ def _quantize_kernel(
     token = tl.program_id(0).to(tl.int64)
     row_ptr = x_ptr + token * (NUM_BLOCKS * 8)
 
-    # Phase 1: how many rows to write; none, and the token is not read.
+    # Phase 1: number of rows to write; a token without any is not read.
     num_rows = 1
     if slot_to_row_ptr is not None:
         num_rows = 0
@@ -171,7 +170,7 @@ def _quantize_kernel(
     elif live_ptr is not None:
         num_rows = (tl.load(live_ptr + token) >= 0).to(tl.int32)
     if num_rows > 0:
-        # Phase 2: load all of the row.
+        # Phase 2: load the row.
         words = ()
         largest = ()
         for i in tl.static_range(CHUNKS):
@@ -180,7 +179,7 @@ def _quantize_kernel(
         for i in tl.static_range(CHUNKS):
             largest = largest + (largest_bits(words[i]),)
 
-        # Phase 3: quantise as if it were plain; if it is not, once more.
+        # Phase 3: quantise on the fast path, again on the slow one if a block is not plain.
         if POLICY == _OWN:
             gs = _own_scale(row_ptr, largest, NUM_BLOCKS, BLOCKS)
         elif POLICY == _PER_ROW:
@@ -196,7 +195,7 @@ def _quantize_kernel(
                 count = (num_saturated * num_rows).to(tl.int64)
                 tl.atomic_add(saturated_ptr, count, sem="relaxed")
 
-        # Phase 4: write, one row after the other: chunk after chunk took 5 % longer on an H200.
+        # Phase 4: write row by row: chunk by chunk took 5 % longer on an H200.
         if ORDER == _TOKENS:
             _store_scales(scales_ptr, token, scales, SCALE_COLUMNS, BLOCKS, ORDER)
         for slot in range(TOP_K):
@@ -223,12 +222,11 @@ def _swizzle_kernel(
     HAS_LAYOUT: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
-    """128x4 blocks of the scales of 128 rows; those of rows that no slot has are left.
+    """Scratch -> 128x4 blocks of the scales of 128 rows; padding rows keep theirs.
 
-    A thread has four words of each of four rows, 32 apart: of a word, the rows' are half a sector.
-    Sectors that only some of their rows have are read and written as a whole: on an H200 (Triton
-    3.9), 8192 tokens of 7168, all experts local, quantise in 91 us so, and in 95 with parts of them
-    written.
+    A thread has four words of four rows 32 apart, which are half a sector a word. Sectors with
+    padding rows among others are read, merged and written whole: on an H200 (Triton 3.9), 8192
+    tokens of 7168, all experts local, quantise in 91 us; with partial writes, in 95.
     """
     tile = tl.program_id(1).to(tl.int64)
     place = tl.arange(0, 32 * GROUPS)
@@ -237,7 +235,7 @@ def _swizzle_kernel(
     to = scales_ptr + tile * (WORDS * 128) + group * 512 + row * 4
     to = to[:, None] + tl.arange(0, 4)[None, :]
 
-    # Phase 1: what the launch before this one does not write.
+    # Phase 1, before the PDL wait: reads nothing that the first launch writes.
     tokens = ()
     sector_slot = tl.full([32 * GROUPS], -1, tl.int32)
     for i in tl.static_range(4):
@@ -257,7 +255,7 @@ def _swizzle_kernel(
         before = before + (four_columns(tl.load(to + i * 128, mask=kept, other=0)),)
     wait_for_inputs(launch_pdl)
 
-    # Phase 2: from four words of each row to four rows of each word.
+    # Phase 2: transpose, four words of each row -> four rows of each word.
     rows = ()
     for i in tl.static_range(4):
         exists = (tokens[i][:, None] >= 0) & (word < WORDS)

@@ -27,9 +27,9 @@ class GlobalScales(NamedTuple):
 
 class Output(NamedTuple):
     store: cute.CopyAtom | None  # fc2: TMA
-    rows: cute.Tensor | cute.Pointer  # fc2: TMA's view
-    scales: cute.Pointer | None  # quantize, like the next
-    global_scales: cute.Pointer | None
+    rows: cute.Tensor | cute.Pointer  # fc2: TMA's view of out; fc1: out
+    scales: cute.Pointer  # None unless quantize, like the next
+    global_scales: cute.Pointer
 
 
 class Routing(NamedTuple):

@@ -358,7 +358,7 @@ class Dsv4GroupedGemmSm100:
         if cutlass.const_expr(config.num_ctas == 2):
             barrier = barrier & ptx.EVEN_CTA
         ctas, k_byte, line = config.num_ctas, k * (TILE_K // 2), k * (TILE_K // MMA_K)
-        place = (m_tile * TILE_M, expert)
+        place: tuple = (m_tile * TILE_M, expert)
         if cutlass.const_expr(gemm.op == "fc1"):
             place = (0, 0, m_tile * (TILE_M // 32), expert)
         to = stages.weights + stage * gemm.weight_bytes

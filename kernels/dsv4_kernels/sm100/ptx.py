@@ -1,6 +1,6 @@
-"""sm_100a instructions that CuTe DSL does not have in the form that `sm100` needs.
+"""PTX of the sm_100a grouped GEMM that CuTe DSL lacks.
 
-A run-time N in the MMA's descriptor, TMEM loads fused with their wait, and the NVFP4 conversions.
+An MMA with run-time N in its descriptor, TMEM loads fused with their wait, NVFP4 conversions.
 Operand formats are those of the PTX ISA 9.x, chapters "tcgen05" and "cvt".
 """
 
@@ -76,7 +76,7 @@ EVEN_CTA = ~(1 << 24)
 
 
 def tensor_map_address(atom: cute.CopyAtom) -> Int64:
-    """Where the tensor map of a TMA atom is; `load_box` wants it."""
+    """Address of a TMA atom's tensor map, for `load_box`."""
     executable = cute_nvgpu.atom_make_exec_tma(atom._trait.value)
     pointer = ir.Type.parse("!cute.ptr<!cute_nvgpu.tma_descriptor_tiled, generic, align<64>>")
     return cute_nvgpu.get_tma_desc_addr(pointer, executable).toint()
@@ -89,7 +89,7 @@ def load_box(
     barrier: Int32,
     num_ctas: cutlass.Constexpr[int],
 ) -> None:
-    """TMA load of the box at these coordinates, innermost dimension first; one thread issues it.
+    """TMA load of the box at these coordinates, innermost first; issued by an elected lane.
 
     A pair's CTA writes its own shared memory at `to`, and `barrier` may be the other's.
     """
@@ -112,7 +112,7 @@ def mma_mxf4nvf4(
     accumulate: Boolean,
     num_ctas: cutlass.Constexpr[int],
 ) -> None:
-    """D (M, N) (+)= (A * its scales) (B * its scales)^T over K = 64; one thread issues it."""
+    """D (M, N) (+)= (A * scales) (B * scales)^T over K = 64; issued by an elected lane."""
     _asm(
         f"tcgen05.mma.cta_group::{num_ctas}.kind::mxf4nvf4.block_scale.block16 "
         "[$0], $1, $2, $3, [$4], [$5], $6;",

@@ -31,14 +31,14 @@ MOST_UNITS = 256  # in a grid
 
 
 class Tables(NamedTuple):
-    """Int32 in shared memory, (experts_padded,) each unless noted; the costs by_cost only."""
+    """Int32 in shared memory, (experts_padded,) each unless noted; the last three by_cost only."""
 
-    first_tile: cute.Pointer  # (experts_padded + 1,) row tiles before the expert; last: all
+    first_tile: cute.Pointer  # (experts_padded + 1,) row tiles before the expert; last: the total
     counts: cute.Pointer
     offsets: cute.Pointer
-    tile_cost: cute.Pointer | None = None  # of one row tile of the expert
-    cost_before: cute.Pointer | None = None  # (experts_padded + 1,) of row tiles; last: all
-    cuts: cute.Pointer | None = None  # (MOST_UNITS + 1,) where each unit's range begins
+    tile_cost: cute.Pointer = None  # of one row tile of the expert
+    cost_before: cute.Pointer = None  # (experts_padded + 1,) of row tiles; last: the total
+    cuts: cute.Pointer = None  # (MOST_UNITS + 1,) where each unit's range begins
 
 
 class Sm90Schedule:
