@@ -1,4 +1,4 @@
-"""Checkpoint layout -> what the sm100 kernels read, in place, a quarter of the experts at a time.
+"""Checkpoint layout -> sm100 kernels' layout, in place, a quarter of the experts at a time.
 
 Codes stay as the checkpoint has them. Block scales become blocks of 512 bytes, each the scales of
 128 rows and 64 columns of the matrix, in the order that tcgen05 wants in tensor memory; blocks
@@ -7,7 +7,7 @@ follow one another along K, then along the rows:
     (rows / 128, K / 64, 32 rows, 4 rows of 32, 4 scales)     one E4M3 byte
 
 The rows of w13 are first put in the order of fc1's tiles: 16 gate rows, then the up rows of the
-same 16 intermediate indices. Experts are apart from one another: each can be moved (EPLB) alone.
+same 16 intermediate indices. No block spans experts: each can be moved (EPLB) alone.
 """
 
 import torch

@@ -1,14 +1,14 @@
-"""Checkpoint layout -> kernel layout, in place, a chunk of experts at a time.
+"""Checkpoint layout -> sm90 kernels' layout, in place, a chunk of experts at a time.
 
-sm90. Weights are cut into blocks of 64 rows by 64 columns; a block's codes are 2048 contiguous
+Weights are cut into blocks of 64 rows by 64 columns; a block's codes are 2048 contiguous
 bytes and its scales 256 (MXFP4: 128), and blocks follow one another along K, then along the rows:
 
     codes   (rows / 64, K / 64, 128 threads, 4 steps)     one 32-bit word
     scales  (rows / 64, K / 64, 32 row pairs, 2 pairs of steps)   one 32-bit word
     MXFP4   (rows / 64, K / 64, 32 row pairs)             one 32-bit word
 
-Thread t = 32 w + l of the warpgroup owns, of each step (16 columns), the eight codes of WGMMA's
-register operand: register i = 0..3 holds row 16 w + l // 4 + 8 (i % 2), columns
+A step is WGMMA's K = 16. Thread t = 32 w + l of a warpgroup owns eight codes a step, its fragment
+of A in registers: register i = 0..3 holds row 16 w + l // 4 + 8 (i % 2), columns
 8 (i // 2) + 2 (l % 4) + {0, 1}. In the word, the first column's code is in the low half and the
 second's in the high half, at these bits of it (s = sign, e1 e0 = exponent, m = mantissa; but
 register 2's signs lie each in the other half):
@@ -16,15 +16,15 @@ register 2's signs lie each in the other half):
     register 0: s 15, e1 e0 m 8 7 6      register 2: s 3, e1 e0 m 12 11 10
     register 1: s  9, e1 e0 m 2 1 0      register 3: s 13, e1 14, e0 5, m 4
 
-Three shifts of a word, under one mask each, cannot give all of its bits: the mask does not tile
-them. Four can, if register 3 is ((word << 2) ^ (word >> 6)) under the mask: its bits are changed so
-that this gives its codes. A step costs four shifts and four masks.
+`ptx.widen` takes each register by a shift or rotation under one mask. Shifts alone cannot, because
+the mask does not tile a word; so register 3 is ((word << 2) ^ (word >> 6)) under the mask, and its
+bits are stored such that this gives its codes. A step costs four shifts and four masks.
 
 Scales: a row pair is rows 16 w + r and 16 w + r + 8, at index 8 w + r. A scale takes 8 bits, E4M3
-without its sign but with a fifth exponent bit, so that 2^-9 .. 448 are all normal numbers: exponent
-x + 22, then 3 bits of mantissa. In the word of steps 2 i and 2 i + 1, the first step's are at bits
-11:4 (row) and 27:20 (row + 8), and a rotation by 8 brings the second's there. Zero has no such
-number: a zero scale becomes 0, and the codes it scales become zeros, which is the same matrix.
+without sign but with a fifth exponent bit, so that 2^-9 .. 448 are all normal numbers; 2^x has
+exponent x + 22. In the word of steps 2 i and 2 i + 1, the first step's are at bits 11:4 (row) and
+27:20 (row + 8), and a rotation by 8 brings the second's there. Zero has no encoding: a zero scale
+becomes 0 and the codes that it scales zeros, which is the same matrix.
 
 MXFP4's scale of two steps is such a byte without mantissa, and a word holds those of steps 0 and 1,
 then those of 2 and 3. Its exponent counts from the lowest power of a window of 31, which ends at
@@ -313,7 +313,7 @@ def _code_word(byte0, byte1, byte2, byte3):
     word |= (codes & 0x00008) << 16 | (codes & 0x80000) >> 16 | (codes & 0x70007) << 10
     codes = _code_pair(byte3)
     word |= (codes & 0x80008) << 10 | (codes & 0x40004) << 12 | (codes & 0x30003) << 4
-    # Every bit of register 3's takes in what the other shift brings to its place.
+    # Register 3: each of its bits is XORed with the one that the other shift brings there.
     word ^= (word & 0x00400040) << 8
     word ^= (word & 0x10001000) >> 8
     word ^= (word & (1 << 29)) >> 8
