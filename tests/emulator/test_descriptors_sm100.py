@@ -95,7 +95,7 @@ class OneStage:
         mma = blackwell.make_blockscaled_trivial_tiled_mma(
             *(Float4E2M1FN, Float4E2M1FN, major, major, Float8E4M3FN, 16, self.group, tile[:2])
         )
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         a_layout = blackwell.make_smem_layout_a(mma, tile, Float4E2M1FN, 1)
         b_layout = blackwell.make_smem_layout_b(mma, tile, Float4E2M1FN, 1)
         sfa_layout = blockscaled.make_smem_layout_sfa(mma, tile, 16, 1)

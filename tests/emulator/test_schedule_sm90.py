@@ -63,7 +63,7 @@ class Schedule(Sm90Schedule):
 
     @cute.kernel
     def kernel(self, counts: cute.Pointer, offsets: cute.Pointer, out: cute.Pointer):
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         tables = self._allocate_tables(
             lambda size: cute.recast_ptr(smem.allocate(4 * size, byte_alignment=16), dtype=Int32)
         )

@@ -58,7 +58,7 @@ def layer(request) -> Iterator[MoeLayer]:
 
 @cute.kernel
 def hold_kernel(started: cute.Pointer, release: cute.Pointer, most: Int32):
-    cutlass.utils.SmemAllocator().allocate(200 * 1024, byte_alignment=16)
+    cutlass.memory.SmemAllocator().allocate(200 * 1024, byte_alignment=16)
     if cute.arch.thread_idx()[0] == 0:
         cute.arch.atomic_add(started, Int32(1), scope="gpu")
         looks = Int32(0)

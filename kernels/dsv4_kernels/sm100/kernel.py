@@ -202,7 +202,7 @@ class Dsv4GroupedGemmSm100:
         step = Uint32(cute.arch.grid_dim()[0]) // config.num_ctas
 
         # Phase 1, overlapping earlier kernels (PDL), reads nothing of theirs: barriers, TMEM, maps.
-        smem = cutlass.utils.SmemAllocator()  # where vLLM's CuTe DSL 4.7.1 has it
+        smem = cutlass.memory.SmemAllocator()
         barriers = Barriers(
             full=smem.allocate_array(Int64, config.stages),
             empty=smem.allocate_array(Int64, config.stages),

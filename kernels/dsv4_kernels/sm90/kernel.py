@@ -210,7 +210,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
 
         # Phase 1: shared memory and barriers.
-        smem = cutlass.utils.SmemAllocator()  # where vLLM's CuTe DSL 4.7.1 has it
+        smem = cutlass.memory.SmemAllocator()
         s_x = self._allocate(
             smem, BFloat16, self.stages * self.k_blocks * self.tile_n_max * 64, 1024
         )
