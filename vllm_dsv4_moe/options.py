@@ -79,7 +79,7 @@ OPTIONS = (
     Option("`--enable-sleep-mode`", "read", "level 1; level 2 drops what only loading makes"),
     Option(
         "`reload_weights`",
-        "works on CPU",
+        "works on H200",
         "in place, all of them; refused when called with EPLB or sleep mode",
     ),
     Option(

@@ -149,7 +149,7 @@ SHOWN_BY = {
         "::test_hash_layers_see_every_token_id_once_in_chunks_and_mixed_batches"
     ),
     "`reload_weights`": (
-        "adapter/test_options.py::test_weights_that_are_loaded_again_replace_the_first_in_place"
+        "gpu/test_reload_gpu.py::test_reloaded_weights_are_what_captured_graphs_run"
     ),
     "`--moe-backend` other": (
         "adapter/test_plugin.py::test_layers_that_are_not_ours_get_vllms_own_method"
