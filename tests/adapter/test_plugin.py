@@ -28,6 +28,7 @@ print(get_quantization_config("deepseek_v4_fp8").__module__, "MoERunner" in op_r
 """
 
 
+@pytest.mark.slow
 def test_installed_but_not_wanted_leaves_vllm_untouched():
     command = [sys.executable, "-c", REGISTRIES]
     environment = loading.os.environ | {"VLLM_PLUGINS": ""}

@@ -123,6 +123,7 @@ def test_the_warm_up_launches_at_most_64_a_chunk_of_eight_experts(experts):
     assert launched.total() <= 64 * (experts // 8), launched
 
 
+@pytest.mark.slow
 def test_the_warm_ups_scratch_at_pros_sizes():
     """Of a chunk, which has the scratch of all of them."""
     weights = warm_up_weights(activation_scale.CHUNK, 7168, 3072)

@@ -221,6 +221,7 @@ def test_a_runner_that_takes_other_arguments_is_built_as_vllm_builds_it(monkeypa
     assert given == [(("name", experts, "gate", "and more"), {"other": 1})]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_vllm_that_calls_itself_0_34_serves_another_model(other_model, tmp_path):
     (tmp_path / "next").mkdir()

@@ -174,6 +174,7 @@ def test_bad_options_end_in_one_sentence(tmp_path, capsys, options, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_through_vllm_writes_the_file_that_policy_file_reads(tmp_path):
     config = TinyConfig(layers=3, hidden=128, intermediate=64, experts=8)
     model = write_tiny_checkpoint(tmp_path / "model", config)

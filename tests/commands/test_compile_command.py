@@ -50,6 +50,7 @@ def cpu_seconds() -> float:
     return times.children_user + times.children_system
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch, for_image", [("sm_90a", False), ("sm_100a", True)])
 def test_a_second_time_nothing_is_compiled(arch, for_image, tmp_path):
     """In this user's folder, or one that every user of an image may read; 10 s is the bar."""

@@ -70,6 +70,7 @@ def stand_in(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_demo_shows_text_layers_and_figures(stand_in, tmp_path, capsys):
     stand_in()
     assert main(["demo", "--work", str(tmp_path / "work"), "--max-tokens", "5"]) == 0
@@ -81,6 +82,7 @@ def test_demo_shows_text_layers_and_figures(stand_in, tmp_path, capsys):
     assert (tmp_path / "work/server.log").read_text() and (tmp_path / "work/model").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("server", "words"),
     [
@@ -104,6 +106,7 @@ def test_failure_ends_in_status_1_with_the_log(stand_in, tmp_path, capsys, serve
     assert "the demo failed" in text and words in text and "--- last lines of" in text
 
 
+@pytest.mark.slow
 def test_a_demo_that_is_ended_ends_its_server(stand_in, tmp_path):
     stand_in()
     log = tmp_path / "work/server.log"

@@ -82,6 +82,7 @@ def test_a_machine_without_any_library_is_told_so(tmp_path):
     assert done.stdout.endswith("not healthy: see what is BAD\n")
 
 
+@pytest.mark.slow
 def test_cutlass_is_not_needed_without_a_gpu(tmp_path):
     # It is found through the folder of another package, which Python looks up as it starts.
     environment = shadowed(tmp_path, nvidia_cutlass_dsl="")
@@ -241,6 +242,7 @@ def test_formats(capability, formats, status, says):
     assert check.status == status and says in check.text
 
 
+@pytest.mark.slow
 def test_this_machine_is_healthy_as_vllm_sees_it():
     done = subprocess.run(
         [sys.executable, "-m", "vllm_dsv4_moe.commands.cli", "doctor", "--json"],

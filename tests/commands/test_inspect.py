@@ -453,6 +453,7 @@ def bytes_read_so_far():
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
+@pytest.mark.slow
 def test_pro_of_913_gb_in_seconds_without_reading_it(sparse_pro):
     before, started = bytes_read_so_far(), time.process_time()
     found = inspect(sparse_pro, tp=8)

@@ -46,6 +46,7 @@ def slow_product_amax(weights: ExpertWeights, limit: float, headroom: int) -> to
     return largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1.0, 10.0, NEVER])
 @pytest.mark.parametrize("headroom", [1, 32, 1024])
 def test_warmup_is_the_slow_version(weights, headroom, limit):
@@ -190,6 +191,7 @@ def loud_tokens(kind: str, hidden: int) -> torch.Tensor:
     return x / x.square().mean(1, keepdim=True).sqrt()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [10.0, None], ids=["limit-10", "no-limit"])
 @pytest.mark.parametrize("kind", ["normal", "heavy-tail", "one-channel"])
 def test_tokens_30_times_larger_overflow_nothing_and_3000_times_are_counted(weights, kind, limit):
@@ -314,6 +316,7 @@ def results() -> dict:
     return {(r.policy, r.headroom, r.limit, r.size): r for r in measured}
 
 
+@pytest.mark.slow
 def test_the_kept_numbers_are_this_codes(results):
     """1e-3: another build of PyTorch sums in another order, and a rounded value may tip over."""
     kept = activation_error.kept()

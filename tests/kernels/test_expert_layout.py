@@ -78,6 +78,7 @@ def test_expert_parallel_ranks(num_tokens, placement, ids_dtype):
     check(ids, len(local), local_map(384, local), tile=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [10, 200], ids=["one_launch", "two_launches"])
 @pytest.mark.parametrize("expert", [0, 17, 31, 40, -1, 2**31 - 1])
 def test_any_skew(expert, num_tokens):
@@ -103,6 +104,7 @@ def test_few_slots_of_many_experts_are_counted_before(num_local):
         check(random_ids(slots, num_local, 1), num_local, None, tile=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_slots", "num_local", "step", "parts"),
     [(1300, 20, 32, 8), (4200, 300, 64, 4), (4200, 20, 128, 1)],
@@ -118,6 +120,7 @@ def test_blocks_that_one_or_several_programs_place(num_slots, num_local, step, p
     check(ids.int(), num_local, local_map(num_local + 9, list(range(num_local))), tile=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_local", [40, 300])
 def test_programs_with_several_runs_of_slots(monkeypatch, num_local):
     monkeypatch.setattr(op, "MAX_BLOCKS", 20)

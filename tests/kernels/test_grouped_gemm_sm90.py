@@ -88,6 +88,7 @@ def test_what_the_kernels_cannot_run_is_said():
     assert "9.x" in with_gpu and "10.0" in with_gpu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [0, 1], ids=["fc1", "fc2"])
 @pytest.mark.parametrize("num_tokens", [8, 8192])
 def test_compiles_without_a_gpu(op, num_tokens):

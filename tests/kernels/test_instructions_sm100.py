@@ -15,6 +15,8 @@ from dsv4_kernels.sm100.spec import CONFIGS, Gemm
 
 from tests.emulator.sm100_emulation import aligned, emulated
 
+pytestmark = pytest.mark.slow
+
 GROUPS = [300, 0, 128, 1, 77, 513, 64, 5]
 WEIGHT_ROWS, K, SMS = 512, 2048, 148
 # NVIDIA's public NVFP4 grouped GEMM example (CUTLASS, CuTeDSL, 128x128 tiles) executes so many on

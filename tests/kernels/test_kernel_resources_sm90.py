@@ -10,6 +10,8 @@ from dsv4_kernels.sm90.kernel import SMEM_BYTES, Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import MOST_PARTIALS
 from dsv4_kernels.types import MoeShape
 
+pytestmark = pytest.mark.slow
+
 PRO_EP8 = MoeShape(384, 48, 6, 7168, 3072, 8192, False)
 FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)
 MXFP4 = FLASH._replace(weight_format="mxfp4")

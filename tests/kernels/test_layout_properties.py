@@ -124,6 +124,7 @@ def on_device(ids, num_local, expert_map, tile) -> ExpertLayout:
 IMPLEMENTATIONS = {"reference": (reference.expert_layout, 300), "triton": (on_device, 60)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_local_slot_has_one_row(name):
     layout_of, examples = IMPLEMENTATIONS[name]

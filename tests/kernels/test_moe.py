@@ -241,6 +241,7 @@ CHAIN = Backend(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("num_tokens", [1, 17])
 @pytest.mark.parametrize("rank", [None, 0, 3], ids=["no-ep", "rank-0-of-4", "rank-3-of-4"])
