@@ -75,6 +75,7 @@ class Bench:
         with log.open("wb") as output:
             done = subprocess.run(
                 command,
+                cwd=Path(__file__).parents[1],  # where `-m` finds the benches
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
