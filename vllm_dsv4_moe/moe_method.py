@@ -137,10 +137,9 @@ class Dsv4Method(FusedMoEMethodBase):
         scales = self._take_scales(layer)
         limit = layer.swiglu_limit
         COMPILATION.wait()
-        moe_layer = prepare_layer(
+        return prepare_layer(
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )
-        return moe_layer
 
     def _take_scales(self, layer: RoutedExperts) -> ActivationScales | None:
         """Check the scales that only this format has, leave the layer with the global scales of its

@@ -1,5 +1,6 @@
 """Tile heuristic of the sm90 grouped GEMMs: number of tokens -> tile shapes of fc1 and fc2."""
 
+import functools
 import math
 
 from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
@@ -30,6 +31,7 @@ def tile(shape: MoeShape, num_tokens: int) -> int:
     return 8
 
 
+@functools.lru_cache(maxsize=4096)
 def places_rows(shape: MoeShape, num_tokens: int) -> bool:
     """Whether fc1 wants rows as the layout says."""
     return not choose_config(shape, num_tokens).gather
