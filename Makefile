@@ -20,7 +20,7 @@ emulator: setup  ## the PTX emulator's own tests, and the kernels in it: a part 
 	@$(PYTEST) -m "not gpu" -n 2 --dist loadfile tests/emulator
 
 test-gpu: setup  ## what needs a GPU (mostly compilation, hence processes); kept in test-gpu.json
-	@$(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
+	@OMP_NUM_THREADS=2 $(PYTEST) -m gpu -n 6 --dist loadgroup --gpu-results test-gpu.json
 	@$(PYTEST) --silicon $(SNIPPETS:%=tests/emulator/test_emulator_%.py)
 
 sanitize: setup  ## on a Hopper GPU: compute-sanitizer over the kernels; keeps JSON

@@ -78,11 +78,13 @@ def workspace():
 @pytest.fixture
 def compiled(monkeypatch) -> list[str]:
     """Names of what Triton compiles, or loads from its cache, from here on."""
+    from dsv4_kernels.rows.combine import _combine_kernel
     from triton import knobs
 
     names: list[str] = []
     hook = lambda **facts: names.append(facts["fn"].name)  # noqa: E731
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", hook)
+    _combine_kernel.device_caches.clear()  # another test of this process may have loaded it
     return names
 
 

@@ -66,7 +66,7 @@ def answers(tmp_path_factory):
     for name in SERVERS:
         sizes = dataclasses.replace(MODEL, **CHECKPOINTS.get(name, {}))
         if not (folder / _folder(name)).exists():
-            write_tiny_checkpoint(folder / _folder(name), sizes)
+            write_tiny_checkpoint(folder / _folder(name), sizes, "cuda")
     with ThreadPoolExecutor(len(SERVERS)) as pool:
         asked = {name: pool.submit(ask, name, folder) for name in SERVERS}
         yield lambda name: asked[name].result()
