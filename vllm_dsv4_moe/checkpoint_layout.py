@@ -80,7 +80,10 @@ class ModelSizes:
     hc_mult: int
     moe_quant_algo: str  # "NVFP4", or "" for the MXFP4 of DeepSeek's own files
     quant_ignore: tuple[str, ...]  # patterns of what ModelOpt left as it was, MTP layers included
-    unquantized_linears: frozenset[str]  # kept in BF16; every other linear is FP8 in 128x128 blocks
+    unquantized_linears: frozenset[str]  # kept in BF16; every other linear is FP8 in square blocks
+    num_dspark_targets: int = 0  # layers whose inputs a DSpark draft reads; 0 of MTP drafts
+    dspark_markov_rank: int = 0
+    fp8_block: int = FP8_BLOCK
     is_v41: bool = False  # then sizes that no gate or expert has are 0
     has_image_bias: bool = False
 
@@ -100,9 +103,15 @@ class ModelSizes:
                 f"config.json lists {len(ratios)} compress_ratios "
                 f"for {config['num_hidden_layers']} layers: it needs one for each layer"
             )
+        mtp_layers = config.get("num_nextn_predict_layers") or 0
+        targets = config.get("dspark_target_layer_ids") or ()
+        if targets:  # DSpark's layers are three whatever num_nextn_predict_layers says, as in vLLM
+            mtp_layers = config.get("n_mtp_layers") or 3
         return cls(
             **{field: config[key] for field, key in _CONFIG_KEYS.items()},
-            num_mtp_layers=config.get("num_nextn_predict_layers") or 0,
+            num_mtp_layers=mtp_layers,
+            num_dspark_targets=len(targets),
+            dspark_markov_rank=config.get("dspark_markov_rank") or 0,
             compress_ratios=ratios,
             unquantized_linears=frozenset(quant.get("ignored_layers") or ()),
             **_expert_formats(quant),
@@ -164,18 +173,35 @@ def checkpoint_tensors(sizes: ModelSizes) -> Named:
 def layer_tensors(sizes: ModelSizes, layer: int) -> Named:
     prefix = f"layers.{layer}."
     is_hash = layer < sizes.num_hash_layers
-    yield from _block_tensors(sizes, prefix, sizes.compress_ratios[layer], is_hash)
+    yield from block_tensors(sizes, prefix, sizes.compress_ratios[layer], is_hash)
 
 
 def mtp_tensors(sizes: ModelSizes, layer: int) -> Named:
-    """One multi-token-prediction layer: a block, its two projections and a head of its own."""
+    """One layer of a draft: a block, and for multi-token prediction two projections and a head."""
     prefix = f"mtp.{layer}."
-    yield from _block_tensors(sizes, prefix, ratio=0, is_hash=False)
+    yield from block_tensors(sizes, prefix, ratio=0, is_hash=False)
+    if sizes.num_dspark_targets:
+        yield from dspark_tensors(sizes, layer)
+        return
     for name in ("e_proj", "h_proj"):
-        yield from _linear(sizes, f"{prefix}{name}", sizes.hidden, sizes.hidden)
+        yield from linear(sizes, f"{prefix}{name}", sizes.hidden, sizes.hidden)
     for name in ("enorm", "hnorm"):
         yield f"{prefix}{name}.weight", TensorSpec("BF16", (sizes.hidden,))
     yield from _head_tensors(sizes, prefix)
+
+
+def dspark_tensors(sizes: ModelSizes, layer: int) -> Named:
+    """What a DSpark draft's layers have besides blocks: a projection before the first, heads after
+    the last."""
+    prefix, hidden, rank = f"mtp.{layer}.", sizes.hidden, sizes.dspark_markov_rank
+    if layer == 0:
+        yield from linear(sizes, f"{prefix}main_proj", hidden, hidden * sizes.num_dspark_targets)
+        yield f"{prefix}main_norm.weight", TensorSpec("BF16", (hidden,))
+    if layer == sizes.num_mtp_layers - 1:
+        yield from _head_tensors(sizes, prefix)
+        for name in ("embed", "head"):
+            yield f"{prefix}markov_head.{name}.weight", TensorSpec("BF16", (sizes.vocab, rank))
+        yield f"{prefix}confidence_head.proj.weight", TensorSpec("BF16", (1, hidden + rank))
 
 
 def expert_tensors(sizes: ModelSizes, experts: str, expert: int) -> Named:
@@ -199,7 +225,7 @@ def expert_tensors(sizes: ModelSizes, experts: str, expert: int) -> Named:
             yield f"{linear}.scale", TensorSpec("F8_E8M0", (rows, columns // MXFP4_BLOCK))
 
 
-def _block_tensors(sizes: ModelSizes, prefix: str, ratio: int, is_hash: bool) -> Named:
+def block_tensors(sizes: ModelSizes, prefix: str, ratio: int, is_hash: bool) -> Named:
     mixes = (2 + sizes.hc_mult) * sizes.hc_mult
     for part in ("attn", "ffn"):
         yield f"{prefix}hc_{part}_fn", TensorSpec("F32", (mixes, sizes.hc_mult * sizes.hidden))
@@ -213,11 +239,11 @@ def _block_tensors(sizes: ModelSizes, prefix: str, ratio: int, is_hash: bool) ->
 def _attention_tensors(sizes: ModelSizes, prefix: str, ratio: int) -> Named:
     q_size = sizes.heads * sizes.head_dim
     o_size = sizes.o_groups * sizes.o_lora
-    yield from _linear(sizes, f"{prefix}wq_a", sizes.q_lora, sizes.hidden)
-    yield from _linear(sizes, f"{prefix}wq_b", q_size, sizes.q_lora)
-    yield from _linear(sizes, f"{prefix}wkv", sizes.head_dim, sizes.hidden)
-    yield from _linear(sizes, f"{prefix}wo_a", o_size, q_size // sizes.o_groups)
-    yield from _linear(sizes, f"{prefix}wo_b", sizes.hidden, o_size)
+    yield from linear(sizes, f"{prefix}wq_a", sizes.q_lora, sizes.hidden)
+    yield from linear(sizes, f"{prefix}wq_b", q_size, sizes.q_lora)
+    yield from linear(sizes, f"{prefix}wkv", sizes.head_dim, sizes.hidden)
+    yield from linear(sizes, f"{prefix}wo_a", o_size, q_size // sizes.o_groups)
+    yield from linear(sizes, f"{prefix}wo_b", sizes.hidden, o_size)
     yield f"{prefix}q_norm.weight", TensorSpec("BF16", (sizes.q_lora,))
     yield f"{prefix}kv_norm.weight", TensorSpec("BF16", (sizes.head_dim,))
     yield f"{prefix}attn_sink", TensorSpec("F32", (sizes.heads,))
@@ -225,7 +251,7 @@ def _attention_tensors(sizes: ModelSizes, prefix: str, ratio: int) -> Named:
         yield from _compressor(sizes, f"{prefix}compressor.", ratio, sizes.head_dim)
     if ratio == 4:
         index_size = sizes.index_heads * sizes.index_head_dim
-        yield from _linear(sizes, f"{prefix}indexer.wq_b", index_size, sizes.q_lora)
+        yield from linear(sizes, f"{prefix}indexer.wq_b", index_size, sizes.q_lora)
         projection = TensorSpec("BF16", (sizes.index_heads, sizes.hidden))
         yield f"{prefix}indexer.weights_proj.weight", projection
         yield from _compressor(sizes, f"{prefix}indexer.compressor.", ratio, sizes.index_head_dim)
@@ -243,9 +269,9 @@ def _moe_tensors(sizes: ModelSizes, prefix: str, is_hash: bool) -> Named:
     yield from _gate_and_experts(sizes, prefix, is_hash)
     if sizes.num_shared_experts:
         inter = sizes.intermediate * sizes.num_shared_experts
-        yield from _linear(sizes, f"{prefix}shared_experts.w1", inter, sizes.hidden)
-        yield from _linear(sizes, f"{prefix}shared_experts.w2", sizes.hidden, inter)
-        yield from _linear(sizes, f"{prefix}shared_experts.w3", inter, sizes.hidden)
+        yield from linear(sizes, f"{prefix}shared_experts.w1", inter, sizes.hidden)
+        yield from linear(sizes, f"{prefix}shared_experts.w2", sizes.hidden, inter)
+        yield from linear(sizes, f"{prefix}shared_experts.w3", inter, sizes.hidden)
 
 
 def _gate_and_experts(sizes: ModelSizes, prefix: str, is_hash: bool) -> Named:
@@ -267,10 +293,10 @@ def _head_tensors(sizes: ModelSizes, prefix: str) -> Named:
     yield f"{prefix}hc_head_scale", TensorSpec("F32", (1,))
 
 
-def _linear(sizes: ModelSizes, name: str, rows: int, columns: int) -> Named:
+def linear(sizes: ModelSizes, name: str, rows: int, columns: int) -> Named:
     if name in sizes.unquantized_linears:
         yield f"{name}.weight", TensorSpec("BF16", (rows, columns))
         return
     yield f"{name}.weight", TensorSpec("F8_E4M3", (rows, columns))
-    scales = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+    scales = (-(-rows // sizes.fp8_block), -(-columns // sizes.fp8_block))
     yield f"{name}.scale", TensorSpec("F8_E8M0", scales)

@@ -38,7 +38,6 @@ from vllm_dsv4_moe.scale_policy import activation_scales
 from vllm_dsv4_moe.settings import Settings
 from vllm_dsv4_moe.warm_up import WARM_UP
 
-MXFP4_BACKENDS = ("reference", "sm90")
 logger = init_logger("vllm.dsv4_moe")
 
 

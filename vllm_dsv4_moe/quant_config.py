@@ -25,9 +25,9 @@ from vllm.platforms import current_platform
 
 from vllm_dsv4_moe import METHOD_NAME, options
 from vllm_dsv4_moe.layer_config import LayerConfig
-from vllm_dsv4_moe.moe_method import METHODS, MXFP4_BACKENDS, backend_name
+from vllm_dsv4_moe.moe_method import METHODS, backend_name
 from vllm_dsv4_moe.safetensors_files import read_header
-from vllm_dsv4_moe.settings import Settings, read_settings
+from vllm_dsv4_moe.settings import MXFP4_BACKENDS, Settings, read_settings
 
 logger = init_logger("vllm.dsv4_moe")
 

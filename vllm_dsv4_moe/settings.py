@@ -16,6 +16,7 @@ from typing import Any
 
 CONFIG_KEY = "dsv4_moe"
 ENV_PREFIX = "VLLM_DSV4_MOE_"
+MXFP4_BACKENDS = ("reference", "sm90")
 
 
 def _option(default: Any, help: str, *, allowed: tuple[str, ...] = (), check: Any = None) -> Any:

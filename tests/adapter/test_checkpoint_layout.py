@@ -5,40 +5,7 @@ from collections import Counter
 import pytest
 
 from vllm_dsv4_moe.checkpoint_layout import ModelSizes, TensorSpec, checkpoint_tensors
-
-COMMON = {
-    "hc_mult": 4,
-    "head_dim": 512,
-    "index_head_dim": 128,
-    "index_n_heads": 64,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 6,
-    "num_hash_layers": 3,
-    "num_nextn_predict_layers": 1,
-    "o_lora_rank": 1024,
-    "vocab_size": 129280,
-}
-FLASH = COMMON | {
-    "hidden_size": 4096,
-    "moe_intermediate_size": 2048,
-    "n_routed_experts": 256,
-    "num_hidden_layers": 43,
-    "num_attention_heads": 64,
-    "o_groups": 8,
-    "q_lora_rank": 1024,
-    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
-}
-PRO = COMMON | {
-    "hidden_size": 7168,
-    "moe_intermediate_size": 3072,
-    "n_routed_experts": 384,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "o_groups": 16,
-    "q_lora_rank": 1536,
-    "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
-}
-NVFP4 = {"quantization_config": {"moe_quant_algo": "NVFP4", "ignore": ["*.attn.*", "mtp.*"]}}
+from vllm_dsv4_moe.commands.releases import FLASH, NVFP4, PRO, RELEASES
 
 
 def tensors_of(config):
@@ -57,6 +24,14 @@ def test_flash_as_published_by_deepseek():
         "I64": 3,
         "I8": 33_792,
     }
+
+
+def test_flash_with_a_dspark_draft_as_published():
+    tensors = tensors_of(RELEASES["deepseek-ai/DeepSeek-V4-Flash-0731"])
+    assert len(tensors) == 72_317
+    assert sum(spec.num_bytes for spec in tensors.values()) == 166_878_536_440
+    stages = Counter(name[:5] for name in tensors if name.startswith("mtp."))
+    assert stages == {"mtp.0": 1_568, "mtp.1": 1_565, "mtp.2": 1_572}
 
 
 def test_pro_as_published_by_deepseek():

@@ -14,10 +14,12 @@ from dsv4_kernels.compiled import key_of
 from dsv4_kernels.sm100.heuristic import all_gemms
 from dsv4_kernels.types import MoeShape
 
-from tests.serving.test_configs import DEPLOYMENTS, parse
+from tests.support.deployments import DEPLOYMENTS, parse
 from vllm_dsv4_moe.commands import compile as command
 from vllm_dsv4_moe.commands.cli import main
-from vllm_dsv4_moe.commands.compile import MODELS, shape_of_config
+from vllm_dsv4_moe.commands.compile import shapes_of_config
+from vllm_dsv4_moe.commands.deployment import moe_sizes, read_deployment
+from vllm_dsv4_moe.commands.releases import RELEASES
 
 SIZES = {
     "n_routed_experts": 8,
@@ -72,7 +74,7 @@ def test_a_second_time_nothing_is_compiled(arch, for_image, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nano"], "nano is not pro, flash, a config.json or a folder with one"),
+        (["--model", "nano"], "nano is not flash, pro, v41, the name of"),
         (
             ["--model", "pro", "--experts", "mxfp4"],
             "this layer's are MXFP4, which vLLM's own kernels",
@@ -106,7 +108,7 @@ def test_pro_on_eight_ranks_is_what_a_rank_serves():
     assert {gemm.config.tile for gemm in more} == {64, 128, 256}
 
 
-def served_shape(args, capability, monkeypatch) -> MoeShape:
+def served_shape(args, capability, monkeypatch, prefix: str, weight_format: str) -> MoeShape:
     """What a layer of that server asks for, by vLLM's own parser and parallel arithmetic."""
     from vllm.model_executor.layers.fused_moe import config as moe
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -117,14 +119,16 @@ def served_shape(args, capability, monkeypatch) -> MoeShape:
     for group in ("get_dp_group", "get_pcp_group"):
         monkeypatch.setattr(moe, group, lambda: SimpleNamespace(rank_in_group=0))
     monkeypatch.setattr(moe, "get_tensor_model_parallel_rank", lambda: 0)
+    tp = args.tensor_parallel_size
+    shards = args.enable_expert_parallel and min(tp, args.data_parallel_size) > 1
     parallel = moe.FusedMoEParallelConfig.make(
-        tp_size_=args.tensor_parallel_size,
+        tp_size_=tp,
         pcp_size_=args.prefill_context_parallel_size,
         dp_size_=args.data_parallel_size,
-        sp_size_=1,
+        sp_size_=tp if shards else 1,
         vllm_parallel_config=args,
     )
-    experts, top_k, hidden, intermediate = MODELS[args.model]
+    experts, top_k, hidden, intermediate = moe_sizes(RELEASES[args.model], prefix)
     config = moe.FusedMoEConfig(
         num_experts=experts,
         experts_per_token=top_k,
@@ -137,22 +141,35 @@ def served_shape(args, capability, monkeypatch) -> MoeShape:
         routing_method=moe.RoutingMethodType.DeepSeekV3,
         moe_parallel_config=parallel,
         in_dtype=torch.bfloat16,
-        swiglu_limit=10.0,  # of both releases
+        swiglu_limit=10.0,  # of every release
         max_num_tokens=args.max_num_batched_tokens,
     )
-    return moe_shape(config, read_settings(args.additional_config, {}), capability)
+    settings = read_settings(args.additional_config, {})
+    return moe_shape(config, settings, capability, weight_format)
 
 
 @pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.stem)
 def test_an_image_has_every_kernel_of_its_deployments(path, monkeypatch):
-    """The keys of what is compiled for a file are those that its server looks for."""
+    """The keys of what is compiled for a file are those that its server looks for, drafts
+    included."""
     gpu = path.stem[-4:]
     arch, capability = {"h200": ("sm_90a", (9, 0)), "b200": ("sm_100a", (10, 0))}[gpu]
-    served = served_shape(parse(path), capability, monkeypatch)
-    kernels = BACKENDS[command.BACKENDS[arch]].kernels
-    filled = {key_of(kernel) for kernel in kernels(shape_of_config(path, arch), arch)}
-    assert filled == {key_of(kernel) for kernel in kernels(served, arch)}
-    assert len(filled) >= 6
+    backend = BACKENDS[command.BACKENDS[arch]]
+    args = parse(path)
+    own = read_deployment(path, {}).weight_format
+    served = [served_shape(args, capability, monkeypatch, "", own)]
+    if arch == "sm_90a":
+        served.append(served_shape(args, capability, monkeypatch, "dspark_", "mxfp4"))
+    if any(backend.unsupported_reason(shape) for shape in served):
+        with pytest.raises(ValueError, match="cannot run this layer"):
+            shapes_of_config(path, arch)
+        return
+    shapes = shapes_of_config(path, arch)
+    filled, looked_for = (
+        {key_of(kernel) for shape in group for kernel in backend.kernels(shape, arch)}
+        for group in (shapes, served)
+    )
+    assert filled == looked_for and len(filled) >= 4
 
 
 @pytest.mark.parametrize(
@@ -183,7 +200,7 @@ def test_a_deployment_is_divided_as_vllm_divides_it(text, changes, tmp_path):
     path = tmp_path / "flash.yaml"
     path.write_text(f"model: nvidia/DeepSeek-V4-Flash-NVFP4\nmax-num-batched-tokens: 100\n{text}\n")
     whole = MoeShape(256, 256, 6, 4096, 2048, 100, True)
-    assert shape_of_config(path, "sm_100a") == whole._replace(**changes)
+    assert shapes_of_config(path, "sm_100a") == [whole._replace(**changes)]
 
 
 def test_hoppers_kernels_are_of_the_format_that_is_served(tmp_path, monkeypatch):
@@ -193,8 +210,27 @@ def test_hoppers_kernels_are_of_the_format_that_is_served(tmp_path, monkeypatch)
         "model: flash\nmax-num-batched-tokens: 16\n"
         "additional-config: {dsv4_moe: {formats: mxfp4}}\n"
     )
-    shape = shape_of_config(path, "sm_90a")
+    (shape,) = shapes_of_config(path, "sm_90a")
     assert shape == MoeShape(256, 256, 6, 4096, 2048, 16, False, weight_format="mxfp4")
     kernels = BACKENDS["sm90"].kernels
     of_nvfp4 = set(map(key_of, kernels(shape._replace(weight_format="nvfp4"), "sm_90a")))
     assert not of_nvfp4 & set(map(key_of, kernels(shape, "sm_90a")))
+
+
+def test_drafts_have_kernels_of_their_own_counts(tmp_path):
+    path = tmp_path / "v41.yaml"
+    path.write_text(
+        "model: v41\nmax-num-batched-tokens: 16\nspeculative-config: {method: dspark}\n"
+        "enable-expert-parallel: true\ndata-parallel-size: 4\n"
+        "additional-config: {dsv4_moe: {formats: mxfp4}}\n"
+    )
+    layers, drafts = shapes_of_config(path, "sm_90a")
+    assert layers == MoeShape(384, 96, 6, 5120, 2304, 64, False, weight_format="mxfp4")
+    assert drafts == layers._replace(num_experts=128, num_local_experts=32, top_k=3)
+
+
+def test_a_deployment_whose_layers_are_vllms_is_refused(tmp_path, capsys):
+    path = tmp_path / "flash.yaml"
+    path.write_text("model: flash\nmax-num-batched-tokens: 16\n")
+    assert main(["compile", "--arch", "sm_90a", "--config", str(path)]) == 2
+    assert "its experts are MXFP4, and the setting formats is nvfp4" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The wheel holds both packages whole, and its command answers where nothing else is installed."""
+"""The wheel holds both packages whole and the deployments, and its command answers where nothing
+else is installed."""
 
 import os
 import shutil
@@ -13,7 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Package -> its folder in the repository.
-PACKAGES = {"vllm_dsv4_moe": "vllm_dsv4_moe", "dsv4_kernels": "kernels/dsv4_kernels"}
+PACKAGES = {
+    "vllm_dsv4_moe": "vllm_dsv4_moe",
+    "vllm_dsv4_moe/configs": "configs",
+    "dsv4_kernels": "kernels/dsv4_kernels",
+}
 
 
 def tracked(*folders: str) -> list[str]:
@@ -66,9 +71,9 @@ def command(wheel, tmp_path_factory):
     return venv / "bin/dsv4-moe"
 
 
-def answer(command: Path, option: str) -> tuple[int, str]:
+def answer(command: Path, *words: str) -> tuple[int, str]:
     done = subprocess.run(
-        [command, option], capture_output=True, text=True, env=environment(), cwd=command.parent
+        [command, *words], capture_output=True, text=True, env=environment(), cwd=command.parent
     )
     assert done.stderr == ""
     return done.returncode, done.stdout
@@ -76,6 +81,14 @@ def answer(command: Path, option: str) -> tuple[int, str]:
 
 def test_says_its_version(command):
     assert answer(command, "--version") == (0, f"dsv4-moe {PROJECT['version']}\n")
+
+
+def test_has_the_deployments(command):
+    names = [Path(name).stem for name in tracked("configs")]
+    status, listed = answer(command, "config")
+    assert status == 0 and [line.split()[0] for line in listed.splitlines()] == sorted(names)
+    for name in names:
+        assert answer(command, "config", name) == (0, (ROOT / f"configs/{name}.yaml").read_text())
 
 
 def test_doctor_says_what_is_missing(command):

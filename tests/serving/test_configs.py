@@ -1,72 +1,109 @@
-"""Every file of configs/ goes through vLLM's own argument parser, and says what memory it takes."""
+"""Every file of configs/ goes through the own parser of each supported vLLM, and says what memory
+it takes."""
 
+import functools
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from dsv4_kernels.backends import SM90, SM100
-from dsv4_kernels.moe import workspace_bytes
-from dsv4_kernels.types import MoeShape
 
-from tests.adapter.test_checkpoint_layout import FLASH, NVFP4, PRO, tensors_of
-from vllm_dsv4_moe.commands.inspect_checkpoint import weight_bytes_per_gpu
+from tests.support.deployments import DEPLOYMENTS, parse, said
+from tests.support.vllm_sources import next_with_installed_operators
+from vllm_dsv4_moe.commands.deployment import read_deployment
+from vllm_dsv4_moe.commands.memory import GIB, GPUS, rank_memory
 
-DEPLOYMENTS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-
-
-def parse(path: Path):
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    return make_arg_parser(FlexibleArgumentParser()).parse_args(["serve", "--config", str(path)])
-
-
-@pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.stem)
-def test_vllm_parses(path):
-    args = parse(path)
-    model, gpus = path.stem.split("-", 1)
-    assert model.lower() in args.model.lower() and "NVFP4" in args.model
-    count = int(gpus.split("x")[0]) if "x" in gpus else 1
-    assert args.tensor_parallel_size * args.data_parallel_size == count
-    assert args.enable_expert_parallel == (count > 1)
-    assert args.max_num_batched_tokens > 0
+ROOT = Path(__file__).parents[2]
+# Name -> model, nodes, GPUs, tensor- and data-parallel ranks, whether experts stay whole.
+TOPOLOGIES = {
+    "flash-2xh200": ("deepseek-ai/DeepSeek-V4-Flash-0731", 1, 2, 1, 2, True),
+    "flash-4xh200": ("deepseek-ai/DeepSeek-V4-Flash-0731", 1, 4, 1, 4, True),
+    "flash-b200": ("nvidia/DeepSeek-V4-Flash-NVFP4", 1, 1, 1, 1, False),
+    "pro-2x8xh200": ("deepseek-ai/DeepSeek-V4-Pro-0813", 2, 16, 1, 16, True),
+    "pro-8xb200": ("nvidia/DeepSeek-V4-Pro-NVFP4", 1, 8, 1, 8, True),
+    "pro-8xh200": ("deepseek-ai/DeepSeek-V4-Pro-0813", 1, 8, 4, 2, True),
+    "v41-4xb200": ("nvidia/DeepSeek-V4.1-Flash-NVFP4", 1, 4, 4, 1, False),
+    "v41-4xh200": ("deepseek-ai/DeepSeek-V4.1-Flash", 1, 4, 4, 1, False),
+    "v41-8xb200": ("nvidia/DeepSeek-V4.1-Flash-NVFP4", 1, 8, 8, 1, False),
+    "v41-8xh200": ("deepseek-ai/DeepSeek-V4.1-Flash", 1, 8, 8, 1, False),
+    "v41-ep-8xb200": ("nvidia/DeepSeek-V4.1-Flash-NVFP4", 1, 8, 1, 8, True),
+    "v41-ep-8xh200": ("deepseek-ai/DeepSeek-V4.1-Flash", 1, 8, 1, 8, True),
+}
+NAMED = ("reasoning_parser", "tool_call_parser", "tokenizer_mode")
+deployments = pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.stem)
 
 
-GIB = 2**30
-# Of one GPU, as nvidia-smi gives it in MiB.
-GPU_BYTES = {"b200": 183_359 * 2**20, "h200": 143_771 * 2**20}
-
-
-def memory_comment(path: Path, args) -> str:
-    """The comment that a deployment carries: where the memory of each GPU goes."""
-    config = FLASH if path.stem.startswith("flash") else PRO
-    gpu = path.stem[-4:]
-    tp, dp = args.tensor_parallel_size, args.data_parallel_size
-    weights = weight_bytes_per_gpu(tensors_of(config | NVFP4), tp, dp)
-    shape = MoeShape(
-        num_experts=config["n_routed_experts"],
-        num_local_experts=config["n_routed_experts"] // (tp * dp),
-        top_k=config["num_experts_per_tok"],
-        hidden=config["hidden_size"],
-        intermediate=config["moe_intermediate_size"],
-        max_num_tokens=args.max_num_batched_tokens * dp,
-        quantize_activations=gpu == "b200",
+@pytest.fixture(scope="module")
+def next_said(tmp_path_factory):
+    """As `said` of the vLLM that is not installed."""
+    folder = next_with_installed_operators(tmp_path_factory.mktemp("next"))
+    paths = [folder, ROOT, ROOT / "kernels", *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.deployments"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
     )
-    arena = workspace_bytes(SM100 if gpu == "b200" else SM90, shape)
-    given = GPU_BYTES[gpu] * args.gpu_memory_utilization
-    left = given - sum(weights.values()) - arena
-    return (
-        f"# Memory of a GPU, GiB: {GPU_BYTES[gpu] / GIB:.1f}, of which vLLM takes "
-        f"{given / GIB:.1f}: {weights['experts'] / GIB:.1f} experts, "
-        f"{weights['others'] / GIB:.1f} other weights,\n"
-        f"# {arena / GIB:.1f} arena of the MoE layers, and {left / GIB:.1f} for activations, CUDA "
-        "graphs and the KV cache.\n"
-    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.stem)
-def test_memory_is_what_the_formulas_say(path):
-    comment = memory_comment(path, parse(path))
-    assert comment in path.read_text(), f"{path.name} should say\n{comment}"
+@pytest.fixture(params=["0.32", pytest.param("0.33", marks=pytest.mark.slow)])
+def vllm(request):
+    """What a vLLM's own parser makes of all files, and the names that it knows."""
+    found = installed() if request.param == "0.32" else request.getfixturevalue("next_said")
+    assert found["version"].startswith(request.param)
+    return found
+
+
+installed = functools.cache(said)
+
+
+@deployments
+def test_each_vllm_takes_it(vllm, path):
+    args = vllm["arguments"][path.stem]
+    model, nodes, gpus, tensor_parallel, data_parallel, whole = TOPOLOGIES[path.stem]
+    assert args["model"] == model
+    assert args["tensor_parallel_size"] == tensor_parallel
+    assert args["data_parallel_size"] == data_parallel
+    assert tensor_parallel * data_parallel == gpus
+    assert args["enable_expert_parallel"] == whole
+    assert (args["data_parallel_size_local"] or data_parallel) * nodes == data_parallel
+    assert args["max_num_batched_tokens"] > 0 and args["enable_auto_tool_choice"]
+
+
+@deployments
+def test_each_vllm_knows_what_it_names(vllm, path):
+    args = vllm["arguments"][path.stem]
+    tool = "deepseek_v41" if path.stem.startswith("v41") else "deepseek_v4"
+    for option in NAMED:
+        assert args[option] == tool and tool in vllm["known"][option]
+    drafts = args["speculative_config"]
+    assert set(drafts) <= set(vllm["known"]["speculative_config"])
+    # NVIDIA's copies of V4 have a layer of multi-token prediction, all other releases DSpark.
+    v4_of_nvidia = args["model"].startswith("nvidia/DeepSeek-V4-")
+    assert drafts["method"] == ("mtp" if v4_of_nvidia else "dspark")
+
+
+@deployments
+def test_experts_are_this_plugins(path):
+    arch = GPUS[path.stem[-4:]][1]
+    layers, drafts = read_deployment(path, {}).shapes(arch)
+    assert layers is not None and (drafts is not None) == (arch == "sm_90a")
+
+
+@deployments
+def test_memory_is_what_doctor_says(path):
+    found = rank_memory(read_deployment(path, {}), *GPUS[path.stem[-4:]])
+    assert found.comment() in path.read_text(), f"{path.name} should say\n{found.comment()}"
+    assert found.left > 6 * GIB
+
+
+def test_every_topology_has_a_file():
+    assert {path.stem for path in DEPLOYMENTS} == set(TOPOLOGIES)
 
 
 def test_vllm_refuses_an_option_it_does_not_know(tmp_path, capsys):
@@ -75,13 +112,3 @@ def test_vllm_refuses_an_option_it_does_not_know(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(path)
     assert "no-such-option" in capsys.readouterr().err
-
-
-def test_every_deployment_of_the_readme_is_there():
-    assert {path.stem for path in DEPLOYMENTS} == {
-        "flash-b200",
-        "flash-2xh200",
-        "flash-4xh200",
-        "pro-8xb200",
-        "pro-8xh200",
-    }

@@ -312,7 +312,7 @@ def test_serves_only_after_a_clean_preflight(container):
 def test_refusals_are_sentences(container):
     box = container(User())
     unknown = box.serve("flash-b100")
-    assert unknown.returncode == 1 and "flash-4xh200 flash-b200 pro-8xb200" in unknown.stderr
+    assert unknown.returncode == 1 and "flash-b200 pro-2x8xh200 pro-8xb200" in unknown.stderr
     absent = box.serve("--config", "/absent.yaml")
     assert absent.returncode == 1 and "No such file or directory: '/absent.yaml'" in absent.stderr
     assert "Traceback" not in unknown.stderr + absent.stderr

@@ -16,6 +16,7 @@ COMMANDS = {
         "write a small random checkpoint",
     ),
     "demo": ("vllm_dsv4_moe.commands.demo", "serve a tiny checkpoint, ask it, show what ran where"),
+    "config": ("vllm_dsv4_moe.commands.config", "list the shipped deployments, or print one"),
     "inspect": ("vllm_dsv4_moe.commands.inspect", "check a checkpoint without loading it"),
     "verify": (
         "vllm_dsv4_moe.commands.verify",

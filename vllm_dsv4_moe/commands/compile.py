@@ -6,28 +6,18 @@ under vLLM's cache root, or in a folder for an image, /opt/dsv4-moe/kernels ther
 """
 
 import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vllm_dsv4_moe.commands.deployment import BACKENDS, moe_sizes, rank_shape, read_deployment
+from vllm_dsv4_moe.commands.releases import model_config
 
 if TYPE_CHECKING:
     from dsv4_kernels.trusted_folder import TrustedFolder
     from dsv4_kernels.types import MoeShape
-
-BACKENDS = {"sm_90a": "sm90", "sm_100a": "sm100", "sm_103a": "sm100"}
-# n_routed_experts, num_experts_per_tok, hidden_size, moe_intermediate_size of the two releases
-PRO, FLASH = (384, 6, 7168, 3072), (256, 6, 4096, 2048)
-MODELS = {
-    "pro": PRO,
-    "flash": FLASH,
-    "nvidia/DeepSeek-V4-Pro-NVFP4": PRO,
-    "nvidia/DeepSeek-V4-Flash-NVFP4": FLASH,
-}
-CONFIG_KEYS = ("n_routed_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--config", nargs="+", type=Path, metavar="FILE", help="YAML files for vllm serve --config"
     )
-    what.add_argument("--model", help="pro, flash, or a config.json (or its folder)")
+    what.add_argument("--model", help="pro, flash, v41, or a config.json (or its folder)")
     parser.add_argument("--out", type=Path, help="folder to fill instead of this user's own")
     parser.add_argument("--ep-size", type=int, default=1, help="ranks that share the experts")
     parser.add_argument("--tp-size", type=int, default=1, help="ranks that share every expert")
@@ -67,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from dsv4_kernels.compiled import KernelCache
 
     start = time.perf_counter()
-    shapes = [shape_of_config(path, args.arch) for path in args.config or ()] or [shape_of(args)]
+    shapes = [shape for path in args.config or () for shape in shapes_of_config(path, args.arch)]
+    shapes = shapes or [shape_of(args)]
     backend = backends[BACKENDS[args.arch]]
     assert backend.kernels is not None, backend
     needed = [kernel for shape in shapes for kernel in backend.kernels(shape, args.arch)]
@@ -111,9 +102,9 @@ def _warn(sentence: str) -> None:
 
 
 def shape_of(args: argparse.Namespace) -> "MoeShape":
-    """Of one rank, by the command's options; ValueError where the sizes do not divide."""
-    return rank_shape(
-        args.model,
+    """Of one rank, by the command's options; ValueError where it cannot run."""
+    shape = rank_shape(
+        moe_sizes(model_config(args.model)),
         args.arch,
         ep_size=args.ep_size,
         tp_size=args.tp_size,
@@ -122,94 +113,24 @@ def shape_of(args: argparse.Namespace) -> "MoeShape":
         scale_per_row=args.scale_per_row,
         weight_format=args.experts,
     )
+    return _checked(shape, args.arch)
 
 
-def shape_of_config(path: Path, arch: str) -> "MoeShape":
-    """Of one rank of `vllm serve --config PATH`; the layers of a draft model are divided alike."""
-    import yaml
-
-    from vllm_dsv4_moe.settings import read_settings
-
-    options = yaml.safe_load(path.read_text()) or {}
-    missing = {"model", "max-num-batched-tokens"} - set(options)
-    if missing:
-        raise ValueError(f"{path} does not say {' and '.join(sorted(missing))}: add it")
-    tp, dp, cp = (
-        options.get(name, 1)
-        for name in ("tensor-parallel-size", "data-parallel-size", "prefill-context-parallel-size")
-    )
-    ranks = tp * dp * cp
-    shares_experts = options.get("enable-expert-parallel", False)
-    redundant = 0
-    if options.get("enable-eplb", False):
-        redundant = _mapping(options, "eplb-config").get("num_redundant_experts", 0)
-    settings = read_settings(_mapping(options, "additional-config"), {})
-    per_rank = -(-options["max-num-batched-tokens"] // tp) * tp  # sequence parallelism's shards
-    return rank_shape(
-        options["model"],
-        arch,
-        ep_size=ranks if shares_experts else 1,
-        tp_size=1 if shares_experts else ranks,
-        redundant_experts=redundant,
-        max_num_tokens=per_rank * dp * cp,
-        scale_per_row=settings.activation_scale == "token",
-        weight_format="mxfp4" if settings.formats == "mxfp4" else "nvfp4",
-    )
+def shapes_of_config(path: Path, arch: str) -> "list[MoeShape]":
+    """Of one rank of `vllm serve --config PATH`: the model's layers and its drafts'."""
+    deployment = read_deployment(path, {})
+    shapes = [_checked(shape, arch) for shape in deployment.shapes(arch) if shape is not None]
+    if not shapes:
+        raise ValueError(
+            f"{path} has no layer of this plugin's on {arch}: its experts are "
+            f"{deployment.weight_format.upper()}, and the setting formats is "
+            f"{deployment.settings.formats}"
+        )
+    return shapes
 
 
-def _mapping(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """An option that is an object, written as one or as JSON."""
-    value = options.get(name, {})
-    return json.loads(value) if isinstance(value, str) else value
-
-
-def rank_shape(
-    model: str,
-    arch: str,
-    *,
-    ep_size: int,
-    tp_size: int,
-    redundant_experts: int,
-    max_num_tokens: int,
-    scale_per_row: bool,
-    weight_format: str,
-) -> "MoeShape":
+def _checked(shape: "MoeShape", arch: str) -> "MoeShape":
     from dsv4_kernels.backends import choose_backend
-    from dsv4_kernels.types import MoeShape
 
-    experts, top_k, hidden, intermediate = model_sizes(model)
-    experts += redundant_experts
-    for name, size, parts in (
-        ("experts", experts, ep_size),
-        ("intermediate size", intermediate, tp_size),
-        ("tokens", max_num_tokens, 1),
-    ):
-        if parts < 1 or size < 1 or size % parts:
-            raise ValueError(f"{size} {name} cannot be divided among {parts} ranks evenly")
-    shape = MoeShape(
-        num_experts=experts,
-        num_local_experts=experts // ep_size,
-        top_k=top_k,
-        hidden=hidden,
-        intermediate=intermediate // tp_size,
-        max_num_tokens=max_num_tokens,
-        quantize_activations=arch != "sm_90a" and weight_format == "nvfp4",
-        scale_per_row=scale_per_row,
-        weight_format=weight_format,
-    )
     choose_backend(BACKENDS[arch], shape, None)
     return shape
-
-
-def model_sizes(model: str) -> tuple[int, int, int, int]:
-    if model in MODELS:
-        return MODELS[model]
-    path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{model} is not pro, flash, a config.json or a folder with one")
-    config = json.loads(path.read_text())
-    missing = [key for key in CONFIG_KEYS if not isinstance(config.get(key), int)]
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: it is not DeepSeek-V4's config")
-    return tuple(config[key] for key in CONFIG_KEYS)

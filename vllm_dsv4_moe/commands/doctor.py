@@ -1,7 +1,8 @@
 """Say whether this machine can serve, before minutes go into loading.
 
 Checks versions, the GPU, that vLLM finds and takes the plugin, which backend would run the experts
-and why not the others, and the settings in the environment. Exit status 0 healthy, 1 not.
+and why not the others, and the settings in the environment; with --config, where the memory of each
+GPU of that deployment goes. Exit status 0 healthy, 1 not.
 """
 
 import argparse
@@ -16,6 +17,9 @@ from pathlib import Path
 
 from vllm_dsv4_moe import METHOD_NAME, SUPPORTED_VLLM, install, is_supported
 from vllm_dsv4_moe.commands import gpus as driver
+from vllm_dsv4_moe.commands.config import find
+from vllm_dsv4_moe.commands.deployment import read_deployment
+from vllm_dsv4_moe.commands.memory import GPUS, rank_memory
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "dsv4_moe"
@@ -53,12 +57,20 @@ class Gpu:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a deployment's name, or a file for vllm serve --config"
+    )
+    parser.add_argument(
+        "--gpu", choices=GPUS, help="sum up --config for this GPU instead of the one that is here"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     # vLLM logs to stdout, which is the checks' alone.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     checks = list(diagnose())
+    if args.config is not None:
+        checks += _guarded("memory", check_memory(args.config, args.gpu, os.environ))
     healthy = all(check.status != "bad" for check in checks)
     if args.json:
         found = {"healthy": healthy, "checks": [asdict(check) for check in checks]}
@@ -289,8 +301,8 @@ def check_formats(
     capability: tuple[int, int] | None, environ: Mapping[str, str]
 ) -> Iterator[Check]:
     """Which experts this plugin would run here: by the setting, MXFP4 where a backend runs it."""
-    from vllm_dsv4_moe.moe_method import MXFP4_BACKENDS, backend_name
-    from vllm_dsv4_moe.settings import ENV_PREFIX, read_settings
+    from vllm_dsv4_moe.moe_method import backend_name
+    from vllm_dsv4_moe.settings import ENV_PREFIX, MXFP4_BACKENDS, read_settings
 
     try:
         settings = read_settings({}, environ)
@@ -306,3 +318,24 @@ def check_formats(
     if "mxfp4" not in ours and backend in MXFP4_BACKENDS:
         words += f"; MXFP4 is vLLM's, unless {ENV_PREFIX}FORMATS is nvfp4,mxfp4"
     yield Check("formats", "ok", words)
+
+
+def check_memory(name: str, gpu: str | None, environ: Mapping[str, str]) -> Iterator[Check]:
+    """Where the memory of a GPU goes with this deployment, and whether any is left."""
+    try:
+        deployment = read_deployment(find(name), environ)
+        found = rank_memory(deployment, *_memory_and_arch(gpu))
+    except (ValueError, OSError) as error:
+        yield Check("memory", "bad", str(error))
+        return
+    yield Check("memory", "ok" if found.left > 0 else "bad", str(found))
+
+
+def _memory_and_arch(gpu: str | None) -> tuple[int, str]:
+    """Of the named GPU, or of the one that is here."""
+    if gpu is not None:
+        return GPUS[gpu]
+    here = driver.supported_gpus(driver.visible_gpus())
+    if not here:
+        raise ValueError(f"there is no GPU to sum up for: add --gpu {' or --gpu '.join(GPUS)}")
+    return here[0].memory, "sm_{}{}a".format(*here[0].capability)

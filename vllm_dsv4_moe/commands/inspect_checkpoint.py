@@ -16,8 +16,11 @@ from vllm_dsv4_moe.checkpoint_layout import (
     checkpoint_tensors,
 )
 from vllm_dsv4_moe.commands.checkpoint_scales import LayerScales, layer_scales
+from vllm_dsv4_moe.commands.deployment import Deployment
+from vllm_dsv4_moe.commands.memory import weights_of_rank
 from vllm_dsv4_moe.layer_config import SCORING, LayerConfig
 from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
+from vllm_dsv4_moe.settings import Settings
 
 # Sizes by which a model is recognised; every other size is taken from the config.
 KNOWN_MODELS = {
@@ -26,8 +29,6 @@ KNOWN_MODELS = {
 }
 # vLLM casts what is not quantised while it copies, so these load as one another.
 CASTABLE = ({"BF16", "F16", "F32"}, {"I64", "I32"})
-# The parts that tensor parallelism divides; the rest of what is not an expert is on every GPU.
-TP_SHARDED = re.compile(r"(^embed\.|^head\.|\.attn\.(wq_b|wo_a|wo_b)\.|\.shared_experts\.)")
 
 
 @dataclass
@@ -114,7 +115,11 @@ def inspect(
     found.notes += _repeated_experts(found.layers, stored.tensors)
     if scales:
         _add_scales(found, sizes, stored.tensors, num_sampled)
-    found.weight_bytes_per_gpu = weight_bytes_per_gpu(expected, tp, dp)
+    division = Deployment(
+        config, Settings(), 1, tensor_parallel=tp, data_parallel=dp, is_expert_parallel=True
+    )
+    weights = weights_of_rank(expected.items(), division)
+    found.weight_bytes_per_gpu = {"experts": weights.experts, "others": weights.others}
     return found
 
 
@@ -355,21 +360,6 @@ def _add_bytes(found: Inspection, expected: dict[str, TensorSpec]) -> None:
         if layer is not None:
             layer.num_bytes += spec.num_bytes
             layer.expert_bytes += spec.num_bytes * (".experts." in name)
-
-
-def weight_bytes_per_gpu(expected: dict[str, TensorSpec], tp: int, dp: int) -> dict[str, int]:
-    """Bytes of weights on each of tp * dp GPUs with expert parallelism, MTP layers left out."""
-    experts = shared = sharded = 0
-    for name, spec in expected.items():
-        if name.startswith("mtp."):
-            continue
-        if ".experts." in name:
-            experts += spec.num_bytes
-        elif TP_SHARDED.search(name):
-            sharded += spec.num_bytes
-        else:
-            shared += spec.num_bytes
-    return {"experts": experts // (tp * dp), "others": shared + sharded // tp}
 
 
 def kinds(expected: dict[str, TensorSpec]) -> list[Kind]:

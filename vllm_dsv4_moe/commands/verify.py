@@ -134,7 +134,8 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
     from dsv4_kernels.types import MoeShape
 
     from vllm_dsv4_moe.kernel_cache import COMPILATION
-    from vllm_dsv4_moe.moe_method import MXFP4_BACKENDS, backend_name, quantizes_activations
+    from vllm_dsv4_moe.moe_method import backend_name, quantizes_activations
+    from vllm_dsv4_moe.settings import MXFP4_BACKENDS
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     device = torch.device("cpu" if capability is None else "cuda")

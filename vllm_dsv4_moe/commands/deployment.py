@@ -1,0 +1,161 @@
+"""What a file for `vllm serve --config` asks of one rank: how the model is divided, and which of
+its layers are this plugin's."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_dsv4_moe.commands.releases import model_config, text_config
+from vllm_dsv4_moe.settings import MXFP4_BACKENDS, Settings, read_settings
+
+if TYPE_CHECKING:
+    from dsv4_kernels.types import MoeShape
+
+BACKENDS = {"sm_90a": "sm90", "sm_100a": "sm100", "sm_103a": "sm100"}
+# n_routed_experts, num_experts_per_tok, hidden_size, moe_intermediate_size
+SIZES = ("n_routed_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The options that say what a rank holds."""
+
+    config: Mapping[str, Any]  # config.json
+    settings: Settings
+    max_num_batched_tokens: int  # of one data-parallel rank
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    context_parallel: int = 1  # of prefill
+    pipeline_parallel: int = 1
+    is_expert_parallel: bool = False
+    redundant_experts: int = 0  # EPLB's copies, over all ranks
+    micro_batches: int = 1  # --enable-dbo has two
+    draft_method: str | None = None  # mtp or dspark
+    gpu_memory_utilization: float = 0.92
+
+    @property
+    def ranks(self) -> int:
+        """Those that a layer's experts are divided among, in whole or in parts."""
+        return self.tensor_parallel * self.data_parallel * self.context_parallel
+
+    @property
+    def is_sequence_parallel(self) -> bool:
+        """Whether each rank of a tensor-parallel group gives an MoE layer its own tokens."""
+        return (
+            self.is_expert_parallel
+            and self.tensor_parallel > 1
+            and self.data_parallel > 1
+            and self.pipeline_parallel == 1
+        )
+
+    def shapes(self, arch: str) -> "tuple[MoeShape | None, MoeShape | None]":
+        """A rank's layers of the model, and of its drafts; None where vLLM runs them or there are
+        none. ValueError where the sizes do not divide."""
+        drafts = self._shape(arch, "mxfp4", "dspark_") if self.draft_method else None
+        return self._shape(arch, self.weight_format, ""), drafts
+
+    @property
+    def weight_format(self) -> str:
+        """Of the model's experts; those of drafts are MXFP4 in every release."""
+        quant = text_config(self.config).get("quantization_config") or {}
+        return "nvfp4" if (quant.get("moe_quant_algo") or "").upper() == "NVFP4" else "mxfp4"
+
+    def _shape(self, arch: str, weight_format: str, prefix: str) -> "MoeShape | None":
+        if weight_format not in self.settings.formats.split(","):
+            return None
+        if weight_format == "mxfp4" and BACKENDS[arch] not in MXFP4_BACKENDS:
+            return None
+        tp = self.tensor_parallel
+        per_rank = -(-self.max_num_batched_tokens // tp) * tp  # sequence parallelism's shards
+        return rank_shape(
+            moe_sizes(self.config, prefix),
+            arch,
+            ep_size=self.ranks if self.is_expert_parallel else 1,
+            tp_size=1 if self.is_expert_parallel else self.ranks,
+            redundant_experts=self.redundant_experts,
+            max_num_tokens=per_rank * self.data_parallel * self.context_parallel,
+            scale_per_row=self.settings.activation_scale == "token",
+            weight_format=weight_format,
+        )
+
+
+def read_deployment(path: Path, environ: Mapping[str, str]) -> Deployment:
+    """A file's; environ may hold settings of this plugin. ValueError says what the file lacks."""
+    import yaml
+
+    options = yaml.safe_load(path.read_text()) or {}
+    missing = {"model", "max-num-batched-tokens"} - set(options)
+    if missing:
+        raise ValueError(f"{path} does not say {' and '.join(sorted(missing))}: add it")
+    redundant = 0
+    if options.get("enable-eplb", False):
+        redundant = _mapping(options, "eplb-config").get("num_redundant_experts", 0)
+    micro_batches = 2 if options.get("enable-dbo", False) else options.get("ubatch-size", 0)
+    return Deployment(
+        config=model_config(options["model"]),
+        settings=read_settings(_mapping(options, "additional-config"), environ),
+        max_num_batched_tokens=options["max-num-batched-tokens"],
+        tensor_parallel=options.get("tensor-parallel-size", 1),
+        data_parallel=options.get("data-parallel-size", 1),
+        context_parallel=options.get("prefill-context-parallel-size", 1),
+        pipeline_parallel=options.get("pipeline-parallel-size", 1),
+        is_expert_parallel=options.get("enable-expert-parallel", False),
+        redundant_experts=redundant,
+        micro_batches=max(1, micro_batches),
+        draft_method=_mapping(options, "speculative-config").get("method"),
+        gpu_memory_utilization=options.get("gpu-memory-utilization", 0.92),
+    )
+
+
+def _mapping(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An option that is an object, written as one or as JSON."""
+    value = options.get(name, {})
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def moe_sizes(config: Mapping[str, Any], prefix: str = "") -> tuple[int, int, int, int]:
+    """SIZES of the model's layers; of its drafts with the prefix that V4.1 has for theirs."""
+    text = text_config(config)
+    sizes = [text.get(prefix + key) or text.get(key) for key in SIZES]
+    missing = [key for key, size in zip(SIZES, sizes, strict=True) if not isinstance(size, int)]
+    if missing:
+        raise ValueError(f"config.json has no {', '.join(missing)}: it is not DeepSeek-V4's config")
+    return tuple(sizes)  # type: ignore[return-value]
+
+
+def rank_shape(
+    sizes: tuple[int, int, int, int],
+    arch: str,
+    *,
+    ep_size: int,
+    tp_size: int,
+    redundant_experts: int,
+    max_num_tokens: int,
+    scale_per_row: bool,
+    weight_format: str,
+) -> "MoeShape":
+    """Of a rank; ValueError where the sizes do not divide."""
+    from dsv4_kernels.types import MoeShape
+
+    experts, top_k, hidden, intermediate = sizes
+    experts += redundant_experts
+    for name, size, parts in (
+        ("experts", experts, ep_size),
+        ("intermediate size", intermediate, tp_size),
+        ("tokens", max_num_tokens, 1),
+    ):
+        if parts < 1 or size < 1 or size % parts:
+            raise ValueError(f"{size} {name} cannot be divided among {parts} ranks evenly")
+    return MoeShape(
+        num_experts=experts,
+        num_local_experts=experts // ep_size,
+        top_k=top_k,
+        hidden=hidden,
+        intermediate=intermediate // tp_size,
+        max_num_tokens=max_num_tokens,
+        quantize_activations=arch != "sm_90a" and weight_format == "nvfp4",
+        scale_per_row=scale_per_row,
+        weight_format=weight_format,
+    )
