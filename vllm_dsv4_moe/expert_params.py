@@ -17,6 +17,12 @@ from torch.nn import Module, Parameter
 GLOBAL_SCALES = ("w13_weight_scale_2", "w2_weight_scale_2")
 BLOCK_SCALES = ("w13_weight_scale", "w2_weight_scale")
 INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
+# ExpertWeights' fields in order.
+WEIGHTS = tuple(
+    f"{prefix}_{suffix}"
+    for prefix in ("w13", "w2")
+    for suffix in ("weight", "weight_scale", "weight_scale_2")
+)
 # The largest byte of a block scale that is a number and not negative: E4M3's 448, UE8M0's 2^127.
 LARGEST_SCALE_BYTE = {torch.float8_e4m3fn: 0x7E, torch.uint8: 0xFE}
 DUMMY_MXFP4_SCALE = 117  # 2^-10
@@ -282,11 +288,11 @@ def fill_dummy_scales(layer: Module) -> None:
 
 def expert_weights(layer: Module) -> ExpertWeights:
     """The layer's parameters under their names in the kernels' contract."""
-    return ExpertWeights(
-        w13=layer.w13_weight.data,
-        w13_block_scales=layer.w13_weight_scale.data,
-        w13_global_scales=layer.w13_weight_scale_2.data,
-        w2=layer.w2_weight.data,
-        w2_block_scales=layer.w2_weight_scale.data,
-        w2_global_scales=layer.w2_weight_scale_2.data,
-    )
+    return ExpertWeights(*(getattr(layer, name).data for name in WEIGHTS))
+
+
+def take_weights(layer: Module, prepared: ExpertWeights) -> None:
+    """The parameters become what the kernels read, for EPLB to move and reloading to copy to: new
+    tensors where weights were padded, the same ones elsewhere."""
+    for name, tensor in zip(WEIGHTS, prepared, strict=True):
+        getattr(layer, name).data = tensor

@@ -29,6 +29,7 @@ from vllm_dsv4_moe.expert_params import (
     expert_weights,
     fill_dummy_scales,
     gate_and_up_differ,
+    take_weights,
 )
 from vllm_dsv4_moe.experts import Dsv4Experts
 from vllm_dsv4_moe.kernel_cache import COMPILATION, num_local_ranks
@@ -136,9 +137,11 @@ class Dsv4Method(FusedMoEMethodBase):
         scales = self._take_scales(layer)
         limit = layer.swiglu_limit
         COMPILATION.wait()
-        return prepare_layer(
+        moe_layer = prepare_layer(
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )
+        take_weights(layer, moe_layer.weights)
+        return moe_layer
 
     def _take_scales(self, layer: RoutedExperts) -> ActivationScales | None:
         """Check the scales that only this format has, leave the layer with the global scales of its

@@ -33,6 +33,10 @@ class GpuFolder(Protocol):
     def unsupported_reason(self, shape: MoeShape) -> str | None:
         """Why these kernels cannot run the layer, or None."""
 
+    def padded_intermediate(self, size: int) -> tuple[int, int]:
+        """Rows of the gate and of the up, and columns of w2, that an intermediate size needs:
+        the first is h's width. See `padding`."""
+
     def tile(self, shape: MoeShape, num_tokens: int) -> int:
         """Rows that a group is padded to."""
 
@@ -74,7 +78,7 @@ class GpuFolder(Protocol):
 
 
 MODULES = {
-    "heuristic": ("unsupported_reason", "tile", "places_rows"),
+    "heuristic": ("unsupported_reason", "padded_intermediate", "tile", "places_rows"),
     "weights": ("prepare_weights",),
     "gemm": ("kernels", "compile_layer", "fc1", "fc2"),
 }
@@ -93,6 +97,7 @@ class Backend:
     run: Callable[..., None] | None = None
     fc1: Callable[..., None] | None = None
     fc2: Callable[..., None] | None = None
+    padded_intermediate: Callable[[int], tuple[int, int]] = lambda size: (size, size)
     places_rows: Callable[[MoeShape, int], bool] = lambda shape, num_tokens: False
     compile_layer: Callable[[MoeShape, torch.device], None] | None = None
     kernels: Callable[[MoeShape, str], list[Kernel]] | None = None
@@ -134,13 +139,15 @@ def _unsupported_weights(shape: MoeShape) -> str | None:
             "to bf16"
         )
     block = blocks[shape.weight_format]
-    for name in ("hidden", "intermediate"):
+    for name, remedy in (
+        ("hidden", "choose vLLM's own experts with --moe-backend"),
+        ("intermediate", "use a smaller tensor-parallel size, or expert parallelism"),
+    ):
         size = getattr(shape, name)
         if size <= 0 or size % block:
             return (
                 f"{name} size {size} of this rank is not a positive multiple of the "
-                f"{shape.weight_format.upper()} block, {block}: use a tensor-parallel size that "
-                "divides it evenly"
+                f"{shape.weight_format.upper()} block, {block}: {remedy}"
             )
     return None
 

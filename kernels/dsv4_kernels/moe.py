@@ -17,6 +17,7 @@ import torch
 
 from dsv4_kernels import workspace as arena
 from dsv4_kernels.backends import REFERENCE, Backend
+from dsv4_kernels.padding import padded_shape, padded_weights
 from dsv4_kernels.types import (
     ActivationAmax,
     ActivationScales,
@@ -116,7 +117,8 @@ def prepare_layer(
     limit: float | None,
     activation_scales: ActivationScales | None,
 ) -> MoeLayer:
-    """A layer ready for `moe`. Its weights are shuffled in place: keep only the result's."""
+    """A layer ready for `moe`. Weights are padded where the backend needs it, and shuffled in
+    place: keep only the result's."""
     assert weights.num_local_experts == shape.num_local_experts, weights.w13.shape
     assert weights.hidden == shape.hidden, weights.w13.shape
     assert weights.intermediate == shape.intermediate, weights.w2.shape
@@ -124,7 +126,8 @@ def prepare_layer(
     assert (activation_scales is not None) == shape.quantize_activations, shape
     per_row = activation_scales is not None and activation_scales.fc2 is None
     assert per_row or None not in (activation_scales or ()), "FC1 alone has no scale per row"
-    shape = shape._replace(scale_per_row=per_row)
+    shape = padded_shape(backend, shape)._replace(scale_per_row=per_row)
+    weights = padded_weights(backend, weights)
     device = weights.w13.device
     saturated = torch.zeros(1, dtype=torch.int64, device=device)
     rounding = torch.zeros(1, dtype=torch.float32, device=device)
@@ -152,7 +155,7 @@ def workspace_bytes(backend: Backend, shape: MoeShape) -> int:
     """Bytes of workspace in which any call of up to shape.max_num_tokens fits; 0 for none."""
     if backend.tile(shape, 1) == 0:
         return 0
-    return arena.workspace_bytes(shape, backend.tile)
+    return arena.workspace_bytes(padded_shape(backend, shape), backend.tile)
 
 
 def _check_call(

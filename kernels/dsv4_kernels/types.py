@@ -78,7 +78,7 @@ class ExpertWeights(NamedTuple):
 
     @property
     def intermediate(self) -> int:
-        return self.w2.shape[2] * 2
+        return self.w13.shape[1] // 2
 
 
 class ActivationScales(NamedTuple):

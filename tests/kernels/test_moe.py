@@ -341,15 +341,15 @@ def test_a_backend_that_cannot_run_says_why(name, capability, message):
 
 def test_a_size_that_nvfp4_cannot_split_is_refused_with_the_remedy():
     shape = SHAPE._replace(intermediate=2304 // 32)
-    with pytest.raises(ValueError, match="intermediate size 72 .* NVFP4 block, 16: use a tensor-p"):
+    with pytest.raises(ValueError, match="intermediate size 72 .* NVFP4 block, 16: use a smaller t"):
         choose_backend("auto", shape, None)
 
 
 @pytest.mark.parametrize(
     ("change", "capability", "message"),
     [
-        ({"intermediate": 48}, None, "intermediate size 48 .* MXFP4 block, 32: use a tensor-p"),
-        ({"intermediate": 96}, (9, 0), "intermediate size 96 .* not a multiple of 64: use a small"),
+        ({"intermediate": 48}, None, "intermediate size 48 .* MXFP4 block, 32: use a smaller t"),
+        ({"hidden": 96}, (9, 0), "hidden size 96 is not a multiple of 64: choose vLLM's own"),
         ({"quantize_activations": True}, (9, 0), "these are MXFP4: set activations to bf16"),
         ({}, (10, 0), "this layer's are MXFP4, .* leave the layer to vLLM"),
         ({"weight_format": "fp6"}, None, "weight format fp6 is not known: use nvfp4 or mxfp4"),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from dsv4_kernels import reference
 from dsv4_kernels.backends import SM90
+from dsv4_kernels.padding import padded_weights
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.types import MXFP4_BLOCK, ExpertLayout, ExpertWeights, MoeLayer, MoeShape
 
@@ -127,7 +128,8 @@ def make_inputs(problem: Problem) -> Inputs:
         assert ids.shape == (problem.num_tokens, problem.top_k), problem
     layout = reference.expert_layout(ids, experts, None, ROW_TILE)
     is_mxfp4 = problem.weight_format == "mxfp4"
-    prepared = shuffled_mxfp4(weights)[0] if is_mxfp4 else shuffled(weights)
+    padded = padded_weights(SM90, weights)
+    prepared = shuffled_mxfp4(padded)[0] if is_mxfp4 else shuffled(padded)
     prepared = ExpertWeights(*(aligned(t) for t in prepared))
     return Inputs(
         weights,
@@ -137,7 +139,7 @@ def make_inputs(problem: Problem) -> Inputs:
             torch.from_numpy(rng.random((problem.num_tokens, problem.top_k), np.float32) + 0.1)
         ),
         aligned(rows(problem.num_tokens, hidden)),
-        aligned(rows(len(layout.row_to_slot), inter)),
+        aligned(rows(len(layout.row_to_slot), padded.intermediate)),
     )
 
 
@@ -148,7 +150,7 @@ def live_rows(inputs: Inputs) -> torch.Tensor:
 def expected(problem: Problem, inputs: Inputs, op: str) -> torch.Tensor:
     """The oracle's rows in float32, before their rounding to bf16; padding rows are zero."""
     layout = inputs.layout
-    width = problem.intermediate if op == "fc1" else problem.hidden
+    width = inputs.h.shape[1] if op == "fc1" else problem.hidden
     out = torch.zeros(len(layout.row_to_slot), width)
     for expert in layout.counts.nonzero().flatten().tolist():
         first = int(layout.offsets[expert])
@@ -157,9 +159,11 @@ def expected(problem: Problem, inputs: Inputs, op: str) -> torch.Tensor:
         if op == "fc1":
             x = inputs.x[slot // problem.top_k].float()
             weight = inputs.routing_weights.flatten()[slot]
-            out[rows] = reference.fc1(x, inputs.weights, expert, weight, problem.limit)
+            h = reference.fc1(x, inputs.weights, expert, weight, problem.limit)
+            out[rows, : problem.intermediate] = h
         else:
-            out[rows] = reference.fc2(inputs.h[rows].float(), inputs.weights, expert)
+            h = inputs.h[rows, : problem.intermediate].float()
+            out[rows] = reference.fc2(h, inputs.weights, expert)
     return out
 
 
@@ -179,7 +183,7 @@ def layer_of(prepared: ExpertWeights, shape: MoeShape, limit: float | None = Non
 
 def run(problem: Problem, inputs: Inputs, op: str) -> torch.Tensor:
     """The op's own host function on the inputs' device; rows that do not exist stay NaN."""
-    width = problem.intermediate if op == "fc1" else problem.hidden
+    width = inputs.h.shape[1] if op == "fc1" else problem.hidden
     size = (len(inputs.layout.row_to_slot), width)
     out = aligned(torch.full(size, float("nan"), dtype=torch.bfloat16))
     out = out.to(inputs.x.device)

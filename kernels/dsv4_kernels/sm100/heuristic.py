@@ -18,14 +18,19 @@ def unsupported_reason(shape: MoeShape) -> str | None:
             "it multiplies NVFP4 activations, and this layer keeps them in bf16: set activations "
             "to auto"
         )
-    for name, multiple in (("hidden", 128), ("intermediate", 64)):
-        size = getattr(shape, name)
-        if size % multiple:
-            return (
-                f"{name} size {size} of this rank is not a multiple of {multiple}: use a smaller "
-                "tensor-parallel size or expert parallelism"
-            )
+    if shape.hidden % 128:
+        return (
+            f"hidden size {shape.hidden} is not a multiple of 128: choose vLLM's own experts with "
+            "--moe-backend"
+        )
     return None
+
+
+def padded_intermediate(size: int) -> tuple[int, int]:
+    """A tile of weights has 64 rows of the gate and 64 of the up; block scales lie in blocks of 64
+    columns."""
+    size = -(-size // 64) * 64
+    return size, size
 
 
 def choose_config(shape: MoeShape, num_tokens: int) -> Config:
@@ -41,7 +46,8 @@ def choose_config(shape: MoeShape, num_tokens: int) -> Config:
     if rows <= 40:
         return CONFIGS[64]
     # A pair takes 256 weight rows: 128 gate and 128 up, or 256 of hidden.
-    if rows <= 160 or shape.intermediate % 128 or shape.hidden % 256:
+    inter, _ = padded_intermediate(shape.intermediate)
+    if rows <= 160 or inter % 128 or shape.hidden % 256:
         return CONFIGS[128]
     return CONFIGS[256]
 
@@ -58,7 +64,8 @@ def places_rows(shape: MoeShape, num_tokens: int) -> bool:
 
 def gemms(shape: MoeShape, tile: int, fc1_per_row: bool) -> tuple[Gemm, Gemm]:
     """(fc1, fc2) of a layer at one tile; fc1_per_row: whether x has one global scale per row."""
-    local, inner, hidden = shape.num_local_experts, shape.intermediate, shape.hidden
+    local, hidden = shape.num_local_experts, shape.hidden
+    inner, _ = padded_intermediate(shape.intermediate)
     per_row, config = shape.scale_per_row, CONFIGS[tile]
     return (
         Gemm("fc1", local, inner, hidden, config, not per_row, fc1_per_row),

@@ -22,7 +22,7 @@ def prepare_weights(weights: ExpertWeights, rounding: torch.Tensor | None = None
     """Rewrite the block scales in place; shapes stay. Two launches for each quarter of a tensor's
     experts, which is copied.
 
-    Rows must be whole blocks of 128 and columns of 64 (`heuristic.unsupported_reason`).
+    Rows must be whole blocks of 128 and columns of 64 (`padding`).
     """
     for tensor, gate_up in ((weights.w13_block_scales, True), (weights.w2_block_scales, False)):
         _, rows, columns = tensor.shape

@@ -64,7 +64,7 @@ class Sm90Epilogue(Sm90Schedule):
             num_experts=gemm.num_experts,
             tile_n=config.tile_n,
             m_tiles=math.ceil(gemm.m / (config.tile_m * config.cluster)),
-            k_stages=gemm.k // config.tile_k,
+            k_stages=math.ceil(gemm.k / config.tile_k),
             threads=128 * (config.warpgroups + 1),
             cluster=config.cluster,
         )

@@ -21,7 +21,7 @@ from cutlass import BFloat16, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 from dsv4_kernels.compiled import Kernel, compiled
-from dsv4_kernels.sm90.heuristic import choose_config
+from dsv4_kernels.sm90.heuristic import choose_config, padded_intermediate
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import FLAGS, MOST_PARTIALS, Gemm
 from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertLayout, MoeLayer, MoeShape
@@ -40,7 +40,8 @@ _DTYPES = {
 def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
     """(fc1, fc2) of a layer at a number of tokens."""
     gather, fc1, fc2 = choose_config(shape, num_tokens)
-    experts, hidden, inter = shape.num_local_experts, shape.hidden, shape.intermediate
+    experts, hidden = shape.num_local_experts, shape.hidden
+    inter, _ = padded_intermediate(shape.intermediate)
     block = MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
     return (
         Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1, block),

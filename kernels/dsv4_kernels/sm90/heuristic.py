@@ -16,14 +16,17 @@ def unsupported_reason(shape: MoeShape) -> str | None:
             "compute capability 9.0 has no FP4 arithmetic, so activations stay in bf16: set "
             "activations to bf16"
         )
-    for name in ("hidden", "intermediate"):
-        size = getattr(shape, name)
-        if size % 64:
-            return (
-                f"{name} size {size} of this rank is not a multiple of 64: use a smaller "
-                "tensor-parallel size or expert parallelism"
-            )
+    if shape.hidden % 64:
+        return (
+            f"hidden size {shape.hidden} is not a multiple of 64: choose vLLM's own experts with "
+            "--moe-backend"
+        )
     return None
+
+
+def padded_intermediate(size: int) -> tuple[int, int]:
+    """A block of weights has 32 rows of the gate and 32 of the up, or 64 columns of w2."""
+    return -(-size // 32) * 32, -(-size // 64) * 64
 
 
 def tile(shape: MoeShape, num_tokens: int) -> int:
@@ -86,4 +89,5 @@ def _even_parts(rows: float, limit: int) -> tuple[int, int]:
 
 
 def _tile_k(k: int, most: int) -> int:
-    return next(tile for tile in (256, 128, 64) if tile <= most and k % tile == 0)
+    blocks = -(-k // 64)
+    return next(64 * n for n in (4, 3, 2, 1) if 64 * n <= most and blocks % n == 0)

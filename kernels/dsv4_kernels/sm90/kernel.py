@@ -31,6 +31,7 @@ groups in flight; with I other instructions a warp about max(n / 2, I + 3 + n / 
 every second issue slot. Up to n = 90 the kernel is bound by instruction issue.
 """
 
+import math
 from typing import NamedTuple
 
 import cutlass
@@ -77,7 +78,11 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         # The gathering warps rely on fc1's griddepcontrol.wait, in which all warps take part.
         assert op == "fc1" or not gather, "fc2 gathers no rows"
         assert m % 64 == 0, f"{m} weight rows, must be a multiple of 64"
-        assert k % config.tile_k == 0, f"K = {k}, must be a multiple of tile_k = {config.tile_k}"
+        # The last columns of x that a block of weights lacks are zeros, by TMA.
+        assert k % (64 if gather else 8) == 0, f"K = {k}"
+        assert math.ceil(k / 64) * 64 % config.tile_k == 0, (
+            f"K = {k}, must be whole stages of tile_k = {config.tile_k} in blocks of 64"
+        )
         assert config.tile_n == tuple(sorted(config.tile_n)), config.tile_n
         # Boxes fill a tile, and rows are cut by the largest size: no tile may hold more than it.
         assert config.tile_n[-1] % TMA_ROWS == 0, (
@@ -312,7 +317,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         first stage, which publishes it, and the factors after the tile's last copies.
         """
         m_blocks_total = self.m // 64
-        k_blocks_total = self.k // 64
+        k_blocks_total = math.ceil(self.k / 64)
         stage_bytes = self.m_blocks_tile * self.k_blocks * self._block_bytes()
         is_first = Boolean(True)
         rank = cute.arch.block_idx()[0] % self.cluster

@@ -37,6 +37,8 @@ fc1's rows are permuted first: in each block, rows 16 w + r are gate rows 32 b +
 16 w + r + 8 the up rows of the same number, so that one thread owns both operands of SwiGLU.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -53,7 +55,7 @@ def prepare_weights(weights: ExpertWeights, rounding: torch.Tensor | None = None
     """Rewrite the four big tensors in place; shapes stay, the meaning of the bytes is above.
 
     Block scales must be 0 or positive numbers, MXFP4's below 255 (NaN): who loads a checkpoint
-    looks. Rows of both matrices and their K are multiples of 64 (`heuristic.unsupported_reason`).
+    looks. Rows of both matrices and their K are multiples of 64 (`padding`).
     Three launches a matrix and chunk.
 
     MXFP4 takes two launches a matrix more, multiplies the global scales, and rounding (1,) float32
@@ -85,11 +87,13 @@ def _largest_scales(codes: torch.Tensor, scales: torch.Tensor, gate_rows: int) -
     halves = 2 if gate_rows else 1
     largest = torch.zeros((experts, halves), dtype=torch.int32, device=codes.device)
     k_blocks = codes.shape[2] // 32
-    _largest_scales_kernel[(rows // 64, experts)](
+    at_once = math.gcd(rows // halves, 64)  # 32 where gate and up share a block
+    _largest_scales_kernel[(rows // at_once, experts)](
         codes.view(torch.int32),
         scales.view(torch.int16),
         largest,
         ROWS=rows,
+        AT_ONCE=at_once,
         K_BLOCKS=k_blocks,
         BLOCKS=_blocks_at_once(k_blocks),
         HALVES=halves,
@@ -145,22 +149,23 @@ def _largest_scales_kernel(
     scales_ptr,
     largest_ptr,
     ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     K_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """A program looks at 64 rows."""
+    """A program looks at AT_ONCE rows."""
     expert = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * 64 + tl.arange(0, 64)
+    row = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     word = tl.arange(0, 8)
-    largest = tl.zeros([64, BLOCKS], dtype=tl.int32)
+    largest = tl.zeros([AT_ONCE, BLOCKS], dtype=tl.int32)
     for k_block in range(0, K_BLOCKS, BLOCKS):
         at = (expert * ROWS + row)[:, None] * K_BLOCKS + k_block + tl.arange(0, BLOCKS)[None, :]
         scale = _scale_of_word(tl.load(scales_ptr + at))
         codes = tl.load(codes_ptr + at[:, :, None] * 8 + word[None, None, :])
         live = tl.where(codes & 0x77777777 != 0, scale, 0)
         largest = tl.maximum(largest, tl.max(live, axis=2))
-    half = tl.program_id(0) * 64 // (ROWS // HALVES)
+    half = tl.program_id(0) * AT_ONCE // (ROWS // HALVES)
     tl.atomic_max(largest_ptr + expert * HALVES + half, tl.max(largest))
 
 
