@@ -1,11 +1,12 @@
 """The sm90 grouped GEMMs: what they are compiled as without a GPU, and what they compute on one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from dsv4_kernels import backends, reference
-from dsv4_kernels.backends import BACKENDS
+from dsv4_kernels.backends import BACKENDS, Backend
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
 from dsv4_kernels.sm90.gemm import MOST_PARTIALS, all_gemms, compile_gemm, gemms
 from dsv4_kernels.sm90.heuristic import choose_config, unsupported_reason
@@ -104,7 +105,9 @@ def test_compiles_without_a_gpu(op, num_tokens):
     assert compile_gemm.cache_info().misses == before
 
 
-def random_layer(shape: MoeShape, seed: int, limit: float | None = 10.0):
+def random_layer(
+    shape: MoeShape, seed: int, limit: float | None = 10.0, backend: Backend = BACKENDS["sm90"]
+):
     """(a copy of the weights as the checkpoint has them, the layer)"""
     generator = torch.Generator("cuda").manual_seed(seed)
     local = shape.num_local_experts
@@ -141,7 +144,7 @@ def random_layer(shape: MoeShape, seed: int, limit: float | None = 10.0):
         global_scales(local) * inter**-0.5,
     )
     kept = ExpertWeights(*(tensor.clone() for tensor in weights))
-    layer = prepare_layer(BACKENDS["sm90"], shape, weights, limit=limit, activation_scales=None)
+    layer = prepare_layer(backend, shape, weights, limit=limit, activation_scales=None)
     return kept, layer
 
 
@@ -238,6 +241,33 @@ def test_full_sizes_match_the_oracle(shape, num_tokens):
     mapping = expert_map(shape)
     expected = reference.moe(x, routing, weights, expert_map=mapping, limit=layer.limit)
     close(run(layer, x, routing, mapping), expected)
+
+
+# Modulo the largest tile_k, 256, and V4.1-Flash's under tensor parallelism.
+SIZES = [("nvfp4", size) for size in range(16, 257, 16)]
+SIZES += [("mxfp4", size) for size in (*range(32, 257, 32), 288, 576, 640, 1152)]
+# Only what a test launches is compiled.
+LAZY = replace(BACKENDS["sm90"], compile_layer=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("weight_format", "size"), SIZES, ids=[f"{f}-{n}" for f, n in SIZES])
+def test_every_intermediate_size_matches_the_oracle(weight_format, size):
+    check_layer(MoeShape(4, 4, 2, 256, size, 8, False, weight_format=weight_format), 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [3, 60, 200])
+@pytest.mark.parametrize("size", [288, 576], ids=["tp8", "tp4"])
+def test_v41_tensor_parallel_sizes_match_the_oracle(size, num_tokens):
+    check_layer(MoeShape(8, 8, 6, 5120, size, 256, False, weight_format="mxfp4"), num_tokens)
+
+
+def check_layer(shape: MoeShape, num_tokens: int) -> None:
+    weights, layer = random_layer(shape, 3, backend=LAZY)
+    routing = random_routing(shape, num_tokens, 4)
+    x = torch.randn(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    close(run(layer, x, routing, None), reference.moe(x, routing, weights, limit=layer.limit))
 
 
 @pytest.mark.gpu

@@ -341,7 +341,9 @@ def test_a_backend_that_cannot_run_says_why(name, capability, message):
 
 def test_a_size_that_nvfp4_cannot_split_is_refused_with_the_remedy():
     shape = SHAPE._replace(intermediate=2304 // 32)
-    with pytest.raises(ValueError, match="intermediate size 72 .* NVFP4 block, 16: use a smaller t"):
+    with pytest.raises(
+        ValueError, match="intermediate size 72 .* NVFP4 block, 16: use a smaller t"
+    ):
         choose_backend("auto", shape, None)
 
 
