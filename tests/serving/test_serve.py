@@ -84,15 +84,23 @@ def scales_file(tmp_path_factory):
 @contextmanager
 def probed(checkpoint, folder, function, settings, *arguments, **environment):
     """A server with a probe in its processes."""
-    environment |= {
+    given = server_arguments(settings, *arguments)
+    environment |= probe_environment(folder, function)
+    with serve(checkpoint, folder / "log", given, environment) as server:
+        yield server
+
+
+def server_arguments(settings, *arguments: str) -> list[str]:
+    return [*ARGUMENTS, *arguments, "--additional-config", json.dumps({"dsv4_moe": settings})]
+
+
+def probe_environment(folder: Path, function: str) -> dict[str, str]:
+    return {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "CPU_HOST_PROBE": f"tests.support.serve_probe:{function}",
         "SERVE_PROBE_DIR": str(folder),
         "VLLM_DSV4_MOE_BACKEND": "reference",
     }
-    given = [*ARGUMENTS, *arguments, "--additional-config", json.dumps({"dsv4_moe": settings})]
-    with serve(checkpoint, folder / "log", given, environment) as server:
-        yield server
 
 
 def file_settings(scales_file):

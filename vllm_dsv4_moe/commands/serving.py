@@ -118,7 +118,7 @@ def serve(
     """
     port = free_port()
     started = time.monotonic()
-    process = _start(model, port, log, arguments, environment)
+    process = start(model, port, log, arguments, environment)
     try:
         while not _healthy(port):
             seconds = time.monotonic() - started
@@ -132,10 +132,10 @@ def serve(
             time.sleep(0.5)
         yield Server(port, log, process, time.monotonic() - started)
     finally:
-        _stop(process)
+        stop(process)
 
 
-def _start(
+def start(
     model: str | Path,
     port: int,
     log: Path,
@@ -163,7 +163,7 @@ def _healthy(port: int) -> bool:
         return False
 
 
-def _stop(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen) -> None:
     """End the server and the engine processes that it started: the process group is theirs."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
