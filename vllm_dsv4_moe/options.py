@@ -53,8 +53,8 @@ OPTIONS = (
     Option(
         "`--enable-dbo`",
         "works on CPU",
-        "vLLM asks for DeepEP or nixl, in whose place the test has a stand-in, and does not have it "
-        "for V4.1; each micro-batch has its own arena, which doubles that memory",
+        "with DeepEP or nixl, as vLLM wants it, in whose place the test has a stand-in; not of "
+        "V4.1. Each micro-batch has its own arena, which doubles that memory",
     ),
     Option(
         "CUDA graphs and compilation as vLLM sets them, `--enforce-eager`",

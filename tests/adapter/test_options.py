@@ -143,6 +143,9 @@ SHOWN_BY = {
     "`--all2all-backend allgather_reducescatter`": (
         "serving/test_serve.py::test_two_expert_parallel_processes_give_the_single_process_output"
     ),
+    "`--enable-dbo`": (
+        "adapter/test_micro_batches.py::test_two_micro_batches_give_what_each_gives_alone"
+    ),
     "CUDA graphs": "gpu/test_serve_gpu.py::test_agrees_with_the_reference_backend",
     "chunked prefill": (
         "serving/test_serve.py"

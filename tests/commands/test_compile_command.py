@@ -80,7 +80,7 @@ def test_a_second_time_nothing_is_compiled(arch, for_image, tmp_path):
             "this layer's are MXFP4, which vLLM's own kernels",
         ),
         (["--model", "pro", "--ep-size", "7"], "384 experts cannot be divided among 7 ranks"),
-        (["--model", "pro", "--tp-size", "64"], "intermediate size 48 of this rank is not a"),
+        (["--model", "pro", "--tp-size", "128"], "intermediate size 24 of this rank is not a"),
         (["--config", "/dev/null"], "/dev/null does not say max-num-batched-tokens and model"),
     ],
     ids=["model", "format", "experts", "intermediate", "config"],
@@ -160,10 +160,6 @@ def test_an_image_has_every_kernel_of_its_deployments(path, monkeypatch):
     served = [served_shape(args, capability, monkeypatch, "", own)]
     if arch == "sm_90a":
         served.append(served_shape(args, capability, monkeypatch, "dspark_", "mxfp4"))
-    if any(backend.unsupported_reason(shape) for shape in served):
-        with pytest.raises(ValueError, match="cannot run this layer"):
-            shapes_of_config(path, arch)
-        return
     shapes = shapes_of_config(path, arch)
     filled, looked_for = (
         {key_of(kernel) for shape in group for kernel in backend.kernels(shape, arch)}

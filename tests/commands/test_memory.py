@@ -92,7 +92,7 @@ ONE = Deployment({"n_routed_experts": 8, **dict.fromkeys(
 )
 def test_weights_are_divided_as_vllm_divides_them(changes, experts, others, drafts):
     found = weights_of_rank(TENSORS, dataclasses.replace(ONE, **changes))
-    assert found[:3] == (experts, others, drafts)
+    assert (found.experts, found.others, found.drafts) == (experts, others, drafts)
     assert found.host == (0 if "pipeline_parallel" in changes else 960)
 
 
@@ -128,6 +128,17 @@ def test_the_arena_is_the_workspace_of_both_lanes():
     assert (dspark.arena, dspark.drafts_arena) == (layers, drafts)
     assert (mtp.arena, mtp.drafts_arena) == (layers, 0)  # it runs in the model's
     assert alone.left - dspark.left == drafts + dspark.weights.drafts
+
+
+def test_padding_is_counted():
+    """An eighth of V4.1's 2304 is 288: Hopper's w2 is padded to 320 columns."""
+    deployment = Deployment(V41_FLASH, MXFP4, 4096, tensor_parallel=8, draft_method="dspark")
+    plain = weights_of_rank(tensors_of(V41_FLASH), deployment)
+    padded = rank_memory(deployment, *GPUS["h200"]).weights
+    grown = (2 * 288 + 320) / (3 * 288)
+    assert padded.experts == int(plain.experts * grown)
+    assert padded.draft_experts == int(plain.draft_experts * grown)
+    assert padded[1::2] == plain[1::2]
 
 
 def test_dual_batch_overlap_doubles_the_arena():

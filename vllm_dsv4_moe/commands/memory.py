@@ -1,18 +1,21 @@
 """Where the memory of a rank's GPU goes, for any topology: weights, the arena, what remains.
 
-Weights are the checkpoint's tensors as vLLM divides them; a little more is the model's own that no
-file has, as a copy in another layout. The arena is exact.
+Weights are the checkpoint's tensors as vLLM divides them, padded where this plugin pads its own; a
+little more is the model's, such as copies in another layout. The arena is exact.
 """
 
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_dsv4_moe.checkpoint_layout import ModelSizes, Named, TensorSpec, checkpoint_tensors
 from vllm_dsv4_moe.commands.deployment import BACKENDS, Deployment, moe_sizes
 from vllm_dsv4_moe.commands.v41_layout import v41_tensors
+
+if TYPE_CHECKING:
+    from dsv4_kernels.types import MoeShape
 
 GIB = 2**30
 # What tensor parallelism divides; the rest of what is not an expert is on every GPU.
@@ -32,8 +35,17 @@ class Weights(NamedTuple):
 
     experts: int
     others: int
-    drafts: int
+    draft_experts: int
+    draft_others: int
     host: int
+
+    @property
+    def drafts(self) -> int:
+        return self.draft_experts + self.draft_others
+
+    @property
+    def on_gpu(self) -> int:
+        return self.experts + self.others + self.drafts
 
 
 class RankMemory(NamedTuple):
@@ -48,8 +60,7 @@ class RankMemory(NamedTuple):
     @property
     def left(self) -> int:
         """For activations, CUDA graphs and the KV cache; negative where it does not fit."""
-        weights = self.weights.experts + self.weights.others + self.weights.drafts
-        return self.given - weights - self.arena - self.drafts_arena
+        return self.given - self.weights.on_gpu - self.arena - self.drafts_arena
 
     def __str__(self) -> str:
         weights = self.weights
@@ -80,18 +91,29 @@ def rank_memory(deployment: Deployment, gpu: int, arch: str) -> RankMemory:
     from dsv4_kernels.moe import workspace_bytes
 
     backend = backends[BACKENDS[arch]]
-    arena, drafts_arena = (
-        workspace_bytes(backend, shape) * deployment.micro_batches if shape else 0
-        for shape in deployment.shapes(arch)
-    )
+    layers, drafts = deployment.shapes(arch)
+
+    def arena(shape: "MoeShape | None") -> int:
+        return workspace_bytes(backend, shape) * deployment.micro_batches if shape else 0
+
+    def padded(experts: int, shape: "MoeShape | None") -> int:
+        if shape is None:
+            return experts
+        rows, columns = backend.padded_intermediate(shape.intermediate)
+        return experts * (2 * rows + columns) // (3 * shape.intermediate)
+
+    weights = weights_of_rank(tensors_of(deployment.config), deployment)
+    arenas = arena(layers), arena(drafts)
     if deployment.draft_method != "dspark":
-        arena, drafts_arena = max(arena, drafts_arena), 0
+        arenas = max(arenas), 0
     return RankMemory(
-        gpu=gpu,
-        given=int(gpu * deployment.gpu_memory_utilization),
-        weights=weights_of_rank(tensors_of(deployment.config), deployment),
-        arena=arena,
-        drafts_arena=drafts_arena,
+        gpu,
+        int(gpu * deployment.gpu_memory_utilization),
+        weights._replace(
+            experts=padded(weights.experts, layers),
+            draft_experts=padded(weights.draft_experts, drafts),
+        ),
+        *arenas,
     )
 
 
@@ -111,7 +133,7 @@ def weights_of_rank(tensors: Iterable[tuple[str, TensorSpec]], deployment: Deplo
         stage = stage_of[int(rest[0])] if part == "layers" else 0 if part == "embed" else -1
         whose = "drafts" if part == "mtp" else "model"
         stages[stage][f"{whose} {_kind(name, deployment)}"] += spec.num_bytes
-    return max((_weights(sums, deployment) for sums in stages), key=lambda found: sum(found[:3]))
+    return max((_weights(sums, deployment) for sums in stages), key=lambda found: found.on_gpu)
 
 
 def stages_of_layers(num_layers: int, stages: int) -> list[int]:
@@ -145,5 +167,7 @@ def _weights(sums: Counter[str], deployment: Deployment) -> Weights:
     def others(whose: str) -> int:
         return sums[f"{whose} whole"] + sums[f"{whose} sharded"] // deployment.tensor_parallel
 
-    drafts = experts("drafts", "dspark_") + others("drafts") if deployment.draft_method else 0
-    return Weights(experts("model", ""), others("model"), drafts, sums["model host"])
+    drafts = (0, 0)
+    if deployment.draft_method:
+        drafts = experts("drafts", "dspark_"), others("drafts")
+    return Weights(experts("model", ""), others("model"), *drafts, sums["model host"])
