@@ -317,6 +317,7 @@ def moe_shape(
         scale_per_row=settings.activation_scale == "token"
         or (settings.activation_scale == "warmup" and config.swiglu_limit is None),
         weight_format=weight_format,
+        all_tokens_local=config.moe_parallel_config.use_deepep_ht_kernels,
     )
 
 

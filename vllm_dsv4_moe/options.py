@@ -45,7 +45,8 @@ OPTIONS = (
     Option(
         "`--all2all-backend deepep_high_throughput`, `flashinfer_nvlink_*`",
         "read",
-        "tokens arrive as rows with global expert ids",
+        "tokens arrive as rows with global expert ids; from DeepEP those alone that a local expert "
+        "has, by which tiles are chosen. It cannot be installed where the tests run",
     ),
     Option(
         "the other `--all2all-backend`s", "refused", "they sort or repeat tokens before the layer"

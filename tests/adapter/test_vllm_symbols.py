@@ -90,7 +90,7 @@ ATTRIBUTES = {
         " pcp_size is_sequence_parallel moe_backend swiglu_limit is_lora_enabled"
     ),
     f"{FUSED_MOE}.config.FusedMoEParallelConfig": (
-        "tp_size all2all_backend use_all2all_kernels enable_eplb"
+        "tp_size all2all_backend use_all2all_kernels use_deepep_ht_kernels enable_eplb"
     ),
     f"{FUSED_MOE}.router.gate_linear.GateLinear": (
         "bias is_unquantized out_dtype allow_ll_bf16_gemm"

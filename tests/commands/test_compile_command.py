@@ -186,11 +186,16 @@ def test_an_image_has_every_kernel_of_its_deployments(path, monkeypatch):
             {"num_experts": 260, "num_local_experts": 260},
         ),
         (
+            "data-parallel-size: 2\nenable-expert-parallel: true\n"
+            "all2all-backend: deepep_high_throughput",
+            {"num_local_experts": 128, "max_num_tokens": 200, "all_tokens_local": True},
+        ),
+        (
             "additional-config: {dsv4_moe: {activation_scale: token}}",
             {"scale_per_row": True},
         ),
     ],
-    ids=["tp", "tp-ep", "dp-ep", "sequence", "eplb", "token-scale"],
+    ids=["tp", "tp-ep", "dp-ep", "sequence", "eplb", "deepep", "token-scale"],
 )
 def test_a_deployment_is_divided_as_vllm_divides_it(text, changes, tmp_path):
     path = tmp_path / "flash.yaml"

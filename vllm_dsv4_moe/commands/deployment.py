@@ -31,6 +31,7 @@ class Deployment:
     pipeline_parallel: int = 1
     is_expert_parallel: bool = False
     redundant_experts: int = 0  # EPLB's copies, over all ranks
+    all2all_backend: str = "allgather_reducescatter"
     micro_batches: int = 1  # --enable-dbo has two
     draft_method: str | None = None  # mtp or dspark
     gpu_memory_utilization: float = 0.92
@@ -69,7 +70,7 @@ class Deployment:
             return None
         tp = self.tensor_parallel
         per_rank = -(-self.max_num_batched_tokens // tp) * tp  # sequence parallelism's shards
-        return rank_shape(
+        shape = rank_shape(
             moe_sizes(self.config, prefix),
             arch,
             ep_size=self.ranks if self.is_expert_parallel else 1,
@@ -78,6 +79,10 @@ class Deployment:
             max_num_tokens=per_rank * self.data_parallel * self.context_parallel,
             scale_per_row=self.settings.activation_scale == "token",
             weight_format=weight_format,
+        )
+        dispatches = self.is_expert_parallel and self.data_parallel > 1
+        return shape._replace(
+            all_tokens_local=dispatches and self.all2all_backend == "deepep_high_throughput"
         )
 
 
@@ -103,6 +108,7 @@ def read_deployment(path: Path, environ: Mapping[str, str]) -> Deployment:
         pipeline_parallel=options.get("pipeline-parallel-size", 1),
         is_expert_parallel=options.get("enable-expert-parallel", False),
         redundant_experts=redundant,
+        all2all_backend=options.get("all2all-backend", Deployment.all2all_backend),
         micro_batches=max(1, micro_batches),
         draft_method=_mapping(options, "speculative-config").get("method"),
         gpu_memory_utilization=options.get("gpu-memory-utilization", 0.92),

@@ -24,8 +24,6 @@ TP_SHARDED = re.compile(r"(^embed\.|^head\.|\.attn\.(wq_b|wo_a|wo_b)\.)")
 PER_TOKEN = re.compile(r"(\.shared_experts\.|\.engram\.wkv\.)")
 # vLLM keeps these tables in the host's memory, one copy a node.
 ON_HOST = re.compile(r"\.engram\.embed\.")
-
-
 # Bytes, as nvidia-smi gives them in MiB, and what ptxas calls the GPU.
 GPUS = {"h200": (143_771 * 2**20, "sm_90a"), "b200": (183_359 * 2**20, "sm_100a")}
 

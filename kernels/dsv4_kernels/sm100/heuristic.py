@@ -3,7 +3,7 @@
 import functools
 
 from dsv4_kernels.sm100.spec import CONFIGS, Config, Gemm
-from dsv4_kernels.types import MoeShape
+from dsv4_kernels.types import MoeShape, rows_per_expert
 
 
 def unsupported_reason(shape: MoeShape) -> str | None:
@@ -42,7 +42,7 @@ def choose_config(shape: MoeShape, num_tokens: int) -> Config:
     PFLOP/s over 8 TB/s, at 0.5625 bytes a weight); beyond, by the tensor cores, which two CTAs
     and 256 tokens keep fed with half the shared-memory traffic of one and 128.
     """
-    rows = num_tokens * shape.top_k / shape.num_experts
+    rows = rows_per_expert(shape, num_tokens)
     if rows <= 40:
         return CONFIGS[64]
     # A pair takes 256 weight rows: 128 gate and 128 up, or 256 of hidden.

@@ -4,7 +4,7 @@ import functools
 import math
 
 from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
-from dsv4_kernels.types import MoeShape
+from dsv4_kernels.types import MoeShape, rows_per_expert
 
 FEW_ROWS = 14  # of an expert: up to here, the smallest tiles
 
@@ -47,7 +47,7 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
     H200, 3 % less than fc1 and the permutation at 128 rows an expert, 2 % at 48. cp.async has no
     multicast, so a cluster, which shares rows, needs them permuted.
     """
-    rows = num_tokens * shape.top_k / shape.num_experts
+    rows = rows_per_expert(shape, num_tokens)
     fc1, fc2 = (_config(rows, k) for k in (shape.hidden, shape.intermediate))
     return LayerConfig(fc1.cluster == 1, fc1, fc2)
 
