@@ -17,7 +17,7 @@ from tests.adapter.test_checkpoint_layout import FLASH, NVFP4, PRO
 from vllm_dsv4_moe.checkpoint_layout import ModelSizes, checkpoint_tensors
 from vllm_dsv4_moe.commands.checkpoint_scales import e4m3_value
 from vllm_dsv4_moe.commands.cli import main
-from vllm_dsv4_moe.commands.inspect_checkpoint import inspect, kinds
+from vllm_dsv4_moe.commands.inspect_checkpoint import inspect, kinds, model_name
 from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
 from vllm_dsv4_moe.commands.tiny_config import TinyConfig
 
@@ -524,3 +524,15 @@ def test_nothing_to_check_is_one_sentence(tmp_path, prepare, words, capsys):
     assert main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ((5120, 2304, 384, 40), "V4.1-Flash (hidden 5120, intermediate 2304, 384 experts, 40"),
+        ((5120, 2304, 384, 41), "hidden 5120, intermediate 2304, 384 experts, 41 layers"),
+    ],
+)
+def test_a_model_is_recognised_by_its_sizes(sizes, name):
+    fields = ("hidden", "intermediate", "num_experts", "num_layers")
+    assert model_name(dict(zip(fields, sizes, strict=True))).startswith(name)

@@ -18,14 +18,21 @@ from vllm_dsv4_moe.checkpoint_layout import (
 from vllm_dsv4_moe.commands.checkpoint_scales import LayerScales, layer_scales
 from vllm_dsv4_moe.commands.deployment import Deployment
 from vllm_dsv4_moe.commands.memory import weights_of_rank
+from vllm_dsv4_moe.commands.releases import FLASH, PRO, V41_FLASH, text_config
 from vllm_dsv4_moe.layer_config import SCORING, LayerConfig
 from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
 from vllm_dsv4_moe.settings import Settings
 
 # Sizes by which a model is recognised; every other size is taken from the config.
+_SIZES = {
+    "hidden": "hidden_size",
+    "intermediate": "moe_intermediate_size",
+    "num_experts": "n_routed_experts",
+    "num_layers": "num_hidden_layers",
+}
 KNOWN_MODELS = {
-    "V4-Flash": {"hidden": 4096, "intermediate": 2048, "num_experts": 256, "num_layers": 43},
-    "V4-Pro": {"hidden": 7168, "intermediate": 3072, "num_experts": 384, "num_layers": 61},
+    name: {field: text_config(config)[key] for field, key in _SIZES.items()}
+    for name, config in {"V4-Flash": FLASH, "V4-Pro": PRO, "V4.1-Flash": V41_FLASH}.items()
 }
 # vLLM casts what is not quantised while it copies, so these load as one another.
 CASTABLE = ({"BF16", "F16", "F32"}, {"I64", "I32"})
@@ -140,7 +147,7 @@ def _repeated_experts(layers: list[Layer], stored: dict[str, StoredTensor]) -> I
 
 
 def _recognised(sizes: ModelSizes) -> dict[str, int]:
-    return {key: getattr(sizes, key) for key in KNOWN_MODELS["V4-Flash"]}
+    return {field: getattr(sizes, field) for field in _SIZES}
 
 
 def model_name(sizes: dict[str, int]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_V4 = {
+_V4: dict[str, Any] = {
     "hc_mult": 4,
     "head_dim": 512,
     "index_head_dim": 128,
@@ -37,7 +37,7 @@ PRO = _V4 | {
     "q_lora_rank": 1536,
     "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
 }
-V41_FLASH = {
+V41_FLASH: dict[str, Any] = {
     "model_type": "deepseek_v41",
     "text_config": {
         "hc_mult": 4,
