@@ -23,6 +23,7 @@ DESCRIPTORS = 2  # in the ring
 PARTIALS_IN_FLIGHT = 32  # loads of a thread in the fix-up: more would not fit in registers
 STAGING_BYTES = 512  # of a transposition buffer; each warp has two
 UNSCALE = 128.0  # the 2^7 that widened weights lack
+UNSCALE_FP8 = 8.0  # the same of E4M3
 
 
 class WorkRing(NamedTuple):
@@ -40,6 +41,7 @@ class FactorSources(NamedTuple):
     global_scales: cute.Pointer
     row_to_slot: cute.Pointer
     slot_weights: cute.Pointer
+    row_scales: cute.Pointer | None  # fp8
 
 
 class FixUp(NamedTuple):
@@ -70,10 +72,12 @@ class Sm90Epilogue(Sm90Schedule):
         )
         self.config = config
         self.fc1 = gemm.op == "fc1"
+        self.fp8 = gemm.activations == "fp8"
+        self.unscale = UNSCALE_FP8 if self.fp8 else UNSCALE
         self.m = gemm.m
         self.m_out = gemm.m // 2 if self.fc1 else gemm.m
         self.m_blocks_tile = config.m_blocks * config.warpgroups  # of 64 rows, in a CTA's tile
-        # Two global scales, then a routing weight a row; fc2: one global scale.
+        # Two global scales, then a routing weight (fp8: a scale) a row; fc2: one global scale.
         self.factors = 2 + (-(-self.tile_n_max // 32) * 32 if self.fc1 else 0)
 
     def _descriptor(self, work: WorkRing, index: Int32) -> cute.Tensor:
@@ -95,18 +99,19 @@ class Sm90Epilogue(Sm90Schedule):
             row_groups = (self.factors - 2) // 32
             values = [Float32(0.0)] * row_groups
             slots = [Int32(0)] * row_groups
+            per_row = sources.row_scales if self.fp8 else sources.row_to_slot
             for i in cutlass.range_constexpr(row_groups):
-                slots[i] = (
-                    sources.row_to_slot + row_start + cutlass.min(lane + 32 * i, rows - 1)
-                ).load()
+                slots[i] = (per_row + row_start + cutlass.min(lane + 32 * i, rows - 1)).load()
             for i in cutlass.range_constexpr(row_groups):
-                values[i] = (sources.slot_weights + slots[i]).load()
+                values[i] = slots[i] if self.fp8 else (sources.slot_weights + slots[i]).load()
             for i in cutlass.range_constexpr(row_groups):
                 (factors + 2 + lane + 32 * i).store(values[i])
             if lane < 2:
-                (factors + lane).store((sources.global_scales + 2 * expert + lane).load() * UNSCALE)
+                (factors + lane).store(
+                    (sources.global_scales + 2 * expert + lane).load() * self.unscale
+                )
         elif lane == 0:
-            factors.store((sources.global_scales + expert).load() * UNSCALE)
+            factors.store((sources.global_scales + expert).load() * self.unscale)
 
     @cute.jit
     def _epilogue(
@@ -295,7 +300,9 @@ class Sm90Epilogue(Sm90Schedule):
                         group = min(first // 8 + j, n // 8 - 1)
                         i = group * 4
                         if cutlass.const_expr(self.fc1):
-                            word = ptx.activate(acc[mb], i, group * 8, scalars, factors + 2, lane)
+                            word = ptx.activate(
+                                acc[mb], i, group * 8, scalars, factors + 2, lane, self.fp8
+                            )
                             words.append(word)
                         else:
                             for c in cutlass.range_constexpr(0, 4, 2):

@@ -17,7 +17,7 @@ import math
 
 import torch
 from cuda.bindings import driver
-from cutlass import BFloat16, Float32, Int32, Uint8, cute
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Uint8, cute
 from cutlass.cute.runtime import make_ptr
 
 from dsv4_kernels.compiled import Kernel, compiled
@@ -60,13 +60,16 @@ def all_gemms(shape: MoeShape) -> list[Gemm]:
 
 def example_arguments(gemm: Gemm) -> tuple:
     """What `cute.compile` is given for a specialisation: types and alignments."""
+    fp8 = gemm.activations == "fp8"
+    x_type = Float8E4M3FN if fp8 else BFloat16
     return (
-        *(_pointer(dtype, 1 << 20) for dtype in (Uint8, Uint8, Float32, BFloat16, BFloat16)),
+        *(_pointer(dtype, 1 << 20) for dtype in (Uint8, Uint8, Float32, x_type, BFloat16)),
         *(_pointer(dtype, 1 << 20) for dtype in (Int32, Int32, Int32, Float32, Float32, Int32)),
         Float32(math.inf),
         Int32(1),
         Int32(1),
         driver.CUstream(0),
+        *((_pointer(Float32, 1 << 20),) if fp8 else ()),
     )
 
 

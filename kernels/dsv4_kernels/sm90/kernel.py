@@ -37,9 +37,20 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cuda.bindings import driver
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32
+from cutlass import (
+    BFloat16,
+    Boolean,
+    Float8E4M3FN,
+    Float32,
+    Int32,
+    Int64,
+    Uint8,
+    Uint16,
+    Uint32,
+)
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
+from dsv4_kernels.sm90 import e4m3 as e4m3
 from dsv4_kernels.sm90 import ptx as ptx
 from dsv4_kernels.sm90.epilogue import (
     DESCRIPTORS,
@@ -61,19 +72,36 @@ TMA_ROWS = 16  # of a box
 class Pipeline(NamedTuple):
     """The ring of stages in shared memory, and its mbarriers."""
 
-    x: cute.Pointer  # (stages, k_blocks, tile_n_max, 64) bf16, 128-byte swizzle
+    x: cute.Pointer  # (stages, x_blocks, tile_n_max, x_columns) of x_type, 128-byte swizzle
     codes: cute.Pointer  # (stages, m_blocks_tile, k_blocks, 512) uint32
     scales: cute.Pointer  # (stages, m_blocks_tile, k_blocks, scale_block_bytes / 4) uint32
     full: cute.Pointer
     rows_landed: cute.Pointer
     empty: cute.Pointer
+    table: cute.Pointer | None  # fp8: `e4m3`'s
+
+
+class ThreadWeights(NamedTuple):
+    """This thread's codes, (4 words, k blocks, m blocks, stages), and scales, (2 words, MXFP4 1,
+    ...); fp8: (1 pair of bytes, ...)."""
+
+    codes: cute.Tensor
+    scales: cute.Tensor
+
+    def load(self, kb, mb, stage, codes: cute.Tensor, scales: cute.Tensor) -> None:
+        """Of a 64 x 64 block, to registers."""
+        cute.autovec_copy(self.codes[None, kb, mb, stage], codes)
+        if self.scales.element_type.width == 16:
+            scales[0] = Uint32(self.scales[0, kb, mb, stage])
+        else:
+            cute.autovec_copy(self.scales[None, kb, mb, stage], scales)
 
 
 class Dsv4GroupedGemmSm90(Sm90Epilogue):
     """One grouped GEMM, compiled for one specialisation; owns the pipeline and the launch."""
 
     def __init__(self, gemm: Gemm):
-        op, _, m, k, top_k, gather, config, scale_block = gemm
+        op, _, m, k, top_k, gather, config, scale_block, activations = gemm
         assert op in ("fc1", "fc2"), op
         # The gathering warps rely on fc1's griddepcontrol.wait, in which all warps take part.
         assert op == "fc1" or not gather, "fc2 gathers no rows"
@@ -91,12 +119,19 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         assert 4 * config.warpgroups <= FLAGS, f"{config.warpgroups} warpgroups"
         assert scale_block in (NVFP4_BLOCK, MXFP4_BLOCK), scale_block
         assert config.cluster == 1 or not gather, "a CTA gathers rows for itself alone"
+        assert activations in ("bf16", "fp8"), activations
         super().__init__(gemm)
+        assert not (self.fp8 and gather), "rows of fp8 are placed where they are quantised"
+        self.x_type = Float8E4M3FN if self.fp8 else BFloat16
+        self.x_columns = 1024 // self.x_type.width  # of 128 bytes
+        self.step_k = 256 // self.x_type.width  # K of WGMMA
+        assert config.tile_k % self.x_columns == 0, f"tile_k = {config.tile_k} of {self.x_type}"
         self.gather = gather
         self.k, self.top_k = k, top_k
         self.scale_block = scale_block
         self.scale_block_bytes = 64 * 64 // scale_block
         self.k_blocks = config.tile_k // 64  # of a stage
+        self.x_blocks = config.tile_k // self.x_columns
         self.stages = self._num_stages()
         assert self.stages >= 2, f"{config} leaves room for {self.stages} stages"
 
@@ -114,10 +149,11 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         work = DESCRIPTORS * (16 + 4 * self.factors)
         barriers_and_alignment = 4096
         staging = warps * 2 * STAGING_BYTES
-        return staging + work + self._table_bytes() + barriers_and_alignment
+        table = e4m3.TABLE_BYTES if self.fp8 else 0
+        return staging + work + self._table_bytes() + table + barriers_and_alignment
 
     def _num_stages(self) -> int:
-        rows = self.tile_n_max * 128 * self.k_blocks
+        rows = self.tile_n_max * 128 * self.x_blocks
         weights = self.m_blocks_tile * self.k_blocks * self._block_bytes()
         budget = SMEM_BYTES // self.config.blocks_per_sm - self._fixed_smem()
         return min(32, budget // (rows + weights))
@@ -148,15 +184,19 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         num_rows: Int32,
         num_blocks: Int32,
         stream: driver.CUstream,
+        row_scales: cute.Pointer | None = None,
     ):
         """codes, block_scales: shuffled, uint8; global_scales (experts, 2) for fc1, (experts,) for
         fc2; x (tokens or rows, k) bf16; out (rows, m_out) bf16; counts (experts,), offsets
         (experts + 1,), row_to_slot (rows,) int32; slot_weights (tokens * top_k,) float32;
         partials (num_blocks * partial_floats,) float32; flags (num_blocks * FLAGS,) int32, zeros
-        before and after; limit of SwiGLU, infinity for none; num_rows of x; num_blocks: CTAs."""
+        before and after; limit of SwiGLU, infinity for none; num_rows of x; num_blocks: CTAs.
+
+        fp8: x (rows, k) E4M3 in `e4m3`'s order of columns, row_scales (rows,) float32; fc1 leaves
+        the routing weight to fc2."""
         tma_atom, tma_x = None, None
         if cutlass.const_expr(not self.gather):
-            box = (TMA_ROWS, 64)
+            box = (TMA_ROWS, self.x_columns)
             op = cpasync.CopyBulkTensorTileG2SOp()
             if cutlass.const_expr(self.cluster > 1):
                 op = cpasync.CopyBulkTensorTileG2SMulticastOp()
@@ -181,6 +221,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             partials,
             flags,
             limit,
+            row_scales,
         ).launch(
             grid=[num_blocks, 1, 1],
             block=[self.threads, 1, 1],
@@ -208,6 +249,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         partials: cute.Pointer,
         flags: cute.Pointer,
         limit: Float32,
+        row_scales: cute.Pointer | None,
     ):
         config = self.config
         warps = 4 * config.warpgroups
@@ -217,7 +259,10 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         # Phase 1: shared memory and barriers.
         smem = cutlass.memory.SmemAllocator()
         s_x = self._allocate(
-            smem, BFloat16, self.stages * self.k_blocks * self.tile_n_max * 64, 1024
+            smem,
+            self.x_type,
+            self.stages * self.x_blocks * self.tile_n_max * self.x_columns,
+            1024,
         )
         s_codes = self._allocate(
             smem,
@@ -240,7 +285,11 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         empty = self._allocate(smem, Int64, self.stages, 8)
         factors_full = self._allocate(smem, Int64, DESCRIPTORS, 8)
         work_empty = self._allocate(smem, Int64, DESCRIPTORS, 8)
-        pipeline = Pipeline(s_x, s_codes, s_scales, full, rows_landed, empty)
+        table = None
+        if cutlass.const_expr(self.fp8):
+            table = self._allocate(smem, Uint32, e4m3.TABLE_BYTES // 4, 16)
+            e4m3.fill_table(table, self.scale_block)
+        pipeline = Pipeline(s_x, s_codes, s_scales, full, rows_landed, empty, table)
         work = WorkRing(s_descriptors, s_factors, factors_full, work_empty)
         if tidx == 0:
             for i in cutlass.range_constexpr(DESCRIPTORS):
@@ -271,7 +320,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                     block_scales,
                     tma_atom,
                     tma_x,
-                    FactorSources(global_scales, row_to_slot, slot_weights),
+                    FactorSources(global_scales, row_to_slot, slot_weights, row_scales),
                     pipeline,
                     work,
                     tables,
@@ -348,7 +397,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             expected = Int32(stage_bytes)
             if cutlass.const_expr(not self.gather):
                 boxes = (rows + TMA_ROWS - 1) // TMA_ROWS
-                expected += boxes * (TMA_ROWS * 128 * self.k_blocks)
+                expected += boxes * (TMA_ROWS * 128 * self.x_blocks)
                 t_rows, t_boxes = self._row_boxes(tma_atom, tma_x, row_start, pipeline.x)
             for k_stage in cutlass.range(k_first, k_end, unroll=1):
                 cute.arch.mbarrier_wait(pipeline.empty + stage, phase)
@@ -380,10 +429,10 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                         is_first = False
                 if cutlass.const_expr(not self.gather):
                     for box in cutlass.range(rank, boxes, self.cluster, unroll=1):
-                        for kb in cutlass.range_constexpr(self.k_blocks):
+                        for kb in cutlass.range_constexpr(self.x_blocks):
                             cute.copy(
                                 tma_atom,
-                                t_rows[None, box, k_stage * self.k_blocks + kb],
+                                t_rows[None, box, k_stage * self.x_blocks + kb],
                                 t_boxes[None, box, kb, stage],
                                 tma_bar_ptr=pipeline.full + stage,
                                 mcast_mask=everyone,
@@ -407,22 +456,23 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
 
     @cute.jit
     def _row_boxes(self, tma_atom, tma_x, row_start: Int32, s_x: cute.Pointer):
-        """TMA partitions: of x from row_start on, (box's elements, box, k block), and of the
-        stages, (box's elements, box, k block of the stage, stage)."""
+        """TMA partitions: of x from row_start on, (box's elements, box, block of x_columns), and of
+        the stages, (box's elements, box, block of the stage, stage)."""
         atom = self._swizzle_atom()
+        columns = self.x_columns
         layout = cute.make_layout(
-            ((8, TMA_ROWS // 8), 64, self.tile_n_max // TMA_ROWS, self.k_blocks, self.stages),
+            ((8, TMA_ROWS // 8), columns, self.tile_n_max // TMA_ROWS, self.x_blocks, self.stages),
             stride=(
-                (64, 512),
+                (columns, 8 * columns),
                 1,
-                TMA_ROWS * 64,
-                self.tile_n_max * 64,
-                self.k_blocks * self.tile_n_max * 64,
+                TMA_ROWS * columns,
+                self.tile_n_max * columns,
+                self.x_blocks * self.tile_n_max * columns,
             ),
         )
-        boxes = cute.make_tensor(cute.recast_ptr(s_x, atom.inner, dtype=BFloat16), layout)
+        boxes = cute.make_tensor(cute.recast_ptr(s_x, atom.inner, dtype=self.x_type), layout)
         rows = cute.domain_offset((row_start, 0), tma_x)
-        rows = cute.local_tile(rows, (TMA_ROWS, 64), (None, None))
+        rows = cute.local_tile(rows, (TMA_ROWS, columns), (None, None))
         t_boxes, t_rows = cpasync.tma_partition(
             tma_atom,
             0,
@@ -432,9 +482,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         )
         return t_rows, t_boxes
 
-    @staticmethod
-    def _swizzle_atom():
-        return warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+    def _swizzle_atom(self):
+        return warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.x_type)
 
     @cute.jit
     def _gather_rows(
@@ -563,7 +612,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         register fragments, so a stage needs an even number of groups, and with four a tile of 200
         rows took 9 % longer on an H200."""
         config = self.config
-        return 4 if config.warpgroups < 3 and config.m_blocks == 2 and n <= 80 else 2
+        few_rows = config.warpgroups < 3 and config.m_blocks == 2 and n <= 80
+        return 4 if few_rows and not self.fp8 else 2
 
     @cute.jit
     def _multiply(
@@ -586,34 +636,24 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         # Opaque: addresses hoisted out of the loop over tiles, a set for every n, would take the
         # registers that keep WGMMA asynchronous.
         thread = ptx.opaque(cute.arch.thread_idx()[0]) % 128
-        mma = cute.make_tiled_mma(
-            warpgroup.MmaF16BF16Op(
-                BFloat16,
-                Float32,
-                (64, n, 16),
-                warpgroup.OperandSource.RMEM,
-                OperandMajorMode.K,
-                OperandMajorMode.K,
-            )
-        )
+        mma = self._mma(n)
         mma.set(warpgroup.Field.ACCUMULATE, True)
         frag_x = self._rows_operand(mma, n, thread, pipeline.x)
         steps = self._steps(n)
-        groups = 4 // steps
-        shape_w = mma.partition_shape_A((64, 16 * steps))
+        groups = 64 // self.step_k // steps
+        shape_w = mma.partition_shape_A((64, self.step_k * steps))
         frag_w = [mma.make_fragment_A(shape_w) for _ in range(2)]
         acc = [mma.make_fragment_C(mma.partition_shape_C((64, n))) for _ in range(config.m_blocks)]
         for mb in cutlass.range_constexpr(config.m_blocks):
             acc[mb].fill(0.0)
-        t_codes, t_scales = self._thread_weights(thread, pipeline)
+        weights = self._thread_weights(thread, pipeline)
         codes = cute.make_rmem_tensor((4,), Uint32)
         scales = cute.make_rmem_tensor((self._scale_words(),), Uint32)
         # In a register: LOP3 takes one immediate, and this one's has another.
-        scale_bits = Uint32(ptx.opaque(Int32(0x0FF00FF0)))
+        scale_bits = None if self.fp8 else Uint32(ptx.opaque(Int32(0x0FF00FF0)))
         blocks = self.k_blocks * config.m_blocks
         previous = stage
-        cute.autovec_copy(t_codes[None, 0, 0, stage], codes)
-        cute.autovec_copy(t_scales[None, 0, 0, stage], scales)
+        weights.load(0, 0, stage, codes, scales)
         for k_stage in cutlass.range(k_stages, unroll=1):
             # Warp-uniform: WGMMA's shared-memory descriptors need no moves to uniform registers.
             current = cute.arch.make_warp_uniform(stage)
@@ -626,10 +666,9 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                 for group in cutlass.range_constexpr(groups):
                     frag = frag_w[(block * groups + group) % 2]
                     words_w = cute.recast_tensor(frag, Uint32)
+                    entries = self._look_up(scales, pipeline)
                     for i in cutlass.range_constexpr(steps):
-                        step = group * steps + i
-                        scale = step * 16 // self.scale_block
-                        words = ptx.widen(codes[step], scales[scale // 2], scale_bits, scale % 2)
+                        words = self._widen(codes, entries, scale_bits, group * steps + i)
                         for j in cutlass.range_constexpr(4):
                             words_w[i * 4 + j] = words[j]
                     warpgroup.fence()
@@ -638,19 +677,19 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                             mma,
                             acc[mb],
                             frag[None, None, i],
-                            frag_x[None, None, kb * 4 + group * steps + i, current],
+                            frag_x[
+                                None, None, kb * (64 // self.step_k) + group * steps + i, current
+                            ],
                             acc[mb],
                         )
                     warpgroup.commit_group()
                     if cutlass.const_expr(group == groups - 1):
                         if cutlass.const_expr(block + 1 < blocks):
                             kb, mb = (block + 1) // config.m_blocks, (block + 1) % config.m_blocks
-                            cute.autovec_copy(t_codes[None, kb, mb, current], codes)
-                            cute.autovec_copy(t_scales[None, kb, mb, current], scales)
+                            weights.load(kb, mb, current, codes, scales)
                         elif k_stage + 1 < k_stages:
                             cute.arch.mbarrier_wait(pipeline.full + stage, phase)
-                            cute.autovec_copy(t_codes[None, 0, 0, stage], codes)
-                            cute.autovec_copy(t_scales[None, 0, 0, stage], scales)
+                            weights.load(0, 0, stage, codes, scales)
                     warpgroup.wait_group(1)
                     if cutlass.const_expr(block == 0 and group == 0):
                         # Only this group is in flight: no WGMMA reads the previous stage any more.
@@ -660,29 +699,49 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         self._give_back(pipeline.empty + previous, lane, Boolean(True))
         return acc, stage, phase
 
+    def _mma(self, n: int):
+        """WGMMA with A, the weights, from registers."""
+        shape, source = (64, n, self.step_k), warpgroup.OperandSource.RMEM
+        k_major = (OperandMajorMode.K, OperandMajorMode.K)
+        if self.fp8:
+            op = warpgroup.MmaF8Op(self.x_type, self.x_type, Float32, shape, source, *k_major)
+        else:
+            op = warpgroup.MmaF16BF16Op(self.x_type, Float32, shape, source, *k_major)
+        return cute.make_tiled_mma(op)
+
+    def _look_up(self, scales: cute.Tensor, pipeline: Pipeline):
+        """What `_widen` needs of a block's scales; fp8: what the table has under them."""
+        return e4m3.look_up(scales, pipeline.table) if self.fp8 else scales
+
+    def _widen(self, codes, entries, scale_bits, step: int):
+        """The thread's four words of A of a step of a 64 x 64 block."""
+        if self.fp8:
+            return e4m3.widen(codes, entries, step)
+        scale = step * 16 // self.scale_block
+        return ptx.widen(codes[step], entries[scale // 2], scale_bits, scale % 2)
+
     def _rows_operand(self, mma, n: int, thread, s_x: cute.Pointer) -> cute.Tensor:
-        """Operand B, n rows of x, as descriptors: (1, 1, k steps of 16, stages)."""
+        """Operand B, n rows of x, as descriptors: (1, 1, k steps, stages)."""
         atom = self._swizzle_atom()
+        columns = self.x_columns
         layout = cute.make_layout(
-            ((8, n // 8), (64, self.k_blocks), self.stages),
+            ((8, n // 8), (columns, self.x_blocks), self.stages),
             stride=(
-                (64, 512),
-                (1, self.tile_n_max * 64),
-                self.k_blocks * self.tile_n_max * 64,
+                (columns, 8 * columns),
+                (1, self.tile_n_max * columns),
+                self.x_blocks * self.tile_n_max * columns,
             ),
         )
-        tile = cute.make_tensor(cute.recast_ptr(s_x, atom.inner, dtype=BFloat16), layout)
+        tile = cute.make_tensor(cute.recast_ptr(s_x, atom.inner, dtype=self.x_type), layout)
         return mma.make_fragment_B(mma.get_slice(thread).partition_B(tile))
 
     def _scale_words(self) -> int:
-        """Of a thread, a 64 x 64 block: scales of two rows, two along K a word."""
-        return 64 // self.scale_block // 2
+        """Of a thread, a 64 x 64 block: scales of two rows, two along K a word; fp8: those of one
+        block of K, in half a word."""
+        return 1 if self.fp8 else 64 // self.scale_block // 2
 
-    def _thread_weights(self, thread, pipeline: Pipeline):
-        """This thread's codes, (4 words, k blocks, m blocks, stages), and scales, (2 words, MXFP4
-        1, ...)."""
+    def _thread_weights(self, thread, pipeline: Pipeline) -> ThreadWeights:
         config = self.config
-        scale_words = self._scale_words()
         first_block = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4 * config.m_blocks
 
         def view(pointer, words, block_words):
@@ -697,11 +756,11 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             )
             return cute.make_tensor(pointer + first_block * (self.k_blocks * block_words), layout)
 
-        return (
-            view(pipeline.codes + thread * 4, 4, CODE_BLOCK_BYTES // 4),
-            view(
-                pipeline.scales + thread // 4 * scale_words,
-                scale_words,
-                self.scale_block_bytes // 4,
-            ),
-        )
+        codes = view(pipeline.codes + thread * 4, 4, CODE_BLOCK_BYTES // 4)
+        words = self._scale_words()
+        if cutlass.const_expr(self.fp8):
+            pairs = cute.recast_ptr(pipeline.scales, dtype=Uint16)
+            pairs = pairs + thread * 16 // self.scale_block
+            return ThreadWeights(codes, view(pairs, 1, self.scale_block_bytes // 2))
+        scales = pipeline.scales + thread // 4 * words
+        return ThreadWeights(codes, view(scales, words, self.scale_block_bytes // 4))

@@ -148,19 +148,22 @@ def activate(
     scalars: tuple,
     row_weights: cute.Pointer,
     lane: Int32,
+    fp8: cutlass.Constexpr,
 ):
     """SwiGLU of a thread's gate (row r) and up (row r + 8) of two tokens, times their routing
-    weights -> bf16x2."""
+    weights -> bf16x2; fp8: row_weights are scales of the sums instead."""
     scale_g, scale_u, limit = scalars
     values = [Float32(0.0)] * 2
     weights = cute.make_rmem_tensor((2,), Float32)
     row_weights = (row_weights + (first + lane % 4 * 2)).align(8)
     cute.autovec_copy(cute.make_tensor(row_weights, cute.make_layout(2)), weights)
     for c in cutlass.range_constexpr(2):
+        if cutlass.const_expr(fp8):
+            scale_g, scale_u = scalars[0] * weights[c], scalars[1] * weights[c]
         gate = cute.arch.fmin(acc[i + c] * scale_g, limit)
         up = acc[i + 2 + c] * scale_u
         up = cute.arch.fmax(cute.arch.fmin(up, limit), -limit)
-        weight = weights[c]
+        weight = Float32(1.0) if fp8 else weights[c]
         # silu(g) = g / (1 + 2^(-g log2 e)); ex2.approx and rcp.approx are within 2 ulp of fp32.
         power = cute.math.exp2(gate * -math.log2(math.e), fastmath=True)
         values[c] = gate * cute.arch.rcp_approx(1.0 + power) * up * weight

@@ -43,6 +43,7 @@ class Gemm(NamedTuple):
     gather: bool  # rows of x by row_to_slot; otherwise x is permuted as the layout says
     config: Sm90Config
     scale_block: int = NVFP4_BLOCK  # columns that share a scale; MXFP4_BLOCK for MXFP4's weights
+    activations: str = "bf16"  # or "fp8": E4M3 with a scale a row, on FP8 WGMMA
 
 
 class LayerConfig(NamedTuple):
