@@ -13,7 +13,8 @@ import numpy as np
 
 from tests.emulator.ptx_emulator.numerics import CANONICAL_NAN, toward_zero
 
-_FRACTION_BITS = 25  # kept below the largest exponent
+# Kept below the largest exponent.
+FRACTION_BITS = {"bf16": 25, "f16": 25, "e4m3": 13}
 _NONE = -600  # exponent of a zero: below what two factors can add up to
 
 
@@ -24,14 +25,17 @@ def _exponents(values: np.ndarray) -> np.ndarray:
     return np.where(values == 0, np.int16(_NONE), exponents)
 
 
-def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray | None) -> np.ndarray:
-    """(m, 16) and (n, 16) float32 that hold 16-bit floats, (m, n) float32 or None: a bᵀ + c."""
+def multiply_add(
+    a: np.ndarray, b: np.ndarray, c: np.ndarray | None, fraction_bits: int
+) -> np.ndarray:
+    """(m, k) and (n, k) float32 that hold 16-bit or 8-bit floats, (m, n) float32 or None:
+    a bᵀ + c."""
     a, b = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
     largest = (_exponents(a)[:, :, None] + _exponents(b)[:, None, :]).max(axis=0)
     if c is not None:
         np.maximum(largest, _exponents(c), out=largest)
-    # 2^(_FRACTION_BITS - largest), written as float64 bits: what is kept becomes an integer.
-    scale = ((1023 + _FRACTION_BITS - largest.astype(np.int64)) << 52).view(np.float64)
+    # 2^(fraction_bits - largest), written as float64 bits: what is kept becomes an integer.
+    scale = ((1023 + fraction_bits - largest.astype(np.int64)) << 52).view(np.float64)
     with np.errstate(all="ignore"):
         terms = a[:, :, None].astype(np.float64) * b[:, None, :]
         terms *= scale

@@ -10,14 +10,19 @@ import numpy as np
 
 from tests.emulator.ptx_emulator.findings import Finding
 from tests.emulator.ptx_emulator.matrices import Operand, wgmma_descriptor
-from tests.emulator.ptx_emulator.numerics import from_bf16, from_f16
+from tests.emulator.ptx_emulator.numerics import E4M3, from_bf16, from_f16
 from tests.emulator.ptx_emulator.operands import Binder, literal
 from tests.emulator.ptx_emulator.program import COLLECTIVE, Step
-from tests.emulator.ptx_emulator.tensor_core import multiply_add
+from tests.emulator.ptx_emulator.tensor_core import FRACTION_BITS, multiply_add
 from tests.emulator.ptx_emulator.threads import WARP, AsyncResult, Gang, InFlight
 
 _ROWS = 16  # of a warp
-_UNPACK = {"bf16": from_bf16, "f16": from_f16}
+_STEP_BYTES = 32  # of K
+_UNPACK = {
+    "bf16": lambda rows: from_bf16(rows.view(np.uint16)),
+    "f16": lambda rows: from_f16(rows.view(np.uint16)),
+    "e4m3": lambda rows: E4M3[rows],
+}
 
 
 def compile_wgmma(binder: Binder) -> Step:
@@ -94,26 +99,25 @@ def _matrix_of(gang: Gang, registers: list, n: int) -> np.ndarray:
 
 
 def _fragments(registers: list[np.ndarray], num_warps: int) -> np.ndarray:
-    """Four A registers of two 16-bit elements -> (16 * warps, 16) uint16."""
-    matrix = np.empty((num_warps * _ROWS, 16), np.uint16)
+    """Four A registers of four bytes -> (16 * warps, _STEP_BYTES) uint8."""
+    matrix = np.empty((num_warps * _ROWS, _STEP_BYTES // 4), np.uint32)
     lane = np.arange(num_warps * WARP)
     for i, register in enumerate(registers):
-        halves = np.ascontiguousarray(register).view(np.uint16).reshape(-1, 2)
         row = lane // WARP * _ROWS + lane % WARP // 4 + 8 * (i & 1)
-        column = lane % 4 * 2 + 8 * (i >> 1)
-        matrix[row, column], matrix[row, column + 1] = halves[:, 0], halves[:, 1]
-    return matrix
+        matrix[row, lane % 4 + 4 * (i >> 1)] = register
+    return matrix.view(np.uint8)
 
 
 class _Form:
     """A wgmma.mma_async instruction's fixed part."""
 
     def __init__(self, binder: Binder):
-        match = re.search(r"\.m64n(\d+)k16\.f32\.(bf16|f16)\.(bf16|f16)$", binder.opcode)
-        if match is None or match.group(2) != match.group(3):
+        match = re.search(r"\.m64n(\d+)k(16|32)\.f32\.(bf16|f16|e4m3)\.\3$", binder.opcode)
+        if match is None or (match.group(2) == "32") != (match.group(3) == "e4m3"):
             raise binder.unsupported()
         self.n = int(match.group(1))
-        self.unpack = _UNPACK[match.group(2)]
+        self.unpack = _UNPACK[match.group(3)]
+        self.fraction_bits = FRACTION_BITS[match.group(3)]
         operands = list(binder.operands)
         self.targets = [binder.kernel.registers[t][0] for t in binder.vector(operands[0])]
         self.from_registers = operands[1].startswith("{")
@@ -127,10 +131,11 @@ class _Form:
             names = binder.vector(operands[1])
             self.a_registers = [binder.kernel.registers[r][0] for r in names]
             self.a_reads = [binder.read(r, "u32") for r in names]
-            transposes = [0] + transposes
+            transposes = [0] + transposes if transposes else []
         else:
             self.a = binder.read(operands[1], "u64")
-        self.a_transposed, self.b_transposed = (bool(t) for t in transposes)
+        # 8-bit operands have no transposes.
+        self.a_transposed, self.b_transposed = (bool(t) for t in transposes or (0, 0))
         self.name = f"the wgmma at line {binder.instruction.line}"
 
 
@@ -148,7 +153,12 @@ def _compile_mma(binder: Binder) -> Step:
         _check_fence(gang, form, bool(accumulate[0]), mask)
         what = form.name
         b = Operand(
-            gang.cta.shared, wgmma_descriptor(int(b_bits[0])), form.n, 32, what, form.b_transposed
+            gang.cta.shared,
+            wgmma_descriptor(int(b_bits[0])),
+            form.n,
+            _STEP_BYTES,
+            what,
+            form.b_transposed,
         )
         results = [_Accumulators(what, "wgmma.wait_group", mask.copy())]
         read_a = _a_operand(gang, form, mask, results)
@@ -160,9 +170,11 @@ def _compile_mma(binder: Binder) -> Step:
         _claim(gang, form, inputs, outputs, mask)
 
         def multiply():
-            a, b_matrix = read_a(), form.unpack(b.read().view(np.uint16))
+            a, b_matrix = read_a(), form.unpack(b.read())
             c = _matrix_of(gang, inputs, form.n) if accumulate[0] else None
-            outputs.matrix = multiply_add(a if form.sign > 0 else -a, b_matrix, c)
+            outputs.matrix = multiply_add(
+                a if form.sign > 0 else -a, b_matrix, c, form.fraction_bits
+            )
             inputs.clear()
 
         operation = machine.engine.submit_in_order(gang.wgmma_queue, multiply)
@@ -222,7 +234,7 @@ def _latest(register):
 
 
 def _a_operand(gang: Gang, form: _Form, mask: np.ndarray, results: list[AsyncResult]):
-    """A function that gives A as (16 * warps, 16) float32 when the instruction executes."""
+    """A function that gives A as (16 * warps, K) float32 when the instruction executes."""
     if form.from_registers:
         bits = [read(gang) for read in form.a_reads]
         held = AsyncResult(form.name, "wgmma.wait_group", mask.copy(), readable=True)
@@ -234,12 +246,17 @@ def _a_operand(gang: Gang, form: _Form, mask: np.ndarray, results: list[AsyncRes
     if (a_bits != a_bits[0]).any():
         raise Finding("divergent", "wgmma with different operands in one warpgroup")
     a = Operand(
-        gang.cta.shared, wgmma_descriptor(int(a_bits[0])), 64, 32, form.name, form.a_transposed
+        gang.cta.shared,
+        wgmma_descriptor(int(a_bits[0])),
+        64,
+        _STEP_BYTES,
+        form.name,
+        form.a_transposed,
     )
     first = gang.first_warp % 4 * _ROWS
 
     def read():
-        return form.unpack(a.read()[first : first + gang.num_warps * _ROWS].view(np.uint16))
+        return form.unpack(a.read()[first : first + gang.num_warps * _ROWS])
 
     return read
 

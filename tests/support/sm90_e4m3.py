@@ -1,0 +1,39 @@
+"""The order of weights and rows for FP8 WGMMA on sm90 (`dsv4_kernels.sm90.e4m3`), in plain torch."""
+
+import torch
+
+LOWEST = -8  # the power of two of MXFP4's scale index 0, with which codes become E4M3
+LARGEST_INDEX = 14
+
+
+def permuted_columns(x: torch.Tensor) -> torch.Tensor:
+    """(..., K) in the checkpoint's order -> in the kernel's: of each 64, 4 x 4 words transposed."""
+    return x.unflatten(-1, (-1, 4, 4, 4)).transpose(-3, -2).reshape(x.shape)
+
+
+def gate_up_rows(rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Of fc1: 8 rows of the gate, then the 8 of the up with the same columns, and so on."""
+    half = rows // 2
+    gate = torch.arange(half, device=device).view(-1, 1, 8)
+    return torch.cat((gate, gate + half), dim=1).flatten()
+
+
+def codes_in_order(codes: torch.Tensor) -> torch.Tensor:
+    """(R, K // 2) uint8 of one expert, rows in the kernel's order -> the same bytes, reordered."""
+    rows, k = len(codes), 2 * codes.shape[1]
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).int()
+    # (row block, warp, row half, row, k block, lane of a quad, word of a row, code of it)
+    fields = nibbles.view(rows // 64, 4, 2, 8, k // 64, 4, 2, 8)
+    place = torch.arange(8, device=codes.device, dtype=torch.int32)
+    sign_at = torch.where(place < 4, 8 * place + 7, 8 * place - 29)
+    words = ((fields & 7) << 4 * place).sum(-1) | ((fields >> 3) << sign_at).sum(-1)
+    # -> (row block, k block, warp, row, lane of a quad, row half, word)
+    words = words.int().permute(0, 4, 1, 3, 5, 2, 6).contiguous()
+    return words.view(-1).view(torch.uint8).view(codes.shape)
+
+
+def scales_in_order(scales: torch.Tensor, scale_block: int) -> torch.Tensor:
+    """(R, K // scale_block) uint8 indices of the table -> the same bytes, reordered."""
+    # (row block, warp, row half, row, k block, block) -> (row block, k block, warp, row, block, half)
+    fields = scales.view(len(scales) // 64, 4, 2, 8, -1, 64 // scale_block)
+    return fields.permute(0, 4, 1, 3, 5, 2).reshape(scales.shape).contiguous()
