@@ -6,6 +6,7 @@ matrix descriptor), and share no code with the emulator.
 
 import numpy as np
 
+from tests.emulator.ptx_emulator.numerics import E4M3, to_e4m3
 from tests.emulator.ptx_emulator.snippet import run_snippet
 
 U32 = np.uint32
@@ -47,6 +48,16 @@ def bf16(values: np.ndarray) -> np.ndarray:
     bits = values.astype(np.float32).view(U32)
     assert not (bits & 0xFFFF).any()
     return (bits >> 16).astype(np.uint16)
+
+
+def e4m3(values: np.ndarray) -> np.ndarray:
+    """Bits of values that E4M3 holds exactly."""
+    bits = to_e4m3(values)
+    assert np.array_equal(E4M3[bits], values, equal_nan=True)
+    return bits
+
+
+ENCODE = {"bf16": bf16, "f16": lambda x: x.astype(np.float16).view(np.uint16), "e4m3": e4m3}
 
 
 def descriptor_bits(leading: int, stride: int) -> int:
@@ -96,12 +107,15 @@ def run_wgmma(
     mode="eager",
     seed=0,
     signs=(1, 1),
+    repeats=1,
 ):
-    """D = A Bᵀ (+ C) by one instruction; a (64, 16), b (n, 16), c (64, n) or None, as float32."""
-    n = len(b)
-    encode = bf16 if kind == "bf16" else lambda x: x.astype(np.float16).view(np.uint16)
-    a_bits, b_bits = encode(a), encode(b)
-    a_image, a_leading, a_stride = k_major_image(a_bits.view(np.uint8), swizzle)
+    """D = A Bᵀ (+ C) by one instruction, or C + A Bᵀ + A Bᵀ ... by `repeats` of them in one group.
+
+    a (64, k), b (n, k), c (64, n) or None, as float32; k is 16, and 32 of e4m3."""
+    n, k = b.shape
+    a_bits, b_bits = ENCODE[kind](a), ENCODE[kind](b)
+    a_bytes = a_bits.view(np.uint8)
+    a_image, a_leading, a_stride = k_major_image(a_bytes, swizzle)
     if b_rows:
         b_image, b_leading, b_stride = row_major_image(b_bits)
     else:
@@ -114,22 +128,27 @@ def run_wgmma(
     accumulators = [f"%r{100 + i}" for i in range(n // 2)]
     # Thread t of warp w: rows 16 w + t / 4 and + 8, columns 8 j + 2 (t % 4) and + 1.
     fragments = np.zeros((128, n // 2), np.float32)
-    a_fragments = np.zeros((128, 4, 2), np.uint16)
+    a_fragments = np.zeros((128, 4, 4), np.uint8)
     where = np.zeros((128, n // 2, 2), int)
     for thread in range(128):
         row, column = thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2
         for i in range(n // 2):
             where[thread, i] = row + 8 * (i // 2 % 2), i // 4 * 8 + column + i % 2
         for i in range(4):
-            r, k = row + 8 * (i % 2), column + 8 * (i // 2)
-            a_fragments[thread, i] = a_bits[r, k : k + 2]
+            first = 2 * column + 16 * (i // 2)
+            a_fragments[thread, i] = a_bytes[row + 8 * (i % 2), first : first + 4]
     if c is not None:
         fragments[:] = c[where[..., 0], where[..., 1]]
     loads = "\n".join(f"ld.global.b32 {r}, [%rd10+{4 * i}];" for i, r in enumerate(accumulators))
     stores = "\n".join(f"st.global.b32 [%rd10+{4 * i}], {r};" for i, r in enumerate(accumulators))
     a_operand = "{%r20, %r21, %r22, %r23}" if registers else "%rd3"
     signs_text = f"{signs[0]}, {signs[1]}"
-    transposes = f"{int(b_rows)}" if registers else f"0, {int(b_rows)}"
+    if kind != "e4m3":
+        signs_text += f", {int(b_rows)}" if registers else f", 0, {int(b_rows)}"
+    multiply = f"""
+        wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{kind}.{kind} {{{", ".join(accumulators)}}},
+            {a_operand}, %rd4, %p2, {signs_text};
+    """
     run_snippet(
         FILL.format(bytes=len(image))
         + descriptor("%rd3", 0, descriptor_bits(a_leading, a_stride) | layout)
@@ -141,8 +160,7 @@ def run_wgmma(
         ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd11];
         setp.ne.u32 %p2, {int(c is not None)}, 0;
         wgmma.fence.sync.aligned;
-        wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{", ".join(accumulators)}}},
-            {a_operand}, %rd4, %p2, {signs_text}, {transposes};
+        {multiply * repeats}
         wgmma.commit_group.sync.aligned;
         wgmma.wait_group.sync.aligned 0;
         {stores}

@@ -46,6 +46,16 @@ def test_wgmma_swizzles(swizzle, kind, mode, seed):
     assert np.array_equal(d, a @ b.T)
 
 
+@pytest.mark.parametrize("swizzle", list(WGMMA_LAYOUT))
+@pytest.mark.parametrize("registers", [False, True], ids=["shared-A", "register-A"])
+@pytest.mark.parametrize("n", [8, 144])
+def test_wgmma_of_8_bits(n, swizzle, registers):
+    rng = np.random.default_rng(n)
+    a, b, c = _small(rng, 64, 32), _small(rng, n, 32), _small(rng, 64, n)
+    d = run_wgmma(a, b, c, swizzle=swizzle, kind="e4m3", registers=registers, repeats=2)
+    assert np.array_equal(d, 2 * a @ b.T + c)
+
+
 @pytest.mark.parametrize("n", [64, 128])
 def test_wgmma_with_b_contiguous_along_n(n):
     rng = np.random.default_rng(2)
