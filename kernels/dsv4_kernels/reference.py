@@ -182,15 +182,28 @@ def mxfp4_dequantize(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.T
     return values.masked_fill((block_scales == 255)[..., None], torch.nan).flatten(-2)
 
 
-def _unit_weights(codes: torch.Tensor, block_scales: torch.Tensor) -> tuple[torch.Tensor, float]:
+def _unit_weights(
+    codes: torch.Tensor, block_scales: torch.Tensor, fp8: bool
+) -> tuple[torch.Tensor, float]:
     """(rows, K) float32, without the global scale, and a power of two that products with them are
-    multiplied by: MXFP4's are over their largest scale, so that none overflows."""
+    multiplied by: MXFP4's are over their largest scale, so that none overflows.
+
+    fp8: rounded to E4M3, NVFP4's at an eighth of their size and MXFP4's with the largest scale as
+    64, of which scales down to a 2^-14th are exact.
+    """
     if block_scales.dtype != torch.uint8:
-        return nvfp4_dequantize(codes, block_scales, 1.0), 1.0
+        unit = nvfp4_dequantize(codes, block_scales, 1.0)
+        return (_rounded_to_e4m3(unit / 8) * 8 if fp8 else unit), 1.0
     largest = int(block_scales.max())
     blocks = unpack_e2m1(codes).unflatten(-1, (-1, MXFP4_BLOCK))
     scales = torch.exp2(block_scales.double() - largest).float()
-    return (blocks * scales[..., None]).flatten(-2), 2.0 ** (largest - 127)
+    unit = (blocks * scales[..., None]).flatten(-2)
+    return (_rounded_to_e4m3(unit * 64) / 64 if fp8 else unit), 2.0 ** (largest - 127)
+
+
+def _rounded_to_e4m3(values: torch.Tensor) -> torch.Tensor:
+    """To nearest even, float32; none is over 448."""
+    return values.to(torch.float8_e4m3fn).float()
 
 
 def nvfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -240,6 +253,38 @@ def nvfp4_quantize(
     return QuantizedRows(packed, block_scales, global_scale.float()), saturated.sum()
 
 
+def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
+    """The least power of two at which amax is at most 448; 1 where amax is 0.
+
+    amax counts as 3.4e38 at most, and the scale is 2^-100 at least. E4M3 is a floating-point
+    format: a scale between powers of two would make no rounding smaller.
+    """
+    mantissa, exponent = torch.frexp(amax.double().clamp(max=3.4e38) / E4M3_MAX)
+    exponent = exponent - (mantissa == 0.5).int()
+    scale = torch.ldexp(torch.ones_like(mantissa), exponent).clamp(min=2.0**-100).float()
+    return torch.where(amax > 0, scale, 1.0)
+
+
+def fp8_quantize(
+    x: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """E4M3 of every row of x (rows, K) float8_e4m3fn, the rows' scales (rows,) float32, and the
+    number of saturated values.
+
+    scale (1,) float32, a power of two, or None for each row's own, `fp8_scale` of its amax. Codes
+    are x / scale to nearest even. A value is saturated where that would be more than 448, and
+    becomes a signed 448, an infinity too; NaN stays NaN and counts as 0 for the scale.
+    """
+    x = x.float()
+    if scale is None:
+        scale = fp8_scale(x.nan_to_num(0.0, torch.inf, -torch.inf).abs().amax(1))
+    scale = scale.float().expand(len(x))
+    quotient = x / scale[:, None]
+    saturated = quotient.abs() > 464  # the tie between 448 and the next step goes to 448
+    codes = quotient.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes, scale, saturated.sum()
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit), fp32."""
     if limit is not None:
@@ -266,17 +311,18 @@ def fc1(
     expert: int,
     slot_weights: torch.Tensor,
     limit: float | None,
+    fp8: bool = False,
 ) -> torch.Tensor:
     """One expert's first GEMM with SwiGLU and routing weight: (rows, hidden) -> (rows, inter)."""
-    unit, power = _unit_weights(weights.w13[expert], weights.w13_block_scales[expert])
+    unit, power = _unit_weights(weights.w13[expert], weights.w13_block_scales[expert], fp8)
     gate, up = (x @ unit.T * power).chunk(2, dim=1)
     gate_scale, up_scale = weights.w13_global_scales[expert].unbind()
     return swiglu(gate * gate_scale, up * up_scale, limit) * slot_weights[:, None]
 
 
-def fc2(h: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tensor:
+def fc2(h: torch.Tensor, weights: ExpertWeights, expert: int, fp8: bool = False) -> torch.Tensor:
     """One expert's second GEMM: (rows, inter) -> (rows, hidden)."""
-    unit, power = _unit_weights(weights.w2[expert], weights.w2_block_scales[expert])
+    unit, power = _unit_weights(weights.w2[expert], weights.w2_block_scales[expert], fp8)
     return (h @ unit.T) * power * weights.w2_global_scales[expert]
 
 
@@ -288,6 +334,7 @@ def moe(
     expert_map: torch.Tensor | None = None,
     limit: float | None = None,
     activation_scales: ActivationScales | None = None,
+    fp8: bool = False,
     saturated: torch.Tensor | None = None,
     amax: ActivationAmax | None = None,
 ) -> torch.Tensor:
@@ -298,7 +345,12 @@ def moe(
     routing weight multiplies the activation before W2. That product is rounded once, to NVFP4 or
     bf16, but to bf16 and then NVFP4 where each row has its own scale. W2's rows are bf16, summed
     in fp32. `amax` grows in place by what both GEMMs' inputs are before they are rounded.
+
+    With fp8 both GEMMs' inputs, and the weights, are E4M3 (W4A8): x with a scale a row, and W2's
+    input with activation_scales.fc2 of its expert or, where there are none, with a scale a row. The
+    routing weight then multiplies W2's sums, and `saturated` grows by values.
     """
+    assert not fp8 or activation_scales is None or activation_scales.fc1 is None
     layout = expert_layout(routing.ids, weights.num_local_experts, expert_map, tile=1)
     rows = torch.zeros(
         len(layout.row_to_slot),
@@ -308,6 +360,12 @@ def moe(
     )
 
     def round_input(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if fp8:
+            x = x.bfloat16() if scale is None else x
+            values, row_scales, overflow = fp8_quantize(x, scale)
+            if saturated is not None:
+                saturated.add_(overflow)
+            return values.float() * row_scales[:, None]
         if activation_scales is None:
             return x.bfloat16().float()
         # A row's own scale is known when the row is: until then it is kept in bf16.
@@ -330,9 +388,14 @@ def moe(
                 fc2_scale = activation_scales.fc2[expert : expert + 1]
         tokens = hidden_states[slots // routing.ids.shape[1]]
         x = round_input(tokens, fc1_scale)
-        h = fc1(x, weights, expert, routing.weights.flatten()[slots], limit)
+        slot_weights = routing.weights.flatten()[slots]
+        before, after = slot_weights, None
+        if fp8:
+            before, after = torch.ones_like(slot_weights), slot_weights[:, None]
+        h = fc1(x, weights, expert, before, limit, fp8)
         if amax is not None:
             amax.fc1[0] = torch.maximum(amax.fc1[0], tokens.float().abs().amax())
             amax.fc2[expert] = torch.maximum(amax.fc2[expert], h.float().abs().amax())
-        rows[start : start + count] = fc2(round_input(h, fc2_scale), weights, expert).bfloat16()
+        y = fc2(round_input(h, fc2_scale), weights, expert, fp8)
+        rows[start : start + count] = (y if after is None else y * after).bfloat16()
     return combine(rows, layout.slot_to_row).to(hidden_states.dtype)

@@ -1,4 +1,4 @@
-"""The order of weights and rows for FP8 WGMMA on sm90 (`dsv4_kernels.sm90.e4m3`), in plain torch."""
+"""The order of weights and rows for FP8 WGMMA on sm90 (see `sm90.e4m3`), in plain torch."""
 
 import torch
 
@@ -34,6 +34,7 @@ def codes_in_order(codes: torch.Tensor) -> torch.Tensor:
 
 def scales_in_order(scales: torch.Tensor, scale_block: int) -> torch.Tensor:
     """(R, K // scale_block) uint8 indices of the table -> the same bytes, reordered."""
-    # (row block, warp, row half, row, k block, block) -> (row block, k block, warp, row, block, half)
+    # (row block, warp, row half, row, k block, block)
     fields = scales.view(len(scales) // 64, 4, 2, 8, -1, 64 // scale_block)
+    # -> (row block, k block, warp, row, block, row half)
     return fields.permute(0, 4, 1, 3, 5, 2).reshape(scales.shape).contiguous()

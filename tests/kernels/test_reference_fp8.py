@@ -1,0 +1,147 @@
+"""The oracle's W4A8: E4M3 rows by their definition, and the layer token by token."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from dsv4_kernels import reference
+from dsv4_kernels.types import ActivationScales, ExpertWeights, Routing
+
+from tests.kernels.test_reference import E4M3, bf16, e2m1, e4m3, make_rows, nearest
+
+
+def own_scale(row: list[float]) -> float:
+    """The least power of two under which no number of the row is over 448."""
+    amax = max((abs(v) for v in row if not math.isnan(v)), default=0.0)
+    if amax == 0:
+        return 1.0
+    scale = 2.0**-100
+    while min(amax, 3.4e38) > 448 * scale:
+        scale *= 2
+    return scale
+
+
+def code_of(value: float, scale: float) -> float:
+    """What E4M3 holds of the quotient, to nearest even, at most 448."""
+    if math.isnan(value):
+        return value
+    magnitude = min(abs(value) / scale, 448.0)
+    return math.copysign(E4M3[nearest(magnitude, E4M3)], value)
+
+
+@pytest.mark.parametrize("scale", [None, 0.25, 2.0**-20], ids=["row", "0.25", "2^-20"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "all-zero-block", "negative-zero", "subnormal-values", "inf-and-nan"]
+    + ["too-large", "scale-ties"]
+)  # fmt: skip
+def test_fp8_is_the_format(kind, scale):
+    x = make_rows(kind)
+    given = None if scale is None else torch.tensor([scale])
+    codes, scales, saturated = reference.fp8_quantize(x, given)
+    overflows = 0
+    for row, ours, used in zip(x.tolist(), codes.float().tolist(), scales.tolist(), strict=True):
+        assert used == (own_scale(row) if scale is None else scale)
+        want = [code_of(v, used) for v in row]
+        np.testing.assert_array_equal(np.array(ours), np.array(want))
+        assert [math.copysign(1, v) for v in ours] == [math.copysign(1, v) for v in want]
+        overflows += sum(abs(v) / used > 464 for v in row)
+    assert saturated == overflows
+    if scale is None and kind != "inf-and-nan":
+        assert saturated == 0
+
+
+def test_a_row_s_own_scale_puts_its_largest_between_224_and_448():
+    amax = torch.cat((torch.logspace(-25, 38, 1000), 448 * torch.exp2(torch.arange(-90, 100.0))))
+    quotient = amax / reference.fp8_scale(amax)
+    assert ((quotient > 224) & (quotient <= 448)).all()
+
+
+def literal_layer(x, routing, weights, limit, fc2_scales) -> np.ndarray:
+    """Sums in float64."""
+    inter, mxfp4 = weights.intermediate, weights.w13_block_scales.dtype == torch.uint8
+
+    def matrix(codes, scales, factor) -> np.ndarray:
+        """Rounded to E4M3: NVFP4's an eighth of its size, MXFP4's is exact."""
+        width = 32 if mxfp4 else 16
+        values = np.zeros((len(codes), 2 * codes.shape[1]))
+        for r, row in enumerate(codes.tolist()):
+            for k in range(values.shape[1]):
+                code = e2m1(row[k // 2] >> 4 * (k % 2) & 15)
+                byte = int(scales.view(torch.uint8)[r, k // width])
+                if mxfp4:
+                    values[r, k] = code * 2.0 ** (byte - 127)
+                else:
+                    values[r, k] = 8 * code_of(code * e4m3(byte), 8.0)
+        return values * factor
+
+    out = np.zeros(tuple(x.shape))
+    for token, row in enumerate(x.double().tolist()):
+        scale = own_scale(row)
+        quantised = np.array([code_of(v, scale) * scale for v in row])
+        for slot, e in enumerate(routing.ids[token].tolist()):
+            w13, scales = weights.w13[e], weights.w13_block_scales[e]
+            gate_gs, up_gs = weights.w13_global_scales[e].tolist()
+            gate = matrix(w13[:inter], scales[:inter], gate_gs) @ quantised
+            up = matrix(w13[inter:], scales[inter:], up_gs) @ quantised
+            if limit is not None:
+                gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+            h = gate / (1 + np.exp(-gate)) * up
+            if fc2_scales is None:
+                h = np.array([bf16(v) for v in h])
+                scale = own_scale(h.tolist())
+            else:
+                scale = float(fc2_scales[e])
+            h = np.array([code_of(v, scale) * scale for v in h])
+            w2 = matrix(
+                weights.w2[e], weights.w2_block_scales[e], float(weights.w2_global_scales[e])
+            )
+            y = w2 @ h * float(routing.weights[token, slot])
+            out[token] += [bf16(v) for v in y]
+    return out
+
+
+@pytest.mark.parametrize("weight_format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("limit", [None, 0.5], ids=["no-limit", "limit-0.5"])
+def test_the_layer_is_the_formula(limit, weight_format):
+    """Tolerance as of W4A4: one E4M3 step of one of 64 inputs, or one bf16 step of one summand."""
+    generator = torch.Generator().manual_seed(11)
+
+    def uniform(low: float, high: float, *size: int) -> torch.Tensor:
+        return torch.empty(size).uniform_(low, high, generator=generator)
+
+    def codes(*size: int) -> torch.Tensor:
+        return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+
+    def scales(rows: int, k: int) -> torch.Tensor:
+        if weight_format == "nvfp4":
+            return uniform(0.01, 2, experts, rows, k // 16).to(torch.float8_e4m3fn)
+        return 113 + codes(experts, rows, k // 32) % 15
+
+    experts, inter, hidden = 3, 32, 64
+    weights = ExpertWeights(
+        codes(experts, 2 * inter, hidden // 2),
+        scales(2 * inter, hidden),
+        uniform(0.02, 0.4, experts, 2),
+        codes(experts, hidden, inter // 2),
+        scales(hidden, inter),
+        uniform(0.02, 0.4, experts),
+    )
+    ids = torch.tensor([[1, 2], [0, 1], [2, 2]])
+    routing = Routing(uniform(0.1, 1, *ids.shape), ids)
+    x = torch.randn(len(ids), hidden, generator=generator).bfloat16()
+    fc2 = None if limit is None else torch.tensor([2.0**-10, 2.0**-9, 2.0**-10])
+    expected = literal_layer(x, routing, weights, limit, fc2)
+    saturated = torch.zeros(1, dtype=torch.int64)
+    actual = reference.moe(
+        x,
+        routing,
+        weights,
+        limit=limit,
+        activation_scales=ActivationScales(None, fc2),
+        fp8=True,
+        saturated=saturated,
+    )
+    assert saturated == 0
+    error = np.abs(actual.double().numpy() - expected).max() / np.abs(expected).max()
+    assert error < 2.0**-6, error
