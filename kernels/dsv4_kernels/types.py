@@ -53,6 +53,14 @@ class QuantizedRows(NamedTuple):
     global_scales: torch.Tensor  # (rows,), (num_local_experts,) or (1,) float32
 
 
+class Fp8Rows(NamedTuple):
+    """E4M3 rows: value = code * the row's scale. Of each 64 columns the 16 words of four are a
+    transposed 4 x 4 matrix: column 16 q + 4 j + c is at 16 j + 4 q + c."""
+
+    codes: torch.Tensor  # (rows, K) float8_e4m3fn
+    scales: torch.Tensor  # (rows,) float32
+
+
 class ExpertWeights(NamedTuple):
     """The routed experts that this rank owns, as the checkpoint has them (or a kernel's shuffle).
 

@@ -16,10 +16,11 @@ from dsv4_kernels.route.gate_route import gate_route
 from dsv4_kernels.route.router_topk import router_topk
 from dsv4_kernels.rows.combine import combine
 from dsv4_kernels.rows.expert_layout import expert_layout
+from dsv4_kernels.rows.fp8_quantize import fp8_quantize
 from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
 from dsv4_kernels.rows.place_rows import place_rows
 from dsv4_kernels.sm90.weights import prepare_weights
-from dsv4_kernels.types import ExpertWeights, ImageBias
+from dsv4_kernels.types import ExpertWeights, Fp8Rows, ImageBias
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
@@ -88,6 +89,9 @@ def launch_everything() -> None:
     for num_tokens in (1, 8192):
         combine(rows, layout.slot_to_row[:num_tokens])
         place_rows(x[:num_tokens], layout.slot_to_row[:num_tokens], out=rows)
+    fp8_rows = Fp8Rows(rows.to(torch.float8_e4m3fn), torch.zeros(len(rows)))
+    fp8_quantize(x, layout.slot_to_row, saturated=saturated, out=fp8_rows)
+    fp8_quantize(rows, live=layout.row_to_slot, saturated=saturated, out=fp8_rows)
     for block, dtype in ((16, torch.float8_e4m3fn), (32, torch.uint8)):
         prepare_weights(zero_weights(block, dtype), torch.zeros(1))
 

@@ -1,0 +1,130 @@
+"""E4M3: bf16 rows -> codes and a scale a row, in the rows of a layout and FP8 WGMMA's columns.
+
+    scale = the least power of two with max|row| <= 448 * scale
+    code  = e4m3(x / scale)        to nearest even
+
+A program reads one token's row, quantises it once, and writes it to the row of each local slot;
+tokens without one are not read. Of each 64 columns the 16 words of four codes are transposed as a
+4 x 4 matrix (`Fp8Rows`), which gives a thread of WGMMA whole blocks of the weights' scales
+(`sm90.e4m3`). Values and scales are bit-equal to `reference.fp8_quantize`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
+from dsv4_kernels.types import Fp8Rows
+
+
+@triton.jit
+def _e4m3(x, INTERPRETED: tl.constexpr):
+    """float32 of at most 448 -> E4M3, to nearest even, as int8: the interpreter's cast does not
+    round so."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # Below 2^-6 in steps of 2^-9, the last bit of a float32 of 2^14.
+        steps = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) & 0xF
+        normal = ((magnitude + 0x7FFFF + (magnitude >> 20 & 1)) >> 20) - (120 << 3)
+        code = tl.where(magnitude < (121 << 23), steps, normal)
+        return (code | (bits >> 24 & 0x80)).to(tl.int8)
+    else:
+        return x.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    slot_to_row_ptr,
+    live_ptr,
+    codes_ptr,
+    scales_ptr,
+    saturated_ptr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    launch_pdl: tl.constexpr,
+):
+    wait_for_inputs(launch_pdl)
+    token = tl.program_id(0).to(tl.int64)
+    rows = ()
+    last = tl.full([], -1, tl.int64)
+    for slot in tl.static_range(TOP_K):
+        row = token
+        if slot_to_row_ptr is not None:
+            row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
+        elif live_ptr is not None:
+            row = tl.where(tl.load(live_ptr + token) >= 0, token, -1)
+        rows = rows + (row,)
+        last = tl.maximum(last, row)
+    if last >= 0:
+        column = tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + token * K + column, mask=column < K, other=0.0).to(tl.float32)
+        amax = tl.max(tl.where(x == x, tl.abs(x), 0.0), axis=0)
+        bits = tl.minimum(amax, 3.4e38).to(tl.int32, bitcast=True)
+        # 448 is 1.75 * 2^8: the exponent rises by one where the mantissa is over 1.75.
+        exponent = tl.maximum(((bits + 0x1FFFFF) >> 23) - 8, 127 - 100)
+        exponent = tl.where(bits > 0, exponent, 127)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        bounded = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)
+        codes = _e4m3(bounded, INTERPRETED)
+        codes = tl.where(x == x, codes, 0x7F)
+        codes = tl.permute(tl.reshape(codes, (BLOCK // 64, 4, 4, 4)), (0, 2, 1, 3))
+        codes = tl.reshape(codes, (BLOCK,))
+        num_rows = 0
+        for slot in tl.static_range(TOP_K):
+            if rows[slot] >= 0:
+                tl.store(codes_ptr + rows[slot] * K + column, codes, mask=column < K)
+                tl.store(scales_ptr + rows[slot], scale)
+                num_rows += 1
+        if saturated_ptr is not None:
+            infinite = tl.sum((tl.abs(x) == float("inf")).to(tl.int32), axis=0)
+            if infinite > 0:
+                tl.atomic_add(saturated_ptr, (infinite * num_rows).to(tl.int64))
+
+
+def fp8_quantize(
+    x: torch.Tensor,
+    slot_to_row: torch.Tensor | None = None,
+    *,
+    live: torch.Tensor | None = None,
+    saturated: torch.Tensor | None = None,
+    out: Fp8Rows,
+) -> Fp8Rows:
+    """E4M3 of every row of x; returns out.
+
+    x (num_tokens, K) bf16, contiguous, K a multiple of 64. With slot_to_row (num_tokens, top_k)
+    int32, token t goes to every row slot_to_row[t, j] >= 0, and rows that no slot has are left as
+    they are; without, row i goes to row i, unless live (num_tokens,) int32 is negative there:
+    row_to_slot as live quantises rows that are in their place and skips the padding. saturated, a
+    (1,) int64, grows by the infinities of written rows, which become a signed 448; NaN stays NaN.
+    """
+    num_tokens, K = x.shape
+    assert x.dtype == torch.bfloat16 and x.is_contiguous(), (x.dtype, x.stride())
+    assert K % 64 == 0, f"K {K} is not a multiple of 64"
+    assert out.codes.dtype == torch.float8_e4m3fn and out.codes.is_contiguous(), out.codes.dtype
+    assert out.codes.shape == (*out.scales.shape, K), (out.codes.shape, out.scales.shape, K)
+    assert slot_to_row is None or (live is None and len(slot_to_row) == num_tokens)
+    assert slot_to_row is not None or len(out.codes) == num_tokens, (out.codes.shape, num_tokens)
+    assert live is None or live.shape == (num_tokens,), (live.shape, num_tokens)
+    if num_tokens == 0:
+        return out
+    block = triton.next_power_of_2(K)
+    _quantize_kernel[(num_tokens,)](
+        x,
+        slot_to_row,
+        live,
+        out.codes.view(torch.int8),
+        out.scales,
+        saturated,
+        K=K,
+        TOP_K=1 if slot_to_row is None else slot_to_row.shape[1],
+        BLOCK=block,
+        INTERPRETED=x.device.type == "cpu",
+        launch_pdl=supports_pdl(x),
+        num_warps=min(8, max(1, block // 256)),
+    )
+    return out
