@@ -34,6 +34,17 @@ def _e4m3(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _row_of(slot_to_row_ptr, live_ptr, token, slot, TOP_K: tl.constexpr):
+    """Where a token's slot goes, int64; -1 for nowhere."""
+    row = token
+    if slot_to_row_ptr is not None:
+        row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
+    elif live_ptr is not None:
+        row = tl.where(tl.load(live_ptr + token) >= 0, token, -1)
+    return row
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr,
     slot_to_row_ptr,
@@ -52,12 +63,8 @@ def _quantize_kernel(
     rows = ()
     last = tl.full([], -1, tl.int64)
     for slot in tl.static_range(TOP_K):
-        row = token
-        if slot_to_row_ptr is not None:
-            row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
-        elif live_ptr is not None:
-            row = tl.where(tl.load(live_ptr + token) >= 0, token, -1)
-        rows = rows + (row,)
+        row = _row_of(slot_to_row_ptr, live_ptr, token, slot, TOP_K)
+        rows = rows + (row,)  # type: ignore[assignment]
         last = tl.maximum(last, row)
     if last >= 0:
         column = tl.arange(0, BLOCK)
