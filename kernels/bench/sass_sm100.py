@@ -16,9 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv4_kernels.sm100.gemm import example_arguments
 from dsv4_kernels.sm100.heuristic import all_gemms
-from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100
+from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100, example_arguments
 from dsv4_kernels.sm100.spec import TMEM_COLUMNS, Gemm
 from dsv4_kernels.types import MoeShape
 

@@ -47,10 +47,11 @@ class GpuFolder(Protocol):
     def prepare_weights(self, weights: ExpertWeights, rounding: torch.Tensor) -> ExpertWeights:
         """Checkpoint layout -> this GPU's, in place, once, at load. rounding is MoeLayer's."""
 
-    # gemm
+    # compile
     def kernels(self, shape: MoeShape, arch: str) -> list[Kernel]:
         """What `compile_layer` finds in the kernel cache, or compiles; needs no GPU."""
 
+    # gemm
     def compile_layer(self, shape: MoeShape, device: torch.device) -> None:
         """All that serving would otherwise compile or allocate; called at load."""
 
@@ -80,7 +81,8 @@ class GpuFolder(Protocol):
 MODULES = {
     "heuristic": ("unsupported_reason", "padded_intermediate", "tile", "places_rows"),
     "weights": ("prepare_weights",),
-    "gemm": ("kernels", "compile_layer", "fc1", "fc2"),
+    "compile": ("kernels",),
+    "gemm": ("compile_layer", "fc1", "fc2"),
 }
 
 

@@ -83,12 +83,13 @@ class CompileProcesses:
 
 
 def _environment(environ: Mapping[str, str], arch: str) -> dict[str, str]:
-    """Of a process that finds this very package, compiles for the arch, and sees no GPU."""
+    """Of a process that finds this very package, compiles for the arch, and sees no GPU; NumPy,
+    which CuTe DSL imports, starts no threads there."""
     given = environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [str(Path(__file__).parents[1]), *filter(os.path.isabs, given)]
     ours = {name: value for name, value in environ.items() if not name.startswith("CUTE_DSL_")}
     ours |= {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-    return ours | {"CUTE_DSL_ARCH": arch}
+    return ours | {"CUTE_DSL_ARCH": arch, "OPENBLAS_NUM_THREADS": "1"}
 
 
 def fill(folder: TrustedFolder, kernels: Sequence[Kernel]) -> None:

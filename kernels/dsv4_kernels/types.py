@@ -5,12 +5,15 @@ group is padded to a whole number of row tiles. How many rows exist is known on 
 so every buffer has a fixed capacity, and offsets say which part of it is alive.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 NVFP4_BLOCK = 16
 MXFP4_BLOCK = 32

@@ -5,8 +5,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from dsv4_kernels.sm100 import gemm as sm100
-from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100
+from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100, example_arguments
 from dsv4_kernels.sm100.spec import Gemm
 
 from tests.emulator.ptx_emulator.host import EmulatedFunction, Statistics, emulate
@@ -19,8 +18,7 @@ PRODUCED = (
 
 @functools.cache
 def emulated(gemm: Gemm) -> EmulatedFunction:
-    arguments = sm100.example_arguments(gemm)
-    return emulate(Dsv4GroupedGemmSm100(gemm), *arguments, arch="sm_100a")
+    return emulate(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), arch="sm_100a")
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from dsv4_kernels.sm90 import gemm as sm90
+from dsv4_kernels.sm90.arguments import example_arguments
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90, Gemm
 
 from tests.emulator.ptx_emulator.host import EmulatedFunction, Statistics, emulate
@@ -20,8 +21,7 @@ PRODUCED = {
 
 @functools.cache
 def emulated(gemm: Gemm, kernel: type = Dsv4GroupedGemmSm90) -> EmulatedFunction:
-    arguments = sm90.example_arguments(gemm)
-    return emulate(kernel(gemm), *arguments, arch="sm_90a")
+    return emulate(kernel(gemm), *example_arguments(gemm), arch="sm_90a")
 
 
 @dataclass

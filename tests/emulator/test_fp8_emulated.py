@@ -7,6 +7,7 @@ import pytest
 import torch
 from dsv4_kernels.reference import unpack_e2m1
 from dsv4_kernels.sm90 import gemm as sm90
+from dsv4_kernels.sm90.arguments import example_arguments
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm, Sm90Config
 from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK
@@ -77,7 +78,7 @@ def expected(problem: Problem, expert: int, block: int, count: int) -> torch.Ten
 
 @functools.cache
 def compiled(gemm: Gemm) -> EmulatedFunction:
-    return emulate(Dsv4GroupedGemmSm90(gemm), *sm90.example_arguments(gemm), arch="sm_90a")
+    return emulate(Dsv4GroupedGemmSm90(gemm), *example_arguments(gemm), arch="sm_90a")
 
 
 def run(gemm: Gemm, problem: Problem, counts: tuple[int, ...], mode: str) -> torch.Tensor:

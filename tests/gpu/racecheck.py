@@ -10,7 +10,7 @@ serves, and what racecheck reports is a race.
 """
 
 from cutlass import Boolean, Int32, cute
-from dsv4_kernels.sm90.gemm import example_arguments
+from dsv4_kernels.sm90.arguments import example_arguments
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm
 

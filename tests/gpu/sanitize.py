@@ -39,6 +39,7 @@ from dsv4_kernels.route.gate_route import gate_route
 from dsv4_kernels.route.router_topk import router_topk
 from dsv4_kernels.rows.expert_layout import expert_layout
 from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
+from dsv4_kernels.sm90 import compile as sm90_compile
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.heuristic import choose_config
 from dsv4_kernels.sm90.spec import LayerConfig
@@ -119,7 +120,7 @@ def gemm_of(case: Case) -> sm90.Gemm:
 
 def kernels() -> dict[str, list[Kernel]]:
     """By folder: everything that `run` launches."""
-    of_layer = sm90.kernels(LAYER, ARCH)
+    of_layer = sm90_compile.kernels(LAYER, ARCH)
     followed = [*map(gemm_of, cases())]
     return {
         SERVED: [*of_layer, *(Kernel(sm90.compile_now, gemm, ARCH) for gemm in followed)],

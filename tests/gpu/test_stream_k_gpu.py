@@ -20,6 +20,7 @@ from dsv4_kernels import moe
 from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90 import ptx
+from dsv4_kernels.sm90.arguments import example_arguments
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm
 from dsv4_kernels.types import MoeLayer
@@ -41,7 +42,7 @@ class SpinLimit(Dsv4GroupedGemmSm90):
 @functools.cache
 def compile_with_limit(gemm: Gemm, arch: str = "sm_90a"):
     options = f"--gpu-arch={arch}"
-    return cute.compile(SpinLimit(gemm), *sm90.example_arguments(gemm), options=options)
+    return cute.compile(SpinLimit(gemm), *example_arguments(gemm), options=options)
 
 
 @pytest.fixture(scope="module", params=["served", "spin-limit"])

@@ -7,17 +7,18 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from cutlass import cute
 from dsv4_kernels import compile_processes, compiled
 from dsv4_kernels.backends import SM90, SM100
 from dsv4_kernels.compile_processes import CompileProcesses, fill
 from dsv4_kernels.compiled import Kernel, KernelCache, key_of, object_of
-from dsv4_kernels.sm90 import gemm as sm90
-from dsv4_kernels.sm100 import gemm as sm100
 from dsv4_kernels.trusted_folder import TrustedFolder
 from dsv4_kernels.types import MoeShape
 
@@ -336,8 +337,25 @@ def test_processes_see_no_gpu_and_no_options_of_the_compiler():
     given = {"CUTE_DSL_ARCH": "sm_100a", "CUTE_DSL_KEEP_PTX": "1", "HOME": "/home/x"}
     found = compile_processes._environment(given, "sm_90a")
     path = found.pop("PYTHONPATH")
+    assert found.pop("OPENBLAS_NUM_THREADS") == "1"
     assert found == {"CUTE_DSL_ARCH": "sm_90a", "CUDA_VISIBLE_DEVICES": "", "HOME": "/home/x"}
     assert path == str(PACKAGE.parent)
+
+
+@pytest.mark.parametrize("gpu", ["sm90", "sm100"])
+def test_nothing_heavy_is_loaded_to_name_kernels_and_no_torch_to_compile(gpu):
+    """Seconds of every process that compiles, and of the server before it starts them."""
+    code = f"""
+import sys
+from dsv4_kernels.types import MoeShape
+from dsv4_kernels.{gpu}.compile import kernels
+assert kernels(MoeShape(8, 8, 2, 256, 256, 64, {gpu == "sm100"}), "sm_90a")
+assert not {{"cutlass", "torch", "triton", "numpy"}} & {{*sys.modules}}, sys.modules
+import dsv4_kernels.{gpu}.kernel
+assert not {{"torch", "triton"}} & {{*sys.modules}}
+"""
+    env = compile_processes._environment(os.environ, "sm_90a")
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 def test_a_process_that_cannot_start_is_a_failure(folder, tmp_path, monkeypatch):
@@ -390,7 +408,6 @@ def test_a_real_object_is_used_instead_of_the_compiler(folder, monkeypatch):
     shape = MoeShape(8, 4, 2, 256, 128, 1, True)
     kernel = SM100.kernels(shape, "sm_100a")[0]
     assert CompileProcesses([kernel], folder, 1, os.environ).wait() == []
-    for op in (sm90, sm100):
-        monkeypatch.setattr(op.cute, "compile", lambda *a, **k: pytest.fail("it compiled"))
+    monkeypatch.setattr(cute, "compile", lambda *a, **k: pytest.fail("it compiled"))
     with using(KernelCache([folder], pytest.fail)):
         assert callable(compiled.compiled(kernel))

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 from bench.sass_sm100 import cuda_tool
 from dsv4_kernels.sm90 import gemm as sm90
+from dsv4_kernels.sm90.arguments import example_arguments
 from dsv4_kernels.sm90.kernel import SMEM_BYTES, Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import MOST_PARTIALS
 from dsv4_kernels.types import MoeShape
@@ -68,7 +69,7 @@ def resources(gemm: sm90.Gemm, folder) -> dict[str, int]:
     import cutlass.cute as cute
 
     options = f"--gpu-arch=sm_90a --keep-ptx --dump-dir={folder}"
-    arguments = sm90.example_arguments(gemm)
+    arguments = example_arguments(gemm)
     compiled = cute.compile(Dsv4GroupedGemmSm90(gemm), *arguments, options=options)
     (folder / "kernel.ptx").write_text(compiled.__ptx__)
     command = [cuda_tool("ptxas"), "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]

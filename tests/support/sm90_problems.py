@@ -13,6 +13,7 @@ from dsv4_kernels import reference
 from dsv4_kernels.backends import SM90
 from dsv4_kernels.padding import padded_weights
 from dsv4_kernels.sm90 import gemm as sm90
+from dsv4_kernels.sm90 import heuristic
 from dsv4_kernels.types import MXFP4_BLOCK, ExpertLayout, ExpertWeights, MoeLayer, MoeShape
 
 from tests.support.sm90_shuffle import shuffled, shuffled_mxfp4
@@ -210,6 +211,6 @@ def digest(inputs: Inputs) -> str:
 
 def use_choice(choose_config: Callable) -> None:
     """Have the host functions choose configs so, instead of by the heuristic."""
-    sm90.choose_config = choose_config
+    heuristic.choose_config = choose_config
     sm90.gemms.cache_clear()
     sm90.all_gemms.cache_clear()

@@ -15,12 +15,12 @@ import math
 
 import cuda.bindings.driver as cuda
 import torch
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, cute
-from cutlass.cute.runtime import make_ptr
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8
 
 from dsv4_kernels.compiled import Kernel, arch_of, compiled
+from dsv4_kernels.sm100.compile import compile_now
 from dsv4_kernels.sm100.heuristic import all_gemms
-from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100
+from dsv4_kernels.sm100.kernel import pointer
 from dsv4_kernels.sm100.spec import CONFIGS, Gemm
 from dsv4_kernels.types import ExpertLayout, MoeLayer, MoeShape, QuantizedRows
 
@@ -34,38 +34,10 @@ _DTYPES = {
 }
 
 
-def example_arguments(gemm: Gemm) -> tuple:
-    """What `cute.compile` is given for a specialisation: types and alignments."""
-    quantize, fc1 = gemm.quantize, gemm.op == "fc1"
-    dtypes = (
-        *(Uint8, Uint8, Float32, Uint8, Uint8, Float32, None, Int32, Int32, Int32),
-        *((Uint8, Uint8, Float32) if quantize else (BFloat16, None, None)),
-        *((Int32, Float32) if fc1 else (None, None)),
-        Int64 if quantize else None,
-    )
-    pointers = [None if dtype is None else _pointer(dtype, 1 << 20) for dtype in dtypes]
-    pointers[6] = Int32(gemm.config.tile)  # rows
-    return (*pointers, Float32(math.inf), Int32(1), cuda.CUstream(0))
-
-
-def _pointer(dtype, address: int):
-    align = {Int32: 4, Float32: 4, Int64: 8}.get(dtype, 16)
-    return make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
-
-
 @functools.cache
 def compile_gemm(gemm: Gemm, arch: str = "sm_100a"):
     """The specialisation's launcher, from the kernel cache or compiled; needs no GPU."""
     return compiled(Kernel(compile_now, gemm, arch))
-
-
-def compile_now(gemm: Gemm, options: str):
-    return cute.compile(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), options=options)
-
-
-def kernels(shape: MoeShape, arch: str) -> list[Kernel]:
-    """All that `compile_layer` needs compiled."""
-    return [Kernel(compile_now, gemm, arch) for gemm in all_gemms(shape)]
 
 
 def compile_layer(shape: MoeShape, device: torch.device) -> None:
@@ -86,7 +58,7 @@ def launch(gemm: Gemm, arguments: tuple, limit: float | None) -> None:
     """Run a specialisation on torch tensors, in the order of the kernel's `__call__`."""
     device = arguments[0].device
     pointers = [
-        _pointer(_DTYPES[a.dtype], a.data_ptr()) if isinstance(a, torch.Tensor) else a
+        pointer(_DTYPES[a.dtype], a.data_ptr()) if isinstance(a, torch.Tensor) else a
         for a in arguments
     ]
     num_sms, arch = _device(device)

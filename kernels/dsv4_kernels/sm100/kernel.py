@@ -23,10 +23,13 @@ K block b is byte 512 * ((r // 128) * (K / 64) + b // 4) + 16 * (r % 32) + 4 * (
 + b % 4 (PTX ISA, "Scale factor B/A layout in tensor memory", .scale_vec::4X).
 """
 
+import math
+
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.nvgpu import cpasync, tcgen05
+from cutlass.cute.runtime import make_ptr
 
 from dsv4_kernels.sm100 import ptx as ptx
 from dsv4_kernels.sm100.arguments import (
@@ -772,3 +775,22 @@ class Dsv4GroupedGemmSm100:
     def _bounded(self, pair, bound):
         values = [cute.arch.fmax(cute.arch.fmin(x, bound), -bound) for x in ptx.unpack(pair)]
         return ptx.pack(values[0], values[1])
+
+
+def example_arguments(gemm: Gemm) -> tuple:
+    """What `cute.compile` is given for a specialisation: types and alignments."""
+    quantize, fc1 = gemm.quantize, gemm.op == "fc1"
+    dtypes = (
+        *(Uint8, Uint8, Float32, Uint8, Uint8, Float32, None, Int32, Int32, Int32),
+        *((Uint8, Uint8, Float32) if quantize else (BFloat16, None, None)),
+        *((Int32, Float32) if fc1 else (None, None)),
+        Int64 if quantize else None,
+    )
+    pointers = [None if dtype is None else pointer(dtype, 1 << 20) for dtype in dtypes]
+    pointers[6] = Int32(gemm.config.tile)  # rows
+    return (*pointers, Float32(math.inf), Int32(1), cuda.CUstream(0))
+
+
+def pointer(dtype, address: int) -> cute.Pointer:
+    align = {Int32: 4, Float32: 4, Int64: 8}.get(dtype, 16)
+    return make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)

@@ -17,14 +17,14 @@ import math
 
 import torch
 from cuda.bindings import driver
-from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Uint8, cute
-from cutlass.cute.runtime import make_ptr
+from cutlass import BFloat16, Float32, Int32, Uint8
 
 from dsv4_kernels.compiled import Kernel, compiled
-from dsv4_kernels.sm90.heuristic import choose_config, padded_intermediate
-from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
+from dsv4_kernels.sm90.arguments import pointer
+from dsv4_kernels.sm90.compile import compile_now
+from dsv4_kernels.sm90.heuristic import all_gemms, gemms
 from dsv4_kernels.sm90.spec import FLAGS, MOST_PARTIALS, Gemm
-from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertLayout, MoeLayer, MoeShape
+from dsv4_kernels.types import ExpertLayout, MoeLayer, MoeShape
 
 H200_SMS = 132  # multiprocessors of an H200 or H100 (SXM): what is meant where there is no GPU
 _DTYPES = {
@@ -36,62 +36,10 @@ _DTYPES = {
 }
 
 
-@functools.lru_cache(maxsize=4096)
-def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
-    """(fc1, fc2) of a layer at a number of tokens."""
-    gather, fc1, fc2 = choose_config(shape, num_tokens)
-    experts, hidden = shape.num_local_experts, shape.hidden
-    inter, _ = padded_intermediate(shape.intermediate)
-    block = MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
-    return (
-        Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1, block),
-        Gemm("fc2", experts, hidden, inter, shape.top_k, False, fc2, block),
-    )
-
-
-@functools.cache
-def all_gemms(shape: MoeShape) -> list[Gemm]:
-    """Every specialisation that calls of up to shape.max_num_tokens need."""
-    found = {}
-    for num_tokens in range(1, shape.max_num_tokens + 1):
-        found |= dict.fromkeys(gemms(shape, num_tokens))
-    return list(found)
-
-
-def example_arguments(gemm: Gemm) -> tuple:
-    """What `cute.compile` is given for a specialisation: types and alignments."""
-    fp8 = gemm.activations == "fp8"
-    x_type = Float8E4M3FN if fp8 else BFloat16
-    return (
-        *(_pointer(dtype, 1 << 20) for dtype in (Uint8, Uint8, Float32, x_type, BFloat16)),
-        *(_pointer(dtype, 1 << 20) for dtype in (Int32, Int32, Int32, Float32, Float32, Int32)),
-        Float32(math.inf),
-        Int32(1),
-        Int32(1),
-        driver.CUstream(0),
-        *((_pointer(Float32, 1 << 20),) if fp8 else ()),
-    )
-
-
-def _pointer(dtype, address: int):
-    align = 4 if dtype in (Int32, Float32) else 16
-    return make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
-
-
 @functools.cache
 def compile_gemm(gemm: Gemm, arch: str = "sm_90a"):
     """The specialisation's launcher, from the kernel cache or compiled; needs no GPU."""
     return compiled(Kernel(compile_now, gemm, arch))
-
-
-def compile_now(gemm: Gemm, options: str):
-    return cute.compile(Dsv4GroupedGemmSm90(gemm), *example_arguments(gemm), options=options)
-
-
-def kernels(shape: MoeShape, arch: str) -> list[Kernel]:
-    """All that `compile_layer` needs compiled; what takes longest first."""
-    slowest_first = sorted(all_gemms(shape), key=lambda gemm: -sum(gemm.config.tile_n))
-    return [Kernel(compile_now, gemm, arch) for gemm in slowest_first]
 
 
 def compile_layer(shape: MoeShape, device: torch.device) -> None:
@@ -126,7 +74,7 @@ def launch(gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -
     """Run a specialisation on torch tensors, in the order of the kernel's `__call__`."""
     device = tensors[0].device
     assert gemm.config.tile_m * gemm.config.tile_n[-1] <= MOST_PARTIALS, gemm.config
-    pointers = (_pointer(_DTYPES[t.dtype], t.data_ptr()) for t in (*tensors, *_fix_up(device)))
+    pointers = (pointer(_DTYPES[t.dtype], t.data_ptr()) for t in (*tensors, *_fix_up(device)))
     stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
     limit = math.inf if limit is None else limit
     num_rows = Int32(len(tensors[3]))

@@ -3,8 +3,8 @@
 import functools
 import math
 
-from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
-from dsv4_kernels.types import MoeShape, rows_per_expert
+from dsv4_kernels.sm90.spec import Gemm, LayerConfig, Sm90Config
+from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, MoeShape, rows_per_expert
 
 FEW_ROWS = 14  # of an expert: up to here, the smallest tiles
 
@@ -91,3 +91,25 @@ def _even_parts(rows: float, limit: int) -> tuple[int, int]:
 def _tile_k(k: int, most: int) -> int:
     blocks = -(-k // 64)
     return next(64 * n for n in (4, 3, 2, 1) if 64 * n <= most and blocks % n == 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
+    """(fc1, fc2) of a layer at a number of tokens."""
+    gather, fc1, fc2 = choose_config(shape, num_tokens)
+    experts, hidden = shape.num_local_experts, shape.hidden
+    inter, _ = padded_intermediate(shape.intermediate)
+    block = MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
+    return (
+        Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1, block),
+        Gemm("fc2", experts, hidden, inter, shape.top_k, False, fc2, block),
+    )
+
+
+@functools.cache
+def all_gemms(shape: MoeShape) -> list[Gemm]:
+    """Every specialisation that calls of up to shape.max_num_tokens need."""
+    found: dict[Gemm, None] = {}
+    for num_tokens in range(1, shape.max_num_tokens + 1):
+        found |= dict.fromkeys(gemms(shape, num_tokens))
+    return list(found)
