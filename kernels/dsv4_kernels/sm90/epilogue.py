@@ -77,6 +77,9 @@ class Sm90Epilogue(Sm90Schedule):
         self.m = gemm.m
         self.m_out = gemm.m // 2 if self.fc1 else gemm.m
         self.m_blocks_tile = config.m_blocks * config.warpgroups  # of 64 rows, in a CTA's tile
+        # How many units' partial sums are in flight; where that is one for every size of tile,
+        # tiles of all sizes share an epilogue, and a kernel compiles in half the time.
+        self.depends_on_n = self._units_in_flight(self.tile_n_min) > 1
         # Two global scales, then a routing weight (fp8: a scale) a row; fc2: one global scale.
         self.factors = 2 + (-(-self.tile_n_max // 32) * 32 if self.fc1 else 0)
 
@@ -113,9 +116,13 @@ class Sm90Epilogue(Sm90Schedule):
         elif lane == 0:
             factors.store((sources.global_scales + expert).load() * self.unscale)
 
+    def _units_in_flight(self, n: int) -> int:
+        return max(1, PARTIALS_IN_FLIGHT // (n // 2 * self.config.m_blocks))
+
     @cute.jit
     def _epilogue(
         self,
+        n_least: cutlass.Constexpr,
         n: cutlass.Constexpr,
         acc: list,
         out: cute.Pointer,
@@ -126,7 +133,8 @@ class Sm90Epilogue(Sm90Schedule):
         tile: Int32,
         tables: Tables,
     ):
-        """Of the CTA's tile number `tile`: spill the accumulators, or fix up and store."""
+        """Of the CTA's tile number `tile`: spill the accumulators, or fix up and store. A tile has
+        accumulators of n_least rows, or more if it has more rows, up to n."""
         tile = ptx.opaque(tile)
         descriptor = cute.make_rmem_tensor((4,), Int32)
         cute.autovec_copy(self._descriptor(work, tile % DESCRIPTORS), descriptor)
@@ -137,13 +145,14 @@ class Sm90Epilogue(Sm90Schedule):
             descriptor[3],
         )
         if row_start < 0:
-            self._spill(n, acc, fix_up)
+            self._spill(n_least, n, acc, rows, fix_up)
         else:
             if k_stages < self.k_stages:
-                self._add_partials(n, acc, fix_up, k_stages, tables)
+                self._add_partials(n_least, n, acc, rows, fix_up, k_stages, tables)
             warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
             cute.arch.mbarrier_wait(work.factors_full + tile % DESCRIPTORS, tile // DESCRIPTORS % 2)
             self._store(
+                n_least,
                 n,
                 acc,
                 out,
@@ -179,25 +188,39 @@ class Sm90Epilogue(Sm90Schedule):
                     ptx.trap()
 
     @cute.jit
-    def _spill(self, n: cutlass.Constexpr, acc: list, fix_up: FixUp):
+    def _spill(
+        self,
+        n_least: cutlass.Constexpr,
+        n: cutlass.Constexpr,
+        acc: list,
+        rows: Int32,
+        fix_up: FixUp,
+    ):
         """Partial sums of a tile that another unit began -> workspace. The elected lane sets the
         warp's flag with release at GPU scope, after the warp's stores."""
         cta, _, _ = cute.arch.block_idx()
         for mb in cutlass.range_constexpr(self.config.m_blocks):
             target = self._partial(fix_up, cta, mb)
             for i in cutlass.range_constexpr(0, n // 2, 4):
-                ptx.store_partial(
-                    target + i * 128, acc[mb][i], acc[mb][i + 1], acc[mb][i + 2], acc[mb][i + 3]
-                )
+                if self._has_rows(2 * i, n_least, rows):
+                    ptx.store_partial(
+                        target + i * 128, acc[mb][i], acc[mb][i + 1], acc[mb][i + 2], acc[mb][i + 3]
+                    )
         cute.arch.sync_warp()
         if cute.arch.lane_idx() == 0:
             ptx.set_flag(self._flag(fix_up, cta), Int32(1))
 
+    def _has_rows(self, first: int, n_least: int, rows: Int32):
+        """Whether a tile has accumulators of row `first`, a multiple of 8: known or at run time."""
+        return first < n_least or rows > first
+
     @cute.jit
     def _add_partials(
         self,
+        n_least: cutlass.Constexpr,
         n: cutlass.Constexpr,
         acc: list,
+        rows: Int32,
         fix_up: FixUp,
         k_first: Int32,
         tables: Tables,
@@ -226,7 +249,7 @@ class Sm90Epilogue(Sm90Schedule):
             cute.arch.sync_warp()
             found = cute.arch.popc(cute.arch.vote_ballot_sync(is_part))
             parts += found
-        units_in_flight = max(1, PARTIALS_IN_FLIGHT // (n // 2 * self.config.m_blocks))
+        units_in_flight = self._units_in_flight(n)
         quads = [
             (g, mb, i)
             for g in range(units_in_flight)
@@ -237,15 +260,16 @@ class Sm90Epilogue(Sm90Schedule):
         while first < parts:
             for start in cutlass.range_constexpr(0, len(quads), PARTIALS_IN_FLIGHT // 4):
                 batch = quads[start : start + PARTIALS_IN_FLIGHT // 4]
-                sums = []
-                for g, mb, i in batch:
-                    after = 1 + cutlass.min(first + g, parts - 1)
-                    source = self._partial(fix_up, cta - after * self.cluster, mb)
-                    sums.append(ptx.load_partial(source + i * 128))
-                for (g, mb, i), values in zip(batch, sums, strict=True):
-                    other = unit + 1 + first + g
-                    ends, begins = self._cut(other + 1, tables), self._cut(other, tables)
-                    self._add(acc[mb], i, values, first + g < parts and ends > begins)
+                if self._has_rows(min(2 * i for _, _, i in batch), n_least, rows):
+                    sums = []
+                    for g, mb, i in batch:
+                        after = 1 + cutlass.min(first + g, parts - 1)
+                        source = self._partial(fix_up, cta - after * self.cluster, mb)
+                        sums.append(ptx.load_partial(source + i * 128))
+                    for (g, mb, i), values in zip(batch, sums, strict=True):
+                        other = unit + 1 + first + g
+                        ends, begins = self._cut(other + 1, tables), self._cut(other, tables)
+                        self._add(acc[mb], i, values, first + g < parts and ends > begins)
             first += units_in_flight
 
     @cute.jit
@@ -258,6 +282,7 @@ class Sm90Epilogue(Sm90Schedule):
     @cute.jit
     def _store(
         self,
+        n_least: cutlass.Constexpr,
         n: cutlass.Constexpr,
         acc: list,
         out: cute.Pointer,
@@ -278,6 +303,8 @@ class Sm90Epilogue(Sm90Schedule):
         scale_g = factors.load()
         scalars = (scale_g, (factors + 1).load(), limit) if self.fc1 else ()
         lane = cute.arch.lane_idx()
+        if cutlass.const_expr(not self.depends_on_n):
+            lane = ptx.opaque(lane)  # addresses hoisted out of the loop over tiles would spill
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         columns = 8 if self.fc1 else 16
         row = lane if self.fc1 else lane // 2  # of a buffer, that this lane stores
@@ -294,27 +321,28 @@ class Sm90Epilogue(Sm90Schedule):
             if m_block < self.m // 64:
                 to = out + (Int64(row_start + row) * self.m_out + column)
                 for first in cutlass.range_constexpr(0, n, 8 * groups):
-                    words = []
-                    for j in cutlass.range_constexpr(groups):
-                        # Past the last group: the last again, never stored.
-                        group = min(first // 8 + j, n // 8 - 1)
-                        i = group * 4
-                        if cutlass.const_expr(self.fc1):
-                            word = ptx.activate(
-                                acc[mb], i, group * 8, scalars, factors + 2, lane, self.fp8
+                    if self._has_rows(first, n_least, rows):
+                        words = []
+                        for j in cutlass.range_constexpr(groups):
+                            # Past the last group: the last again, never stored.
+                            group = min(first // 8 + j, n // 8 - 1)
+                            i = group * 4
+                            if cutlass.const_expr(self.fc1):
+                                word = ptx.activate(
+                                    acc[mb], i, group * 8, scalars, factors + 2, lane, self.fp8
+                                )
+                                words.append(word)
+                            else:
+                                for c in cutlass.range_constexpr(0, 4, 2):
+                                    a, b = acc[mb][i + c] * scale_g, acc[mb][i + c + 1] * scale_g
+                                    words.append(ptx.pack_bf16(a, b))
+                        buffer = first // (8 * groups) % 2 * STAGING_BYTES
+                        ptx.store_transposed(target + buffer, words)
+                        cute.arch.sync_warp()
+                        if first + row < rows:
+                            cute.autovec_copy(
+                                self._chunk(source + buffer), self._chunk(to + first * self.m_out)
                             )
-                            words.append(word)
-                        else:
-                            for c in cutlass.range_constexpr(0, 4, 2):
-                                a, b = acc[mb][i + c] * scale_g, acc[mb][i + c + 1] * scale_g
-                                words.append(ptx.pack_bf16(a, b))
-                    buffer = first // (8 * groups) % 2 * STAGING_BYTES
-                    ptx.store_transposed(target + buffer, words)
-                    cute.arch.sync_warp()
-                    if first + row < rows:
-                        cute.autovec_copy(
-                            self._chunk(source + buffer), self._chunk(to + first * self.m_out)
-                        )
 
     def _staged(self, row, chunk):
         """Offset of a row's 16 bytes in a buffer, swizzled against bank conflicts."""

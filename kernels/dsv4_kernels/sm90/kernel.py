@@ -571,7 +571,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         tables: Tables,
     ):
         """Consumer warpgroups: main loop and epilogue of every tile. N is chosen per tile among the
-        instances of `tile_n`, unrolled here."""
+        instances of the main loop for `tile_n`, unrolled here; all leave their sums in the same
+        registers for one epilogue, unless that `depends_on_n`."""
         config = self.config
         whole, first, end = self._share(tables)
         left = whole + end - first
@@ -584,15 +585,29 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             cute.autovec_copy(self._descriptor(work, tile % DESCRIPTORS), descriptor)
             rows, k_stages = descriptor[0], descriptor[1]
             left -= k_stages
+            shared = self._sums(self.tile_n_max)
             for v in cutlass.range_constexpr(len(config.tile_n)):
                 n = config.tile_n[v]
                 above = config.tile_n[v - 1] if v > 0 else 0
                 if rows > above and rows <= n:
-                    acc, stage, phase = self._multiply(n, k_stages, pipeline, stage, phase)
-                    self._epilogue(n, acc, out, fix_up, limit, work, s_staging, tile, tables)
+                    sums = self._sums(n) if self.depends_on_n else shared
+                    stage, phase = self._multiply(n, sums, k_stages, pipeline, stage, phase)
+                    if cutlass.const_expr(self.depends_on_n):
+                        self._epilogue(
+                            n, n, sums, out, fix_up, limit, work, s_staging, tile, tables
+                        )
+            if cutlass.const_expr(not self.depends_on_n):
+                least, most = self.tile_n_min, self.tile_n_max
+                self._epilogue(
+                    least, most, shared, out, fix_up, limit, work, s_staging, tile, tables
+                )
             cute.arch.sync_warp()  # the next tile's epilogue reuses the staging buffers
             cute.arch.mbarrier_arrive(work.empty + tile % DESCRIPTORS)
             tile += 1
+
+    def _sums(self, n: int) -> list:
+        """Registers of a thread for its accumulators of n rows, by 64-row block of weights."""
+        return [cute.make_rmem_tensor((n // 2,), Float32) for _ in range(self.config.m_blocks)]
 
     def _arrivals(self) -> int:
         """Of a warp on an empty barrier: one from each CTA of the cluster."""
@@ -619,13 +634,14 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
     def _multiply(
         self,
         n: cutlass.Constexpr,
+        sums: list,
         k_stages: Int32,
         pipeline: Pipeline,
         stage: Int32,
         phase: Int32,
     ):
-        """Main loop over k_stages of a tile, the first already waited for -> (accumulators, one a
-        64-row block; stage; phase).
+        """Main loop over k_stages of a tile, the first already waited for; accumulates in the first
+        n / 2 of each of sums -> (stage, phase).
 
         Each 64 x 64 block of weights is a few WGMMA groups of `_steps`: a group is widened into one
         register fragment while the WGMMAs in flight read the other, and the next block's codes load
@@ -643,7 +659,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         groups = 64 // self.step_k // steps
         shape_w = mma.partition_shape_A((64, self.step_k * steps))
         frag_w = [mma.make_fragment_A(shape_w) for _ in range(2)]
-        acc = [mma.make_fragment_C(mma.partition_shape_C((64, n))) for _ in range(config.m_blocks)]
+        layout = mma.make_fragment_C(mma.partition_shape_C((64, n))).layout
+        acc = [cute.make_tensor(part.iterator, layout) for part in sums]
         for mb in cutlass.range_constexpr(config.m_blocks):
             acc[mb].fill(0.0)
         weights = self._thread_weights(thread, pipeline)
@@ -697,7 +714,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             previous = current
         warpgroup.wait_group(0)
         self._give_back(pipeline.empty + previous, lane, Boolean(True))
-        return acc, stage, phase
+        return stage, phase
 
     def _mma(self, n: int):
         """WGMMA with A, the weights, from registers."""
