@@ -1,11 +1,12 @@
 """MXFP4 experts in vLLM's layers: what was stored is loaded, on every rank, and loaded again."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from dsv4_kernels import reference
+from dsv4_kernels import backends, reference
 
 from tests.support import loading
 from tests.support.plain_moe import PlainMoe
@@ -142,6 +143,33 @@ def test_weights_that_are_loaded_again_replace_the_first_in_place(checkpoint, tm
     x, weights, ids = tokens
     expected = PlainMoe(other, 0).routed(x, ids, weights.double()).float()
     assert relative_error(experts.forward_modular(*tokens), expected) <= TOLERANCE
+
+
+def test_padded_weights_are_what_is_moved_and_loaded_again(
+    checkpoint, tmp_path, tokens, monkeypatch
+):
+    """By a backend whose tiles are of 96, where the checkpoint has 64."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+    padding = replace(backends.REFERENCE, padded_intermediate=lambda size: (96, 96))
+    monkeypatch.setitem(backends.BACKENDS, "reference", padding)
+    config = loading.engine_config(checkpoint, {"formats": "mxfp4"})
+    model = loading.load_model(config)
+    experts = model.model.layers[0].ffn.experts.routed_experts
+    before = {name: (p.data_ptr(), p.shape) for name, p in experts.named_parameters()}
+    assert experts.w13_weight.shape == (12, 2 * 96, 32) and experts.w2_weight.shape == (12, 64, 48)
+    runs = experts.quant_method.moe_kernel.fused_experts.layer
+    assert {part.data_ptr() for part in runs.weights} <= {at for at, _ in before.values()}
+    assert all(weight.is_contiguous() for weight in experts.get_expert_weights())
+    other = write_tiny_checkpoint(tmp_path / "other", TinyConfig(**vars(CONFIG) | {"seed": 7}))
+    x, weights, ids = tokens
+    for path in (checkpoint, other):
+        with set_current_vllm_config(config):
+            reload_weights(config, model, None, str(path), True)
+        assert {n: (p.data_ptr(), p.shape) for n, p in experts.named_parameters()} == before
+        expected = PlainMoe(path, 0).routed(x, ids, weights.double()).float()
+        assert relative_error(experts.forward_modular(*tokens), expected) <= TOLERANCE
 
 
 def test_activations_are_bf16_whatever_is_set_for_nvfp4(vllm_config):

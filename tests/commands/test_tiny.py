@@ -1,6 +1,9 @@
 """The tiny checkpoint: its files hold what the layout says, its values what they should mean."""
 
+import dataclasses
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,15 @@ from vllm_dsv4_moe.checkpoint_layout import ModelSizes, checkpoint_tensors
 from vllm_dsv4_moe.commands import tiny
 from vllm_dsv4_moe.commands.cli import main
 from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
-from vllm_dsv4_moe.commands.tiny_config import MIN_VOCAB, TinyConfig
+from vllm_dsv4_moe.commands.tiny_config import (
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_ID,
+    MIN_VOCAB,
+    V41_DEFAULTS,
+    TinyConfig,
+    linear_names,
+)
+from vllm_dsv4_moe.commands.v41_layout import v41_tensors
 
 SMALL = TinyConfig(hidden=128, intermediate=128, experts=8, layers=4, mtp=1)
 
@@ -30,15 +41,54 @@ def test_files_hold_every_tensor_of_the_layout(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     expected = dict(checkpoint_tensors(ModelSizes.from_config(config)))
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    assert stored(checkpoint) == {name: tuple(spec) for name, spec in expected.items()}
+    assert index["metadata"]["total_size"] == sum(spec.num_bytes for spec in expected.values())
+
+
+def stored(checkpoint: Path) -> dict[str, tuple]:
+    """(dtype, shape) of every tensor, which is in the file that the index names."""
+    weight_map = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     found = {}
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(file, "pt") as shard:
             for name in shard.keys():
                 tensor = shard.get_slice(name)
                 found[name] = (tensor.get_dtype(), tuple(tensor.get_shape()))
-                assert index["weight_map"][name] == file.name
-    assert found == {name: tuple(spec) for name, spec in expected.items()}
-    assert index["metadata"]["total_size"] == sum(spec.num_bytes for spec in expected.values())
+                assert weight_map[name] == file.name
+    return found
+
+
+V41 = TinyConfig(**vars(SMALL) | {"model": "v41", "mtp": 0} | V41_DEFAULTS)
+
+
+@pytest.mark.parametrize("linear", ["bf16", "fp8"])
+def test_a_v41_holds_every_tensor_of_the_layout(linear, tmp_path):
+    config = dataclasses.replace(V41, linear=linear, expert_format="mxfp4", intermediate=96)
+    checkpoint = write_tiny_checkpoint(tmp_path / "v41", config)
+    content = json.loads((checkpoint / "config.json").read_text())
+    expected = dict(v41_tensors(content, linear_names(config)))
+    assert stored(checkpoint) == {name: tuple(spec) for name, spec in expected.items()}
+    scale = expected.get("layers.1.attn.indexer.wq_b.scale")
+    assert (scale and scale.shape) == ((32 * 128 // 32, 256 // 32) if linear == "fp8" else None)
+    names = {".".join(name.split(".")[2:]) for name in expected if name.startswith("layers.1.")}
+    assert {"ffn.gate.bias_vl", "attn.compressor.wgate.weight", "attn.indexer.wk.weight"} <= names
+    text = content["text_config"]
+    assert text["compress_ratios"] == [0, 2, 2, 1] and text["kv_source_layer_ids"] == [1, 3]
+    assert "layers.3.attn.compressor.wgate.weight" not in expected, "of ratio 1 nothing is pooled"
+    # vLLM's names, which its V4.1 does not translate.
+    ignored = content["quantization_config"].get("ignored_layers", [])
+    names = ("attn.fused_wqa_wkv", "attn.indexer.wq_b", "ffn.shared_experts.gate_up_proj")
+    for name in names:
+        assert (f"language_model.model.layers.1.{name}" in ignored) == (linear == "bf16")
+
+
+def test_a_v41_s_tokenizer_has_its_image_token(tmp_path):
+    from transformers import AutoTokenizer
+
+    tiny._write_tokenizer(tmp_path, V41)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) == IMAGE_TOKEN_ID
+    assert tokenizer(f"a{IMAGE_TOKEN}b", add_special_tokens=False).input_ids[1] == IMAGE_TOKEN_ID
 
 
 def test_experts_dequantise_to_a_unit_gain_matrix(checkpoint):
@@ -95,7 +145,8 @@ def test_e2m1_is_nearest_with_ties_to_the_even_code():
 @pytest.mark.parametrize(
     ("quantise", "block", "shape", "error"),
     [
-        pytest.param(tiny._fp8, 128, (200, 300), 0.04, id="fp8-ragged"),
+        pytest.param(partial(tiny._fp8, block=128), 128, (200, 300), 0.04, id="fp8-ragged"),
+        pytest.param(partial(tiny._fp8, block=32), 32, (72, 96), 0.04, id="fp8-v41"),
         pytest.param(tiny._mxfp4, 32, (48, 96), 0.2, id="mxfp4"),
     ],
 )
@@ -148,6 +199,12 @@ def test_tokenizer_gives_the_text_back(checkpoint):
         pytest.param({"vocab": 100}, f"needs {MIN_VOCAB}", id="vocab"),
         pytest.param({"linear": "int8"}, "must be bf16 or fp8", id="linear"),
         pytest.param({"layers": 0}, "layers 0 must be positive", id="layers"),
+        pytest.param({"model": "v5"}, "must be v4 or v41", id="model"),
+        pytest.param({"model": "v41"}, "vocab 512 is too small: V4.1's image", id="v41-vocab"),
+        pytest.param(
+            {"model": "v41", "vocab": 129_280}, "hash_layers must be 0", id="v41-hash-layers"
+        ),
+        pytest.param(vars(V41) | {"mtp": 1}, "mtp must be 0", id="v41-mtp"),
     ],
 )
 def test_refuses_what_v4_cannot_have(change, words):
@@ -166,5 +223,10 @@ def test_command_writes_and_refuses_a_folder_with_files(tmp_path, capsys):
     config = json.loads((tmp_path / "mxfp4/config.json").read_text())
     assert config["n_routed_experts"] == 7
     assert "moe_quant_algo" not in config["quantization_config"]
+    v41 = [str(tmp_path / "v41"), "--model", "v41", "--hidden", "64", "--intermediate", "32"]
+    assert main(["tiny", *v41, "--layers", "1"]) == 0
+    config = json.loads((tmp_path / "v41/config.json").read_text())
+    assert config["model_type"] == "deepseek_v41"
+    assert config["text_config"]["vocab_size"] == 129_280
     assert main(["tiny", str(out), *sizes]) == 2
     assert "is not an empty folder" in capsys.readouterr().err

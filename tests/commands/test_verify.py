@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dsv4_kernels import reference
 from safetensors.torch import load_file, save_file
 
 from vllm_dsv4_moe.commands import verify
 from vllm_dsv4_moe.commands.cli import main
 from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
-from vllm_dsv4_moe.commands.tiny_config import TinyConfig
+from vllm_dsv4_moe.commands.tiny_config import V41_DEFAULTS, TinyConfig
 from vllm_dsv4_moe.safetensors_files import read_checkpoint
 
 CONFIG = TinyConfig(layers=3, hash_layers=1, hidden=128, intermediate=64, experts=8, heads=4, mtp=1)
@@ -141,6 +142,23 @@ def test_a_router_that_prefers_other_experts_is_found(original, router, monkeypa
     wrong = [line for line in capsys.readouterr().out.splitlines() if "NOT OK" in line]
     assert all(router in line and "prefers other experts" in line for line in wrong)
     assert len(wrong) == (1 if router == "hash" else 2)
+
+
+def test_image_tokens_of_v41_go_by_their_own_bias(tmp_path, monkeypatch, capsys):
+    sizes = {"layers": 1, "mtp": 0, "model": "v41", "expert_format": "mxfp4"}
+    config = dataclasses.replace(CONFIG, **sizes, **V41_DEFAULTS)
+    checkpoint = write_tiny_checkpoint(tmp_path / "v41", config)
+    assert main(["verify", str(checkpoint)]) == 0
+    assert "layers.0 (dense, MXFP4)" in capsys.readouterr().out
+    right = reference.router_topk
+
+    def router_topk(*args, image_bias, **options):
+        assert image_bias is not None
+        return right(*args, **options)
+
+    monkeypatch.setattr(reference, "router_topk", router_topk)
+    assert main(["verify", str(checkpoint)]) == 1
+    assert "the router prefers other experts" in capsys.readouterr().out
 
 
 def test_mxfp4_is_vllms_where_no_kernel_runs_it(original, monkeypatch):

@@ -18,7 +18,8 @@ from tests.support import loading
 from tests.support.serve_probe import fused_and_kept
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
 
-CONFIG = TinyConfig(layers=2, hash_layers=1, hidden=128, intermediate=64, experts=12, heads=4)
+# 48 is padded on either GPU.
+CONFIG = TinyConfig(layers=2, hash_layers=1, hidden=128, intermediate=48, experts=12, heads=4)
 GPUS = {
     "sm100": ((10, 0), sm100, sm100_emulation.Emulation),
     "sm90": ((9, 0), sm90, sm90_emulation.Emulation),

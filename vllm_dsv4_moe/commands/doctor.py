@@ -253,7 +253,7 @@ def check_settings(environ: Mapping[str, str]) -> Iterator[Check]:
 def check_backends(
     capability: tuple[int, int] | None, environ: Mapping[str, str]
 ) -> Iterator[Check]:
-    """Which backend would run V4-Flash's layer, all experts on one GPU, and why not the others."""
+    """Which backend would run V4-Flash's layer and V4.1-Flash's at TP8, and why not the others."""
     from dsv4_kernels.backends import AUTO, BACKENDS, choose_backend
     from dsv4_kernels.types import MoeShape
 
@@ -268,8 +268,9 @@ def check_backends(
         return
 
     def choose(name: str) -> str:
-        shape = MoeShape(256, 256, 6, 4096, 2048, 8192, quantized)
-        chosen = choose_backend(name, shape, capability).name
+        for sizes in ((256, 256, 6, 4096, 2048), (384, 384, 6, 5120, 288)):
+            shape = MoeShape(*sizes, 8192, quantized)
+            chosen = choose_backend(name, shape, capability).name
         check_device(chosen, capability, is_eager=True)
         return chosen
 
@@ -282,9 +283,9 @@ def check_backends(
         try:
             choose(name)
         except (ValueError, ImportError) as error:
-            yield Check(name, "note", f"would not run V4-Flash here: {error}")
+            yield Check(name, "note", f"would not run V4 and V4.1 here: {error}")
         else:
-            yield Check(name, "ok", "would run V4-Flash here")
+            yield Check(name, "ok", "would run V4 and V4.1 here")
     try:
         chosen = choose(settings.backend)
     except (ValueError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""A small random DeepSeek-V4 checkpoint with NVFP4 or MXFP4 experts: for tests and the demo.
+"""A small random DeepSeek-V4 or V4.1 checkpoint, its experts in NVFP4 or MXFP4, for tests and demo.
 
 Names, dtypes, quantisation_config and tokenizer are those of a published copy; only the sizes are
 small and the values random. It loads in vLLM like any other checkpoint.
@@ -21,7 +21,17 @@ from vllm_dsv4_moe.checkpoint_layout import (
     TensorSpec,
     checkpoint_tensors,
 )
-from vllm_dsv4_moe.commands.tiny_config import SPECIAL_TOKENS, TinyConfig, tiny_config_json
+from vllm_dsv4_moe.commands.tiny_config import (
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_ID,
+    SPECIAL_TOKENS,
+    V41_DEFAULTS,
+    TinyConfig,
+    linear_names,
+    tiny_config_json,
+)
+from vllm_dsv4_moe.commands.v41_layout import FP8_BLOCK as V41_FP8_BLOCK
+from vllm_dsv4_moe.commands.v41_layout import v41_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -54,13 +64,16 @@ def write_tiny_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     config_json = tiny_config_json(config)
     sizes = ModelSizes.from_config(config_json)
-    shards = _shards(checkpoint_tensors(sizes))
+    tensors_of = checkpoint_tensors(sizes)
+    if sizes.is_v41:
+        tensors_of = v41_tensors(config_json, linear_names(config))
+    shards = _shards(tensors_of)
     weight_map: dict[str, str] = {}
     total = 0
     for number, specs in enumerate(shards.values(), start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         generator = torch.Generator(device).manual_seed(config.seed * 100_003 + number)
-        filled = _fill(specs, generator, sizes.num_experts)
+        filled = _fill(specs, generator, sizes)
         tensors = {key: value.cpu() for key, value in filled.items()}
         save_file(tensors, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
@@ -87,7 +100,7 @@ def _shards(named: Iterable[tuple[str, TensorSpec]]) -> dict[str, dict[str, Tens
 
 
 def _fill(
-    specs: dict[str, TensorSpec], generator: "torch.Generator", num_experts: int
+    specs: dict[str, TensorSpec], generator: "torch.Generator", sizes: ModelSizes
 ) -> dict[str, "torch.Tensor"]:
     """Random values for every tensor named, quantised ones from their own bf16 matrix."""
     import torch
@@ -100,10 +113,11 @@ def _fill(
         if spec.dtype in ("U8", "I8"):
             tensors |= _expert(specs, module.rpartition(".")[0], generator)
         elif spec.dtype == "F8_E4M3":
-            weight, scale = _fp8(_matrix(spec.shape, generator))
+            block = V41_FP8_BLOCK if sizes.is_v41 else FP8_BLOCK
+            weight, scale = _fp8(_matrix(spec.shape, generator), block)
             tensors |= {f"{module}.weight": weight, f"{module}.scale": scale}
         elif leaf == "tid2eid":
-            size, device = (spec.shape[0], num_experts), generator.device
+            size, device = (spec.shape[0], sizes.num_experts), generator.device
             order = torch.rand(size, generator=generator, device=device).argsort(dim=1)
             tensors[name] = order[:, : spec.shape[1]].contiguous()
         else:
@@ -201,13 +215,13 @@ def _mxfp4(weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
     return codes.view(torch.int8), torch.exp2(exponents).to(torch.float8_e8m0fnu)
 
 
-def _fp8(weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """E4M3 codes, and one power-of-two scale for each 128 x 128 block."""
+def _fp8(weight: "torch.Tensor", block: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """E4M3 codes, and one power-of-two scale for each block x block values."""
     import torch
 
     rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
-    blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
+    padded = torch.nn.functional.pad(weight, (0, -columns % block, 0, -rows % block))
+    blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))
     scales = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax((1, 3)) / 448)))
     codes = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
     return codes.to(torch.float8_e4m3fn).contiguous(), scales.to(torch.float8_e8m0fnu)
@@ -223,11 +237,15 @@ def _write_tokenizer(out: Path, config: TinyConfig) -> None:
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words = ("".join(w) for size in count(2) for w in product(ascii_lowercase, repeat=size))
     tokens += islice(words, config.vocab - len(tokens))
+    special = list(SPECIAL_TOKENS)
+    if config.model == "v41":
+        tokens[IMAGE_TOKEN_ID] = IMAGE_TOKEN
+        special.append(IMAGE_TOKEN)
     vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.save(str(out / "tokenizer.json"))
     write_json(
         out / "tokenizer_config.json",
@@ -247,6 +265,7 @@ def _write_tokenizer(out: Path, config: TinyConfig) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     helps = {
+        "model": "v4, or v41 for V4.1: vLLM serves it on GPUs, from 0.33 on",
         "layers": "decoder layers",
         "hidden": "hidden size",
         "intermediate": "an expert's intermediate size",
@@ -262,22 +281,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "seed": "seed of the random values",
     }
     options = {"experts": "num-experts", "expert_format": "experts"}
-    choices = {"linear": ("bf16", "fp8"), "expert_format": ("nvfp4", "mxfp4")}
+    choices = {
+        "model": ("v4", "v41"),
+        "linear": ("bf16", "fp8"),
+        "expert_format": ("nvfp4", "mxfp4"),
+    }
     for field in fields(TinyConfig):
+        default = str(field.default)
+        if field.name in V41_DEFAULTS:
+            default += f"; {V41_DEFAULTS[field.name]} of v41"
         parser.add_argument(
             f"--{options.get(field.name, field.name).replace('_', '-')}",
             dest=field.name,
             type=type(field.default),
-            default=field.default,
+            default=argparse.SUPPRESS,
             choices=choices.get(field.name),
-            help=f"{helps[field.name]} (default {field.default})",
+            help=f"{helps[field.name]} (default {default})",
         )
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    config = TinyConfig(**{field.name: getattr(args, field.name) for field in fields(TinyConfig)})
+    given = {f.name: getattr(args, f.name) for f in fields(TinyConfig) if hasattr(args, f.name)}
+    defaults = V41_DEFAULTS if given.get("model") == "v41" else {}
+    config = TinyConfig(**(defaults | given))
     out = write_tiny_checkpoint(args.out, config)
     files = sorted(out.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)

@@ -1,11 +1,12 @@
-"""Every tensor of a V4.1 checkpoint, from config.json, for the sum of a rank's memory.
+"""Every tensor of a V4.1 checkpoint, from config.json: for the sum of a rank's memory, and for a
+tiny one.
 
 `checkpoint_layout` has its gates and experts. Its other layers are V4's but for attention's
 compressors and indexers, which only some layers have, Engram's tables, and a vision tower. The
 names are the checkpoint's; held against the published V4.1-Flash's 510.3 GB.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm_dsv4_moe.checkpoint_layout import (
 )
 from vllm_dsv4_moe.commands.releases import text_config
 
+FP8_BLOCK = 32
 _FIELDS = {
     "num_shared_experts": "n_shared_experts",
     "num_mtp_layers": "num_nextn_predict_layers",
@@ -35,8 +37,8 @@ _FIELDS = {
 }
 
 
-def v41_tensors(config: Mapping[str, Any]) -> Named:
-    """ValueError where the config lacks a size."""
+def v41_tensors(config: Mapping[str, Any], unquantized_linears: Iterable[str] = ()) -> Named:
+    """Linears are FP8 but for those named. ValueError where the config lacks a size."""
     text = text_config(config)
     absent = [key for key in _FIELDS.values() if key not in text]
     if absent:
@@ -46,7 +48,8 @@ def v41_tensors(config: Mapping[str, Any]) -> Named:
         **{field: text[key] for field, key in _FIELDS.items()},
         num_dspark_targets=len(text.get("dspark_target_layer_ids") or ()),
         dspark_markov_rank=text.get("dspark_markov_rank") or 0,
-        fp8_block=32,
+        unquantized_linears=frozenset(unquantized_linears),
+        fp8_block=FP8_BLOCK,
     )
     for name in ("embed", "head"):
         yield f"{name}.weight", TensorSpec("BF16", (sizes.vocab, sizes.hidden))
@@ -68,11 +71,15 @@ def v41_tensors(config: Mapping[str, Any]) -> Named:
 def _shared_attention(sizes: ModelSizes, text: Mapping[str, Any], prefix: str, layer: int) -> Named:
     """The compressor and indexer that later layers share: both unquantised, but for wq_b."""
     if layer in (text.get("kv_source_layer_ids") or ()):
-        gates = 2 if text["compress_ratios"][layer] > 1 else 1  # nothing is pooled at ratio 1
-        width = gates * sizes.head_dim
-        yield f"{prefix}compressor.wkv_wgate.weight", TensorSpec("BF16", (width, sizes.hidden))
+        # Nothing is pooled at ratio 1, so nothing is weighted.
+        names = ("wkv", "wgate") if text["compress_ratios"][layer] > 1 else ("wkv",)
+        for name in names:
+            matrix = TensorSpec("BF16", (sizes.head_dim, sizes.hidden))
+            yield f"{prefix}compressor.{name}.weight", matrix
+        yield f"{prefix}compressor.norm.weight", TensorSpec("BF16", (sizes.head_dim,))
         keys = (sizes.index_head_dim, sizes.head_dim)
         yield f"{prefix}indexer.wk.weight", TensorSpec("BF16", keys)
+        yield f"{prefix}indexer.k_norm.weight", TensorSpec("BF16", (sizes.index_head_dim,))
     if layer in (text.get("index_source_layer_ids") or ()):
         index_size = sizes.index_heads * sizes.index_head_dim
         yield from linear(sizes, f"{prefix}indexer.wq_b", index_size, sizes.q_lora)
@@ -93,20 +100,27 @@ def _engram(sizes: ModelSizes, text: Mapping[str, Any], prefix: str, layer: int)
 
 
 def _vision(vision: Mapping[str, Any], hidden: int) -> Named:
-    """The tower's matrices and the two that align it with the text model."""
+    """The tower, what aligns it with the text model, and the embeddings around an image's."""
     if not vision.get("num_hidden_layers"):
         return
     width, inner = vision["hidden_size"], vision["intermediate_size"]
     for block in range(vision["num_hidden_layers"]):
-        for name, shape in (
-            ("attn.wqkv", (3 * width, width)),
-            ("attn.wo", (width, width)),
-            ("mlp.w1", (2 * inner, width)),
-            ("mlp.w2", (width, inner)),
-        ):
-            yield f"vision.blocks.{block}.{name}.weight", TensorSpec("BF16", shape)
-    patch = (width, 3 * vision["patch_size"] ** 2)
-    yield "vision.patch_embed.proj.weight", TensorSpec("BF16", patch)
+        prefix = f"vision.blocks.{block}."
+        yield from _with_bias(f"{prefix}attn.wqkv", (3 * width, width))
+        yield from _with_bias(f"{prefix}attn.wo", (width, width))
+        yield f"{prefix}mlp.w1.weight", TensorSpec("BF16", (2 * inner, width))
+        yield f"{prefix}mlp.w2.weight", TensorSpec("BF16", (width, inner))
+        for norm in ("norm1", "norm2"):
+            yield f"{prefix}{norm}.weight", TensorSpec("F32", (width,))
+    yield "vision.norm.weight", TensorSpec("F32", (width,))
+    yield from _with_bias("vision.patch_embed.proj", (width, 3 * vision["patch_size"] ** 2))
     patches = vision["downsample_ratio"] ** 2
-    yield "aligner.w1.weight", TensorSpec("BF16", (hidden, width * patches))
-    yield "aligner.w2.weight", TensorSpec("BF16", (hidden, hidden))
+    yield from _with_bias("aligner.w1", (hidden, width * patches))
+    yield from _with_bias("aligner.w2", (hidden, hidden))
+    for name in ("start", "newline", "end"):
+        yield f"image_{name}", TensorSpec("F32", (hidden,))
+
+
+def _with_bias(name: str, shape: tuple[int, int]) -> Named:
+    yield f"{name}.weight", TensorSpec("BF16", shape)
+    yield f"{name}.bias", TensorSpec("BF16", shape[:1])

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_dsv4_moe.commands.tiny_config import IMAGE_TOKEN_ID
 from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
 
 if TYPE_CHECKING:
@@ -259,8 +260,10 @@ def read_experts(
 def route(
     layer: Layer, stored: dict[str, StoredTensor], backend: str, device: "torch.device"
 ) -> "tuple[torch.Tensor, Routing, bool]":
-    """(tokens, their experts by the router that would serve, whether those are the best)."""
+    """(tokens, their experts by the router that would serve, whether those are the best). Where the
+    gate has a bias for them, every second token is an image's."""
     import torch
+    from dsv4_kernels.types import ImageBias
 
     if backend == "reference":
         from dsv4_kernels.reference import router_topk
@@ -275,24 +278,38 @@ def route(
     x = x.bfloat16()
     logits = (x.float() @ gate.T).to(device)
     scores = torch.nn.functional.softplus(logits.double()).sqrt()
-    table = bias = token_ids = None
+    table = bias = token_ids = image_bias = None
+    is_image = torch.zeros(NUM_TOKENS, dtype=torch.bool, device=device)
     if layer.router == "hash":
         table = read(stored, f"{layer.prefix}gate.tid2eid", "I64 I32").to(device)
         token_ids = torch.randint(len(table), (NUM_TOKENS,), generator=generator).to(device)
         expected = table[token_ids].long()
     else:
         bias = read(stored, f"{layer.prefix}gate.bias", "F32 BF16").float().to(device)
+    selects = scores if bias is None else scores + bias
+    if f"{layer.prefix}gate.bias_vl" in stored:
+        image = read(stored, f"{layer.prefix}gate.bias_vl", "F32 BF16").float().to(device)
+        image_bias = ImageBias(image, IMAGE_TOKEN_ID)
+        is_image[1::2] = True
+        token_ids = torch.zeros_like(is_image, dtype=torch.int64) if bias is not None else token_ids
+        token_ids = torch.where(is_image, IMAGE_TOKEN_ID, token_ids)
+        selects = torch.where(is_image[:, None], scores + image, selects)
     routing = router_topk(
-        logits, layer.top_k, bias=bias, table=table, token_ids=token_ids, scaling=layer.scaling
+        logits,
+        layer.top_k,
+        bias=bias,
+        table=table,
+        token_ids=token_ids,
+        image_bias=image_bias,
+        scaling=layer.scaling,
     )
     ids = routing.ids.long()
-    if bias is not None:
-        selects = scores + bias
-        taken = selects.gather(1, ids).amin(1)
-        left = selects.scatter(1, ids, -torch.inf).amax(1)
-        agrees = bool((taken >= left - SCORE_TOLERANCE).all())
-    else:
-        agrees = bool((ids == expected).all())
+    taken = selects.gather(1, ids).amin(1)
+    left = selects.scatter(1, ids, -torch.inf).amax(1)
+    as_expected = taken >= left - SCORE_TOLERANCE
+    if bias is None:
+        as_expected = torch.where(is_image, as_expected, (ids == expected).all(1))
+    agrees = bool(as_expected.all())
     shares = scores.gather(1, ids)
     shares = shares / shares.sum(1, keepdim=True) * layer.scaling
     return x.to(device), routing, agrees and torch.allclose(shares.float(), routing.weights, 1e-4)
