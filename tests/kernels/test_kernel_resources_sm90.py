@@ -18,6 +18,9 @@ FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)
 MXFP4 = FLASH._replace(weight_format="mxfp4")
 KERNELS = {f"flash-{n}": sm90.gemms(FLASH, n)[0] for n in (8, 8192)}
 KERNELS |= {f"mxfp4-{n}": sm90.gemms(MXFP4, n)[0] for n in (8, 8192)}
+for size in (576, 288):
+    shape = MoeShape(384, 384, 6, 5120, size, 8192, False, weight_format="mxfp4")
+    KERNELS |= {f"v41-{size}-{gemm.op}": gemm for gemm in sm90.gemms(shape, 128)}
 
 
 @pytest.mark.parametrize("gemm", KERNELS.values(), ids=KERNELS)

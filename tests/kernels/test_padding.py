@@ -73,10 +73,18 @@ def test_every_size_has_sm100_tiles():
 
 
 def test_v41_tensor_parallel_sizes_cost_no_more_than_their_bytes():
-    """576 is not padded, and its stages are as large as any that divide it."""
+    """576 is not padded, its stages are as large as any that divide it, and no row of a tile is in
+    vain."""
     assert BACKENDS["sm90"].padded_intermediate(576) == (576, 576)
-    assert sm90.gemms(shape_of("sm90", "mxfp4", 576), 1)[1].config.tile_k == 192
     assert BACKENDS["sm90"].padded_intermediate(288) == (288, 320)
+    tp4, tp8 = (
+        MoeShape(384, 384, 6, 5120, size, 8192, False, weight_format="mxfp4") for size in (576, 288)
+    )
+    for num_tokens in (1, 512):
+        fc1, fc2 = sm90.gemms(tp4, num_tokens)
+        assert fc2.config.tile_k == 192
+        for gemm in (fc1, fc2, sm90.gemms(tp8, num_tokens)[0]):
+            assert gemm.m % gemm.config.tile_m == 0, gemm
 
 
 def random_weights(weight_format: str, size: int) -> ExpertWeights:

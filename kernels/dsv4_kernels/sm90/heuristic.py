@@ -48,15 +48,17 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
     multicast, so a cluster, which shares rows, needs them permuted.
     """
     rows = rows_per_expert(shape, num_tokens)
-    fc1, fc2 = (_config(rows, k) for k in (shape.hidden, shape.intermediate))
+    inter, _ = padded_intermediate(shape.intermediate)
+    fc1, fc2 = _config(rows, 2 * inter, shape.hidden), _config(rows, shape.hidden, inter)
     return LayerConfig(fc1.cluster == 1, fc1, fc2)
 
 
-def _config(rows: float, k: int) -> Sm90Config:
-    """Of a GEMM with this K, by what bounds it.
+def _config(rows: float, m: int, k: int) -> Sm90Config:
+    """Of a GEMM with m rows of weights and this K, by what bounds it.
 
     Few rows: bound by the bytes of the weights, then by the instructions that widen them. Four
-    consumer warpgroups share the widening, and long stages amortise the cost of a stage.
+    consumer warpgroups share the widening, three where four would widen more rows in vain, past the
+    last; and long stages amortise the cost of a stage.
 
     More rows: larger tiles amortise the cost of a tile; accumulators then leave registers for three
     warpgroups, at last for two. tile_n has four sizes around the rows that a tile is expected to
@@ -66,10 +68,11 @@ def _config(rows: float, k: int) -> Sm90Config:
     two, all rows of an expert fit in one tile, so weights are widened once, and there are registers
     for more sizes of tile_n; clusters of two CTAs halve the traffic of rows.
     """
+    warpgroups = min((4, 3), key=lambda count: math.ceil(m / (64 * count)) * count)
     if rows <= FEW_ROWS:
-        return Sm90Config(1, 4, (8, 16, 24, 32), _tile_k(k, 256))
+        return Sm90Config(1, warpgroups, (8, 16, 24, 32), _tile_k(k, 256))
     if rows <= 36:
-        return Sm90Config(1, 4, (24, 32, 40, 48), _tile_k(k, 256))
+        return Sm90Config(1, warpgroups, (24, 32, 40, 48), _tile_k(k, 256))
     tile_k = _tile_k(k, 128)
     parts, most = _even_parts(rows, 224)
     if most > 144 and _even_parts(rows, 144)[0] > parts:
