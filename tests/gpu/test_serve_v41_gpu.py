@@ -45,7 +45,9 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         pytest.skip("MXFP4 experts are this plugin's on Hopper")
     folder = tmp_path_factory.mktemp("serve_v41")
     return {
-        linear: write_tiny_checkpoint(folder / linear, dataclasses.replace(MODEL, linear=linear))
+        linear: write_tiny_checkpoint(
+            folder / linear, dataclasses.replace(MODEL, linear=linear), "cuda"
+        )
         for linear in ("bf16", "fp8")
     }
 
