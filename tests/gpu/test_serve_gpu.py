@@ -81,7 +81,7 @@ def ask(name: str, folder: Path) -> tuple[list[float], list[list[int]], str]:
     extra, environment = SERVERS[name]
     log = folder / f"{name}.log"
     # With a cache of given size no server measures how much memory the others left.
-    arguments = [*SMALL_ARGUMENTS, "--gpu-memory-utilization=0.3", CACHE, *extra]
+    arguments = [*SMALL_ARGUMENTS, "--gpu-memory-utilization=0.1", CACHE, *extra]
     logprobs, tokens = [], []
     with serve(folder / _folder(name), log, arguments, environment) as server:
         for prompt in PROMPTS:

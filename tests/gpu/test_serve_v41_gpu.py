@@ -68,7 +68,7 @@ def ask(name: str, checkpoints: dict[str, Path]) -> tuple[list[float], list[floa
     arguments = [
         *SMALL_ARGUMENTS,
         '--limit-mm-per-prompt={"image": 0}',
-        "--gpu-memory-utilization=0.3",
+        "--gpu-memory-utilization=0.1",
         CACHE,
         *extra,
     ]
