@@ -81,7 +81,7 @@ def test_fc2_that_gathers_is_refused():
 def test_a_cluster_that_gathers_is_refused():
     """A block's gathering warps know its own shared memory only."""
     with pytest.raises(AssertionError, match="gathers rows for itself"):
-        Dsv4GroupedGemmSm90(Gemm("fc1", 4, 256, 256, 2, True, Sm90Config(1, 2, (8, 16), 64, 1, 2)))
+        Dsv4GroupedGemmSm90(Gemm("fc1", 4, 256, 256, 2, True, Sm90Config(1, 2, (8, 16), 64, 2)))
 
 
 def test_what_the_kernels_cannot_run_is_said():

@@ -155,12 +155,12 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
     def _num_stages(self) -> int:
         rows = self.tile_n_max * 128 * self.x_blocks
         weights = self.m_blocks_tile * self.k_blocks * self._block_bytes()
-        budget = SMEM_BYTES // self.config.blocks_per_sm - self._fixed_smem()
+        budget = SMEM_BYTES - self._fixed_smem()
         return min(32, budget // (rows + weights))
 
     def _registers(self) -> tuple[int, int]:
         """(producer, consumer) registers per thread, multiples of 8, within the register file."""
-        per_thread = 65536 // (self.threads * self.config.blocks_per_sm) // 8 * 8
+        per_thread = 65536 // self.threads // 8 * 8
         producer = min(per_thread, 56 if self.gather else 32)
         spare = (per_thread - producer) * 128
         consumer = per_thread + spare // (128 * self.config.warpgroups)
@@ -226,7 +226,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             grid=[num_blocks, 1, 1],
             block=[self.threads, 1, 1],
             cluster=[self.cluster, 1, 1],
-            min_blocks_per_mp=self.config.blocks_per_sm,
+            min_blocks_per_mp=1,
             preferred_smem_carveout=100,
             stream=stream,
             use_pdl=True,

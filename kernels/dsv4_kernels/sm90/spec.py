@@ -16,7 +16,6 @@ class Sm90Config:
 
     m_blocks: 64-row blocks of weights a warpgroup owns; warpgroups: consumer warpgroups;
     tile_n: ascending multiples of 8, the N of WGMMA that tiles choose from; tile_k: 64 to 256, by 64;
-    blocks_per_sm: CTAs that share one multiprocessor;
     cluster: CTAs that share a row tile, its rows by TMA multicast, each with its own weight rows.
     """
 
@@ -24,7 +23,6 @@ class Sm90Config:
     warpgroups: int
     tile_n: tuple[int, ...]
     tile_k: int
-    blocks_per_sm: int = 1
     cluster: int = 1
 
     @property
