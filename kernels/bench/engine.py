@@ -21,7 +21,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from bench.checkout import checkout_commit
+from bench.arguments import call, run_and_report
 
 from vllm_dsv4_moe.commands.serving import server_environment
 from vllm_dsv4_moe.commands.tiny_config import TinyConfig, tiny_config_json
@@ -230,27 +230,13 @@ def cells(values: Sequence[float], slower: bool) -> list[str]:
     return [f"{v:.{digits}f} ({r:.2f}×)" for v, r in zip(values, ratios, strict=True)]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run", help="time one backend, write JSON")
+def main() -> None:
+    parser, runner, reporter = run_and_report(__doc__, run, report)
     runner.add_argument("backend", choices=BACKENDS)
-    runner.add_argument("--out", type=Path, required=True)
     runner.add_argument("--layers", type=int, default=16)
     runner.add_argument("--probe", action="store_true", help="also look into a step")
-    runner.add_argument("--commit", default=None, help="where there is no git")
-    runner.set_defaults(call=run)
-    reporter = commands.add_parser("report", help="table of several JSONs, the first one's ratios")
-    reporter.add_argument("results", nargs="+")
-    reporter.set_defaults(call=report)
-    return parser
-
-
-def main() -> None:
-    arguments = build_parser().parse_args()
-    if "commit" in arguments and arguments.commit is None:
-        arguments.commit = checkout_commit()
-    arguments.call(arguments)
+    reporter.add_argument("results", nargs="+", help="each beside the first")
+    call(parser)
 
 
 if __name__ == "__main__":

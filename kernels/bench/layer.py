@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench.checkout import checkout_commit
+from bench.arguments import call, run_and_report
 from bench.inputs import LIMIT, Inputs, cold_inputs, expert_map, floor_us, random_weights
 from bench.peers import Call, MakeCall, nvfp4_peer
 from bench.timing import time_us, write_results
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
                 name, lambda: BACKENDS[name](shape, weights()), inputs, expected, TOLERANCE
             )
             rows += with_floor(found, title, shape, inputs)
-    write_results(Path(arguments.out), rows, arguments.commit, limit=LIMIT)
+    write_results(arguments.out, rows, arguments.commit, limit=LIMIT)
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -182,22 +182,12 @@ def plot(by_model: dict, names: dict, results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run", help="verify and time, write JSON")
-    runner.add_argument("--out", required=True)
+    parser, runner, reporter = run_and_report(__doc__, run, report)
     runner.add_argument("--backends", default=",".join(BACKENDS))
     runner.add_argument("--models", default="0,1", help="which of the shapes, from 0")
-    runner.add_argument("--commit", default=None, help="where there is no git")
-    runner.set_defaults(call=run)
-    reporter = commands.add_parser("report", help="table, and plot, of a JSON")
     reporter.add_argument("results")
     reporter.add_argument("--plot", help="an SVG or PNG to write")
-    reporter.set_defaults(call=report)
-    arguments = parser.parse_args()
-    if "commit" in arguments and arguments.commit is None:
-        arguments.commit = checkout_commit()
-    arguments.call(arguments)
+    call(parser)
 
 
 if __name__ == "__main__":

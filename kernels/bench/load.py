@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench import load_report
-from bench.checkout import checkout_commit
+from bench.arguments import call, run_and_report
 from bench.load_model import BACKENDS, MAX_NUM_TOKENS, PLUGIN, objects_in
 from bench.timing import write_results
 
@@ -196,31 +196,17 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run", help="load on this GPU, write JSON")
-    runner.add_argument("--out", type=Path, required=True)
-    runner.add_argument("--commit", default=None, help="where there is no git")
-    runner.add_argument("--folder", default=None, help="where 14 GB fit in memory (default: /tmp)")
+    parser, runner, reporter = run_and_report(__doc__, run, report)
+    runner.add_argument("--folder", help="where 14 GB fit in memory (default: /tmp)")
     runner.add_argument(
         "--parts", default="rows,compiles", help=f"which of {','.join(PARTS)}; the rest is kept"
     )
     runner.add_argument(
         "--server-seconds", type=float, default=300, help="no server is started after (300)"
     )
-    runner.set_defaults(call=run)
-    reporter = commands.add_parser("report", help="tables and bars of a JSON")
     reporter.add_argument("results")
-    reporter.set_defaults(call=report)
     return parser
 
 
-def main() -> None:
-    arguments = build_parser().parse_args()
-    if "commit" in arguments and arguments.commit is None:
-        arguments.commit = checkout_commit()
-    arguments.call(arguments)
-
-
 if __name__ == "__main__":
-    main()
+    call(build_parser())

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench.checkout import checkout_commit
+from bench.arguments import call, run_and_report
 from bench.inputs import LIMIT, cold_inputs
 from bench.layer import TOLERANCE, measure, oracle, ours, with_floor
 from bench.peers import MakeCall, mxfp4_peer
@@ -166,28 +166,14 @@ def report(arguments: argparse.Namespace) -> None:
         print(f"missed: {what} {ratio:.2f}×, bar {bar:.2f}×")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run", help="verify and time, write JSON")
-    runner.add_argument("--out", type=Path, required=True)
+def main() -> None:
+    parser, runner, reporter = run_and_report(__doc__, run, report)
     runner.add_argument("--shapes", default="0,1,2,3,4", help=f"which of {list(SHAPES)}, from 0")
     runner.add_argument("--backends", default=",".join(MEASURED), help=f"of {', '.join(BACKENDS)}")
     runner.add_argument("--objects", type=Path, help="folder that keeps our compiled kernels")
     runner.add_argument("--seconds", type=float, default=330, help="begin nothing after (330)")
-    runner.add_argument("--commit", default=None, help="where there is no git")
-    runner.set_defaults(call=run)
-    reporter = commands.add_parser("report", help="table and bars of a JSON")
     reporter.add_argument("results")
-    reporter.set_defaults(call=report)
-    return parser
-
-
-def main() -> None:
-    arguments = build_parser().parse_args()
-    if "commit" in arguments and arguments.commit is None:
-        arguments.commit = checkout_commit()
-    arguments.call(arguments)
+    call(parser)
 
 
 if __name__ == "__main__":

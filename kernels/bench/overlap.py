@@ -8,16 +8,14 @@ that adds. Its two FP8 products go through cuBLASLt, as a stand-in for vLLM's De
 is how many multiprocessors the grouped GEMMs do not use; `priority` is the second stream's.
 """
 
-import argparse
 import itertools
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from bench.checkout import checkout_commit
+from bench.arguments import one_command
 from bench.inputs import Inputs, cold_inputs, random_weights
 from bench.layer import SHAPES, ours
 from bench.timing import print_table, time_us, write_results
@@ -114,11 +112,7 @@ def check(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON of the table")
-    parser.add_argument("--commit", help="where there is no git")
-    arguments = parser.parse_args()
-    commit = arguments.commit or checkout_commit()
+    arguments = one_command(__doc__)
     torch.manual_seed(0)
     rows: list[dict] = []
     for title, shape in SHAPES.items():
@@ -127,7 +121,7 @@ def main() -> None:
             found = bench_tokens(shape, make_call, num_tokens)
             rows += [{"model": title, **row} for row in found]
     print_table(rows)
-    write_results(arguments.out, rows, commit)
+    write_results(arguments.out, rows, arguments.commit)
 
 
 if __name__ == "__main__":

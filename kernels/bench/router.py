@@ -8,16 +8,14 @@ layout. Logits and ids stay in L2, where the kernel before leaves
 them; the gate's weights are cold, as a layer finds them.
 """
 
-import argparse
 import functools
 import importlib.metadata
 import importlib.util
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from bench.checkout import checkout_commit
+from bench.arguments import one_command
 from bench.inputs import expert_map
 from bench.timing import (
     cold_sets,
@@ -242,11 +240,7 @@ def row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON of the table")
-    parser.add_argument("--commit", help="where there is no git")
-    arguments = parser.parse_args()
-    commit = arguments.commit or checkout_commit()
+    arguments = one_command(__doc__)
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     peer = Peer() if HAS_VLLM else None
@@ -255,7 +249,7 @@ def main() -> None:
     rows = bench_routing(peer) + bench_layout(peer) + bench_gate(peer)
     print_table(rows)
     version = importlib.metadata.version("vllm") if HAS_VLLM else None
-    write_results(arguments.out, rows, commit, vllm=version)
+    write_results(arguments.out, rows, arguments.commit, vllm=version)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ Input sets that together exceed L2 twice take turns, so nothing is found there. 
 they are timed.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
-from bench.checkout import checkout_commit
+from bench.arguments import one_command
 from bench.inputs import expert_map
 from bench.timing import (
     cold_sets,
@@ -105,11 +103,7 @@ def bench_quantize(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON of the table")
-    parser.add_argument("--commit", help="where there is no git")
-    arguments = parser.parse_args()
-    commit = arguments.commit or checkout_commit()
+    arguments = one_command(__doc__)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     rows = []
@@ -143,7 +137,7 @@ def main() -> None:
             )
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     print_table(rows)
-    write_results(arguments.out, rows, commit, copy_bytes_per_second=bandwidth)
+    write_results(arguments.out, rows, arguments.commit, copy_bytes_per_second=bandwidth)
 
 
 if __name__ == "__main__":
