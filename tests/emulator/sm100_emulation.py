@@ -16,6 +16,13 @@ PRODUCED = (
 )
 
 
+def name(gemm: Gemm) -> str:
+    """Of a test's case."""
+    output = "nvfp4" if gemm.quantize else "bf16"
+    rows = " row scales" if gemm.scale_per_row else ""
+    return f"{gemm.op} {gemm.config.num_ctas}cta n{gemm.config.tile} -> {output}{rows}"
+
+
 @functools.cache
 def emulated(gemm: Gemm) -> EmulatedFunction:
     return emulate(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), arch="sm_100a")

@@ -8,12 +8,10 @@ to 128 tokens, as NVIDIA's example does. So a smaller tile is not credited for i
 
 import pytest
 import torch
-from bench import roofline_sm100
-from bench.sass_sm100 import name
 from dsv4_kernels.reference import expert_layout
 from dsv4_kernels.sm100.spec import CONFIGS, Gemm
 
-from tests.emulator.sm100_emulation import aligned, emulated
+from tests.emulator.sm100_emulation import aligned, emulated, name
 
 pytestmark = pytest.mark.slow
 
@@ -83,14 +81,3 @@ def test_fewer_than_nvidias_example(gemm, record_property):
     record_property("warp instructions per 128x128x64", per_mma)
     print(f"{name(gemm)}: {per_mma} warp-instructions per 128x128x64, {count} in all")
     assert count < NVIDIAS_EXAMPLE, per_mma
-
-
-@pytest.mark.parametrize("op", ["fc1", "fc2"])
-def test_epilogue_of_the_roofline(op):
-    """Three more chunks of 32 tokens, less the instructions that load them."""
-    features = 128 if op == "fc1" else 256
-    gemm = Gemm(op, 1, features, 256, CONFIGS[128], quantize=op == "fc1")
-    more = instructions(gemm, [128]) - instructions(gemm, [32])
-    loading = 3 * gemm.m_tiles * 7
-    a_warp = (more - loading) / (3 * gemm.m_tiles * 4)
-    assert roofline_sm100.EPILOGUE[op] == pytest.approx(a_warp, rel=0.02)
