@@ -21,14 +21,15 @@ from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
 from dsv4_kernels.route.routing import (
     SLICED,
     check_routing,
-    expert_chunks,
+    empty_routing,
     load_bias,
     router_scores,
     select_experts,
     selection_keys,
     shares,
+    specialisation,
 )
-from dsv4_kernels.types import NUM_IMAGE_TOKEN_IDS, ImageBias, Routing
+from dsv4_kernels.types import ImageBias, Routing
 
 MAX_TOKENS = 64
 
@@ -244,9 +245,11 @@ def gate_route(
     num_experts = len(gate_weight)
     device = hidden_states.device
     if out is None:
-        weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
-        out = Routing(weights, torch.empty_like(weights, dtype=ids_dtype))
-    check_routing(num_experts, top_k, bias, table, token_ids, image_bias, hash_weights, out)
+        out = empty_routing(num_tokens, top_k, ids_dtype, device)
+    check_routing(
+        *(num_tokens, num_experts, top_k, bias, table, token_ids, image_bias, padding),
+        *(hash_weights, out),
+    )
     assert num_tokens <= MAX_TOKENS, f"{num_tokens} tokens, at most {MAX_TOKENS}"
     assert gate_weight.shape == (num_experts, hidden), gate_weight.shape
     assert hidden_states.dtype == gate_weight.dtype == torch.bfloat16, gate_weight.dtype
@@ -275,19 +278,11 @@ def gate_route(
         image_bias.first_token_id if image_bias else 0,
         scaling,
         HIDDEN=hidden,
-        **expert_chunks(num_experts),
-        TOP_K=top_k,
-        K_BLOCK=triton.next_power_of_2(top_k),
+        **specialisation(num_experts, top_k, bias, table, image_bias, padding, hash_weights),
         TOKENS=config.tokens,
         EXPERTS=config.experts,
         K_SPLIT=config.k_split,
         SPLITS=splits,
-        HAS_BIAS=bias is not None and table is None,
-        HAS_TABLE=table is not None,
-        HAS_IMAGE_BIAS=image_bias is not None,
-        HAS_PADDING=padding is not None,
-        NUM_IMAGE_IDS=NUM_IMAGE_TOKEN_IDS,
-        UNIFORM=table is not None and hash_weights == "uniform",
         INTERPRETED=device.type == "cpu",
         launch_pdl=supports_pdl(hidden_states),
         num_warps=config.num_warps,

@@ -23,14 +23,15 @@ from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
 from dsv4_kernels.route.routing import (
     SLICED,
     check_routing,
-    expert_chunks,
+    empty_routing,
     load_bias,
     router_scores,
     select_experts,
     selection_keys,
     shares,
+    specialisation,
 )
-from dsv4_kernels.types import NUM_IMAGE_TOKEN_IDS, ImageBias, Routing
+from dsv4_kernels.types import ImageBias, Routing
 
 
 class Config(NamedTuple):
@@ -171,15 +172,14 @@ def router_topk(
     """
     num_tokens, num_experts = logits.shape
     if out is None:
-        weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
-        out = Routing(weights, torch.empty_like(weights, dtype=ids_dtype))
-    check_routing(num_experts, top_k, bias, table, token_ids, image_bias, hash_weights, out)
+        out = empty_routing(num_tokens, top_k, ids_dtype, logits.device)
+    check_routing(
+        *(num_tokens, num_experts, top_k, bias, table, token_ids, image_bias, padding),
+        *(hash_weights, out),
+    )
     assert logits.is_contiguous(), logits.stride()
     if num_tokens == 0:
         return out
-    assert token_ids is None or token_ids.shape == (num_tokens,), token_ids.shape
-    assert padding is None or padding.shape == (num_tokens,), padding.shape
-    assert padding is None or padding.dtype == torch.bool, padding.dtype
     selects = table is None or image_bias is not None
     config = choose_config(num_tokens, num_experts, selects)
     _router_kernel[(triton.cdiv(num_tokens, config.tokens),)](
@@ -195,16 +195,8 @@ def router_topk(
         len(table) if table is not None else 0,
         image_bias.first_token_id if image_bias else 0,
         scaling,
-        **expert_chunks(num_experts),
-        TOP_K=top_k,
-        K_BLOCK=triton.next_power_of_2(top_k),
+        **specialisation(num_experts, top_k, bias, table, image_bias, padding, hash_weights),
         TOKENS=config.tokens,
-        HAS_BIAS=bias is not None and table is None,
-        HAS_TABLE=table is not None,
-        HAS_IMAGE_BIAS=image_bias is not None,
-        HAS_PADDING=padding is not None,
-        NUM_IMAGE_IDS=NUM_IMAGE_TOKEN_IDS,
-        UNIFORM=table is not None and hash_weights == "uniform",
         launch_pdl=supports_pdl(logits),
         num_warps=config.num_warps,
     )

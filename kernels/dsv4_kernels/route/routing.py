@@ -8,11 +8,13 @@ z = -17, where log1p(e) = e to fp32's last bit, the score is t itself. log1p is 
 logits below -174, whose scores are no normal numbers, score 0.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.types import ImageBias, Routing
+from dsv4_kernels.types import NUM_IMAGE_TOKEN_IDS, ImageBias, Routing
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
@@ -148,19 +150,48 @@ def shares(scores, live, scaling):
     return scores * tl.div_rn(scaling, total)
 
 
-def expert_chunks(num_experts: int) -> dict[str, int]:
-    """How the kernels hold a token's experts: CHUNKS tensors of WIDTH."""
+def specialisation(
+    num_experts: int,
+    top_k: int,
+    bias: torch.Tensor | None,
+    table: torch.Tensor | None,
+    image_bias: ImageBias | None,
+    padding: torch.Tensor | None,
+    hash_weights: str,
+) -> dict[str, Any]:
+    """What both kernels are compiled for. A token's experts are CHUNKS tensors of WIDTH."""
     width = min(CHUNK, triton.next_power_of_2(num_experts))
-    return {"NUM_EXPERTS": num_experts, "WIDTH": width, "CHUNKS": triton.cdiv(num_experts, width)}
+    return {
+        "NUM_EXPERTS": num_experts,
+        "WIDTH": width,
+        "CHUNKS": triton.cdiv(num_experts, width),
+        "TOP_K": top_k,
+        "K_BLOCK": triton.next_power_of_2(top_k),
+        "HAS_BIAS": bias is not None and table is None,
+        "HAS_TABLE": table is not None,
+        "HAS_IMAGE_BIAS": image_bias is not None,
+        "HAS_PADDING": padding is not None,
+        "NUM_IMAGE_IDS": NUM_IMAGE_TOKEN_IDS,
+        "UNIFORM": table is not None and hash_weights == "uniform",
+    }
+
+
+def empty_routing(
+    num_tokens: int, top_k: int, ids_dtype: torch.dtype, device: torch.device
+) -> Routing:
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
+    return Routing(weights, torch.empty_like(weights, dtype=ids_dtype))
 
 
 def check_routing(
+    num_tokens: int,
     num_experts: int,
     top_k: int,
     bias: torch.Tensor | None,
     table: torch.Tensor | None,
     token_ids: torch.Tensor | None,
     image_bias: ImageBias | None,
+    padding: torch.Tensor | None,
     hash_weights: str,
     out: Routing,
 ) -> None:
@@ -178,6 +209,9 @@ def check_routing(
         assert row is None or row.shape == (num_experts,), row.shape
         assert row is None or row.is_contiguous(), row.stride()
     assert token_ids is None or token_ids.is_contiguous(), token_ids.stride()
+    assert token_ids is None or token_ids.shape == (num_tokens,), token_ids.shape
+    assert padding is None or padding.shape == (num_tokens,), padding.shape
+    assert padding is None or padding.dtype == torch.bool, padding.dtype
     assert out.weights.shape == out.ids.shape, (out.weights.shape, out.ids.shape)
     assert out.weights.shape[1:] == (top_k,), out.weights.shape
     assert out.weights.dtype == torch.float32, out.weights.dtype
