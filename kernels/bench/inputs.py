@@ -1,5 +1,6 @@
 """Random weights and tokens of one layer, for benches and tests: always the same of a seed."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,34 +20,48 @@ class Inputs(NamedTuple):
 
 
 def random_weights(
-    shape: MoeShape, device: str = "cuda", *, equal_scales: bool = False
+    shape: MoeShape,
+    device: str = "cuda",
+    *,
+    seed: int = 0,
+    scale_bytes: tuple[int, int] | None = None,
+    odd_bytes: Sequence[int] = (),
+    gain: float | None = None,
+    equal_scales: bool = False,
 ) -> ExpertWeights:
-    """Gate and up differ in their global scales, unless equal: what vLLM takes for granted."""
-    generator = torch.Generator(device).manual_seed(0)
+    """In the checkpoint's layout.
+
+    scale_bytes: the block scales' first and last byte, about a trained layer's if None (E4M3's from
+    24 to 224, MXFP4's from 2^-9 to 2^-6); odd_bytes: each is one block's in 997. Global scales are
+    gain / sqrt(K) times 0.5 to 1.5; with no gain, those of MXFP4, which has none, are 1. Gate and
+    up differ in theirs unless equal_scales, which vLLM's backends take for granted.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
     local, hidden, inter = shape.num_local_experts, shape.hidden, shape.intermediate
+    mxfp4 = shape.weight_format == "mxfp4"
+    block = MXFP4_BLOCK if mxfp4 else NVFP4_BLOCK
+    first, last = scale_bytes or ((118, 121) if mxfp4 else (92, 118))
 
-    def codes(rows: int, k: int) -> torch.Tensor:
-        size = (local, rows, k // 2)
-        return torch.randint(0, 256, size, dtype=torch.uint8, device=device, generator=generator)
+    def random(end: int, *size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.randint(end, size, dtype=dtype, device=device, generator=generator)
 
-    def scales(rows: int, k: int) -> torch.Tensor:
-        size = (local, rows, k // 16)
-        uniform = torch.rand(size, device=device, generator=generator)
-        return (uniform * 200 + 24).to(torch.float8_e4m3fn)
+    def matrix(rows: int, k: int, *halves: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        codes = random(256, local, rows, k // 2)
+        scales = first + random(last + 1 - first, local, rows, k // block)
+        odd = random(997, *scales.shape, dtype=torch.int16) if odd_bytes else None
+        for i, byte in enumerate(odd_bytes):
+            scales.masked_fill_(odd == i, byte)
+        if gain is None and mxfp4:
+            factors = torch.ones(local, *halves, device=device)
+        else:
+            factors = torch.rand((local, *halves), device=device, generator=generator) + 0.5
+            factors *= (2.0**-7 if gain is None else gain) * k**-0.5
+        return codes, scales if mxfp4 else scales.view(torch.float8_e4m3fn), factors
 
-    def factors(*size: int) -> torch.Tensor:
-        if equal_scales:
-            return torch.full(size, 1e-4, device=device)
-        return 1e-4 * (0.5 + torch.rand(size, device=device, generator=generator))
-
-    return ExpertWeights(
-        codes(2 * inter, hidden),
-        scales(2 * inter, hidden),
-        factors(local, 2),
-        codes(hidden, inter),
-        scales(hidden, inter),
-        factors(local),
-    )
+    w13, w2 = matrix(2 * inter, hidden, 2), matrix(hidden, inter)
+    if equal_scales:
+        w13[2][:, 1] = w13[2][:, 0]
+    return ExpertWeights(*w13, *w2)
 
 
 def random_inputs(shape: MoeShape, num_tokens: int, seed: int, device: str = "cuda") -> Inputs:
@@ -73,12 +88,14 @@ def cold_inputs(shape: MoeShape, num_tokens: int) -> list[Inputs]:
     return found
 
 
-def expert_map(num_experts: int, num_local: int, device: str = "cuda") -> torch.Tensor | None:
-    """The first experts are local; None where all are."""
+def expert_map(
+    num_experts: int, num_local: int, device: str = "cuda", *, first: int = 0
+) -> torch.Tensor | None:
+    """num_local experts from the first on are local; None where all are."""
     if num_local == num_experts:
         return None
-    ids = torch.arange(num_experts, dtype=torch.int32, device=device)
-    return torch.where(ids < num_local, ids, -1)
+    local = torch.arange(num_experts, dtype=torch.int32, device=device) - first
+    return torch.where((local >= 0) & (local < num_local), local, -1)
 
 
 def floor_us(shape: MoeShape, inputs: list[Inputs]) -> float:

@@ -18,9 +18,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from bench.arguments import call, run_and_report
-from bench.inputs import LIMIT, cold_inputs
+from bench.inputs import LIMIT, cold_inputs, random_weights
 from bench.layer import TOLERANCE, measure, oracle, ours, with_floor
 from bench.peers import MakeCall, mxfp4_peer
 from bench.timing import write_results
@@ -29,7 +28,7 @@ from dsv4_kernels.compile_processes import CompileProcesses
 from dsv4_kernels.compiled import Kernel, KernelCache, use_cache
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.trusted_folder import TrustedFolder
-from dsv4_kernels.types import MXFP4_BLOCK, ExpertWeights, MoeShape
+from dsv4_kernels.types import ExpertWeights, MoeShape
 
 SHAPES = {
     title: MoeShape(*sizes, 8192, False, weight_format="mxfp4")
@@ -49,21 +48,6 @@ TOKENS = (1, 6, 8, 32, 48, 128, 512, 2048, 8192)
 FP8_TOLERANCE = 4 * TOLERANCE
 BF16_PEERS = ("marlin", "humming")
 DEFAULT_PEER = "humming_fp8"
-
-
-def random_mxfp4(shape: MoeShape, device: str = "cuda") -> ExpertWeights:
-    """Scales from 2^-9 to 2^-6, which is about a trained layer's."""
-    generator = torch.Generator(device).manual_seed(0)
-    local, hidden, inter = shape.num_local_experts, shape.hidden, shape.intermediate
-    random = partial(torch.randint, dtype=torch.uint8, device=device, generator=generator)
-
-    def matrix(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = random(0, 256, (local, rows, k // 2))
-        return codes, random(118, 122, (local, rows, k // MXFP4_BLOCK))
-
-    w13, w2 = matrix(2 * inter, hidden), matrix(hidden, inter)
-    ones = partial(torch.ones, device=device)
-    return ExpertWeights(*w13, ones(local, 2), *w2, ones(local))
 
 
 BACKENDS: dict[str, Callable[[MoeShape, ExpertWeights], MakeCall]] = {
@@ -101,13 +85,13 @@ def run_shapes(shapes: dict[str, MoeShape], arguments, deadline: float) -> None:
     rows: list[dict] = []
     for title, shape in shapes.items():
         inputs = {num_tokens: cold_inputs(shape, num_tokens) for num_tokens in TOKENS}
-        expected = oracle(shape, random_mxfp4(shape), inputs)
+        expected = oracle(shape, random_weights(shape), inputs)
         for name in arguments.backends.split(","):
             if time.monotonic() > deadline:
                 print(f"no time left for {title}, {name}", flush=True)
                 continue
             tolerance = FP8_TOLERANCE if name.endswith("_fp8") else TOLERANCE
-            make = lambda: BACKENDS[name](shape, random_mxfp4(shape))  # noqa: E731
+            make = lambda: BACKENDS[name](shape, random_weights(shape))  # noqa: E731
             rows += with_floor(
                 measure(name, make, inputs, expected, tolerance), title, shape, inputs
             )

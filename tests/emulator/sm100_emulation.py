@@ -4,7 +4,6 @@ import functools
 import math
 from dataclasses import dataclass, field
 
-import torch
 from dsv4_kernels.sm100.kernel import Dsv4GroupedGemmSm100, example_arguments
 from dsv4_kernels.sm100.spec import Gemm
 
@@ -26,15 +25,6 @@ def name(gemm: Gemm) -> str:
 @functools.cache
 def emulated(gemm: Gemm) -> EmulatedFunction:
     return emulate(Dsv4GroupedGemmSm100(gemm), *example_arguments(gemm), arch="sm_100a")
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy at a multiple of 256 bytes, as GPU allocations are."""
-    size = tensor.numel() * tensor.element_size()
-    room = torch.empty(size + 256, dtype=torch.uint8)
-    start = -room.data_ptr() % 256
-    copy = room[start : start + size].view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dsv4_kernels.sm90.arguments import example_arguments
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90, Gemm
 
 from tests.emulator.ptx_emulator.host import EmulatedFunction, Statistics, emulate
-from tests.support.sm90_problems import aligned
+from tests.support.layers import aligned
 
 # What the kernel before writes. The layout is done when fc2 begins: fc1 waited for it.
 PRODUCED = {

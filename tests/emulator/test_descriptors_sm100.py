@@ -23,7 +23,8 @@ from tests.emulator.ptx_emulator.instructions import copies, tcgen05_mma
 from tests.emulator.ptx_emulator.instructions import tcgen05 as emulator
 from tests.emulator.ptx_emulator.memory import TensorMemory
 from tests.emulator.ptx_emulator.tensor_map import TensorMap
-from tests.emulator.sm100_emulation import aligned, emulated
+from tests.emulator.sm100_emulation import emulated
+from tests.support.layers import aligned
 
 K_STEPS = 4  # MMAs of K = 64 a stage
 ADDRESS = (1 << 14) - 1  # the field of a shared-memory descriptor, in units of 16 bytes

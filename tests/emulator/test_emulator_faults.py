@@ -17,6 +17,7 @@ from tests.emulator import sm90_emulation, sm100_emulation
 from tests.emulator import test_grouped_gemm_sm100 as on_sm100
 from tests.emulator.ptx_emulator.findings import EmulatorError
 from tests.support import sm90_problems
+from tests.support.layers import aligned
 
 Order = tuple[str, int]
 ORDERS: list[Order] = [("lazy", 0), ("random", 1), ("eager", 0)]
@@ -286,7 +287,7 @@ def sm100_kernel(monkeypatch, tile: int, op: str, orders: list[Order]) -> Kernel
             on_sm100.check_fc1(emulation, problem, on_sm100.LIMIT)
             return True
         size = (len(problem.live), on_sm100.HIDDEN)
-        out = sm100_emulation.aligned(torch.full(size, torch.nan, dtype=torch.bfloat16))
+        out = aligned(torch.full(size, torch.nan, dtype=torch.bfloat16))
         on_sm100.sm100.fc2(h, problem.layout, layer, out=out)
         return right(out[problem.live], exact)
 

@@ -13,13 +13,13 @@ from dsv4_kernels.sm90.spec import Gemm, Sm90Config
 from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK
 
 from tests.emulator.ptx_emulator.host import EmulatedFunction, emulate
+from tests.support.layers import aligned
 from tests.support.sm90_e4m3 import (
     codes_in_order,
     gate_up_rows,
     permuted_columns,
     scales_in_order,
 )
-from tests.support.sm90_problems import aligned
 
 INTERMEDIATE, K, LIMIT = 128, 512, 10.0
 CONFIGS = {

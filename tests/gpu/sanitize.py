@@ -31,10 +31,10 @@ from typing import NamedTuple
 
 import torch
 from bench.checkout import checkout_commit
+from bench.inputs import expert_map
 from dsv4_kernels import reference
 from dsv4_kernels.compile_processes import fill
 from dsv4_kernels.compiled import Kernel, KernelCache, use_cache
-from dsv4_kernels.moe import moe, workspace_bytes
 from dsv4_kernels.route.gate_route import gate_route
 from dsv4_kernels.route.router_topk import router_topk
 from dsv4_kernels.rows.expert_layout import expert_layout
@@ -48,6 +48,7 @@ from dsv4_kernels.types import ExpertLayout, MoeShape, Routing
 
 from tests.gpu import racecheck
 from tests.support import sm90_problems
+from tests.support.layers import relative_error, run, workspace_of
 from tests.support.sm90_problems import Problem
 
 ROOT = Path(__file__).parents[2]
@@ -164,19 +165,14 @@ def run_layer(token_counts: tuple[int, ...], device: str) -> None:
     inputs = sm90_problems.make_inputs(problem)
     prepared = type(inputs.prepared)(*(tensor.to(device) for tensor in inputs.prepared))
     layer = sm90_problems.layer_of(prepared, LAYER, LIMIT)
-    size = workspace_bytes(layer.backend, LAYER)
-    workspace = sm90_problems.aligned(torch.full((size,), 0xFF, dtype=torch.uint8)).to(device)
-    mapping = expert_map()
+    workspace, mapping = workspace_of(layer), local_experts()
     for num_tokens in token_counts:
         x, routings = route(num_tokens, device)
         for routing in routings:
-            out = torch.full_like(x, torch.nan)
-            moe(x, routing, layer, workspace, expert_map=mapping.to(device), out=out)
+            out = run(layer, x, routing, mapping.to(device), workspace)
             there = Routing(*(tensor.cpu() for tensor in routing))
-            exact = reference.moe(
-                x.cpu(), there, inputs.weights, expert_map=mapping, limit=LIMIT
-            ).float()
-            error = (out.cpu().float() - exact).norm() / exact.norm().clamp(min=1e-30)
+            exact = reference.moe(x.cpu(), there, inputs.weights, expert_map=mapping, limit=LIMIT)
+            error = relative_error(out.cpu(), exact)
             assert error < 2**-8 and out.isfinite().all(), (num_tokens, error)
             print(f"layer of {num_tokens} tokens: {error:.1e}", flush=True)
         quantize(x, expert_layout(routing.ids, LAYER.num_local_experts, mapping.to(device), 128))
@@ -186,16 +182,14 @@ def run_quantize(num_tokens: int, columns: int, device: str) -> None:
     """As for a layer of so many tokens, of which some have no local expert."""
     _, (routing, _) = route(num_tokens, device)
     x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-    layout = expert_layout(routing.ids, LAYER.num_local_experts, expert_map().to(device), 128)
+    layout = expert_layout(routing.ids, LAYER.num_local_experts, local_experts().to(device), 128)
     quantize(x.to(device), layout)
     print(f"rows of {num_tokens} tokens: quantised", flush=True)
 
 
-def expert_map() -> torch.Tensor:
-    """Local are experts from the fifth on."""
-    mapping = torch.full((LAYER.num_experts,), -1, dtype=torch.int32)
-    mapping[4 : 4 + LAYER.num_local_experts] = torch.arange(LAYER.num_local_experts)
-    return mapping
+def local_experts() -> torch.Tensor:
+    """As an expert map: from the fifth on."""
+    return expert_map(LAYER.num_experts, LAYER.num_local_experts, "cpu", first=4)
 
 
 def route(num_tokens: int, device: str) -> tuple[torch.Tensor, tuple[Routing, Routing]]:

@@ -26,8 +26,8 @@ def test_mxfp4_is_right_and_timed_with_kernels_of_other_processes(monkeypatch, t
     monkeypatch.setattr(compiled, "_cache", compiled.KernelCache(()))
     mxfp4.compile_in_processes([MXFP4], tmp_path)
     sets = {8: inputs.cold_inputs(MXFP4, 8)}
-    make = lambda: mxfp4.BACKENDS["sm90"](MXFP4, mxfp4.random_mxfp4(MXFP4))  # noqa: E731
-    expected = layer.oracle(MXFP4, mxfp4.random_mxfp4(MXFP4), sets)
+    make = lambda: mxfp4.BACKENDS["sm90"](MXFP4, inputs.random_weights(MXFP4))  # noqa: E731
+    expected = layer.oracle(MXFP4, inputs.random_weights(MXFP4), sets)
     (row,) = layer.measure("sm90", make, sets, expected, layer.TOLERANCE)
     assert row["error"] < 2.0**-8 and row["us"] > 0
 

@@ -5,9 +5,12 @@ The backend is `auto`'s, at the sizes of V4-Flash and V4-Pro on one rank of eigh
 
 import pytest
 import torch
+from bench.inputs import expert_map, random_weights
 from dsv4_kernels import activation_scale, moe
 from dsv4_kernels.backends import BACKENDS, Backend, choose_backend
-from dsv4_kernels.types import ExpertWeights, MoeLayer, MoeShape, Routing
+from dsv4_kernels.types import MoeLayer, MoeShape
+
+from tests.support.layers import run, workspace_of
 
 pytestmark = pytest.mark.gpu
 
@@ -35,39 +38,18 @@ LIMIT, SCALING = 10.0, 1.5
 TOLERANCE = {False: 2.0**-8, True: 2.0**-6}
 
 
-def random_weights(shape: MoeShape) -> ExpertWeights:
-    """Weights whose outputs are near 1, and block scales of every size that E4M3 has."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    local, hidden, inter = shape.num_local_experts, shape.hidden, shape.intermediate
-
-    def codes(*size: int) -> torch.Tensor:
-        return torch.randint(0, 256, size, dtype=torch.uint8, device="cuda", generator=generator)
-
-    def block_scales(*size: int) -> torch.Tensor:
-        scales = torch.empty(size, device="cuda").uniform_(0.5, 2, generator=generator)
-        scales[..., ::7] = 0
-        scales[..., 1::31] = 2.0**-9
-        return scales.to(torch.float8_e4m3fn)
-
-    def global_scales(*size: int, width: int) -> torch.Tensor:
-        scales = torch.empty(size, device="cuda").uniform_(0.2, 0.4, generator=generator)
-        return scales / width**0.5
-
-    return ExpertWeights(
-        codes(local, 2 * inter, hidden // 2),
-        block_scales(local, 2 * inter, hidden // 16),
-        global_scales(local, 2, width=hidden),
-        codes(local, hidden, inter // 2),
-        block_scales(local, hidden, inter // 16),
-        global_scales(local, width=inter),
-    )
-
-
 def make_layer(backend: Backend, shape: MoeShape) -> MoeLayer:
-    weights, scales = random_weights(shape), None
+    """Outputs are near 1; block scales are from 2^-1 to 2, with 0 and 2^-9."""
+    weights, scales = random_weights(shape, scale_bytes=(48, 64), odd_bytes=(0, 1), gain=0.3), None
     if shape.quantize_activations:
         scales = activation_scale.warmup(weights, limit=LIMIT, scaling=SCALING)
     return moe.prepare_layer(backend, shape, weights, limit=LIMIT, activation_scales=scales)
+
+
+def a_call(num_tokens: int, layer: MoeLayer, seed: int, skew: str = "even"):
+    """Hidden states and routing, on the rank of `layers`."""
+    first = 3 * layer.shape.num_local_experts
+    return a_call(num_tokens, layer, seed, skew, first=first, device="cuda")
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
@@ -76,45 +58,16 @@ def layers(request) -> tuple[MoeLayer, MoeLayer, torch.Tensor]:
     capability = torch.cuda.get_device_capability()
     shape = request.param._replace(quantize_activations=capability[0] == 10)
     backend = choose_backend("auto", shape, capability)
-    local, first = shape.num_local_experts, 3 * shape.num_local_experts
-    expert_map = torch.full((shape.num_experts,), -1, dtype=torch.int32, device="cuda")
-    expert_map[first : first + local] = torch.arange(local, dtype=torch.int32, device="cuda")
-    return make_layer(backend, shape), make_layer(BACKENDS["reference"], shape), expert_map
-
-
-def random_call(num_tokens: int, shape: MoeShape, seed: int, skew: str = "even"):
-    """hidden_states and routing; "one-expert" sends every slot to one that is local."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    x = torch.randn(num_tokens, shape.hidden, device="cuda", generator=generator).bfloat16()
-    keys = torch.rand(num_tokens, shape.num_experts, device="cuda", generator=generator)
-    ids = keys.argsort(1)[:, : shape.top_k].int()
-    if skew == "one-expert":
-        ids[:] = 3 * shape.num_local_experts + 5
-    elif skew == "none-local":
-        ids[:] = 0
-    elif skew == "padding":
-        ids[num_tokens // 2 :] = -1
-    weights = torch.rand(num_tokens, shape.top_k, device="cuda", generator=generator) + 0.1
-    return x, Routing(weights / weights.sum(1, keepdim=True) * SCALING, ids)
-
-
-def workspace_of(layer: MoeLayer) -> torch.Tensor:
-    """Poisoned: NaN as bf16, as E4M3 and as fp32."""
-    size = moe.workspace_bytes(layer.backend, layer.shape)
-    return torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
-
-
-def run(layer: MoeLayer, x, routing: Routing, expert_map, workspace=None) -> torch.Tensor:
-    workspace = workspace_of(layer) if workspace is None else workspace
-    out = torch.full_like(x, torch.nan)
-    return moe.moe(x, routing, layer, workspace, expert_map=expert_map, out=out)
+    local = shape.num_local_experts
+    mapping = expert_map(shape.num_experts, local, first=3 * local)
+    return make_layer(backend, shape), make_layer(BACKENDS["reference"], shape), mapping
 
 
 @pytest.mark.parametrize("skew", ["even", "one-expert", "none-local", "padding"])
 @pytest.mark.parametrize("num_tokens", [1, 7, 32, 129, 2048])
 def test_the_layer_is_the_oracle(layers, num_tokens, skew):
     layer, oracle, expert_map = layers
-    x, routing = random_call(num_tokens, layer.shape, num_tokens, skew)
+    x, routing = a_call(num_tokens, layer, num_tokens, skew)
     y, expected = run(layer, x, routing, expert_map), run(oracle, x, routing, expert_map)
     assert y.isfinite().all()
     empty = (expert_map[routing.ids.clamp(min=0).long()] < 0).logical_or(routing.ids < 0).all(1)
@@ -127,10 +80,10 @@ def test_the_layer_is_the_oracle(layers, num_tokens, skew):
 @pytest.mark.parametrize("num_tokens", [1, 32, 500])
 def test_two_runs_are_bit_equal_whatever_the_arena_held(layers, num_tokens):
     layer, _, expert_map = layers
-    x, routing = random_call(num_tokens, layer.shape, seed=1)
+    x, routing = a_call(num_tokens, layer, seed=1)
     workspace = workspace_of(layer)
     first = run(layer, x, routing, expert_map, workspace).clone()
-    run(layer, *random_call(layer.shape.max_num_tokens, layer.shape, 2), expert_map, workspace)
+    run(layer, *a_call(layer.shape.max_num_tokens, layer, 2), expert_map, workspace)
     assert run(layer, x, routing, expert_map, workspace).equal(first)
     assert run(layer, x, routing, expert_map).equal(first)
 
@@ -138,7 +91,7 @@ def test_two_runs_are_bit_equal_whatever_the_arena_held(layers, num_tokens):
 @pytest.mark.parametrize("num_tokens", [1, 32, 512])
 def test_graph_replay_is_eager_bit_for_bit_with_changing_routing(layers, num_tokens):
     layer, _, expert_map = layers
-    x, routing = random_call(num_tokens, layer.shape, seed=0)
+    x, routing = a_call(num_tokens, layer, seed=0)
     workspace, out = workspace_of(layer), torch.empty_like(x)
 
     def call() -> None:
@@ -151,7 +104,7 @@ def test_graph_replay_is_eager_bit_for_bit_with_changing_routing(layers, num_tok
         call()
     skews = ["even", "one-expert", "none-local", "padding"]
     for seed in range(1, 21):
-        new_x, new_routing = random_call(num_tokens, layer.shape, seed, skews[seed % 4])
+        new_x, new_routing = a_call(num_tokens, layer, seed, skews[seed % 4])
         x.copy_(new_x)
         routing.weights.copy_(new_routing.weights)
         routing.ids.copy_(new_routing.ids)
@@ -163,7 +116,7 @@ def test_graph_replay_is_eager_bit_for_bit_with_changing_routing(layers, num_tok
 
 def test_a_call_allocates_nothing_and_does_not_wait(layers):
     layer, _, expert_map = layers
-    x, routing = random_call(64, layer.shape, seed=3)
+    x, routing = a_call(64, layer, seed=3)
     workspace, out = workspace_of(layer), torch.empty_like(x)
     moe.moe(x, routing, layer, workspace, expert_map=expert_map, out=out)
     torch.cuda.synchronize()

@@ -25,7 +25,8 @@ from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm
 from dsv4_kernels.types import MoeLayer
 
-from tests.gpu.test_moe_gpu import FLASH, make_layer, random_call, workspace_of
+from tests.gpu.test_moe_gpu import FLASH, make_layer
+from tests.support.layers import random_call, workspace_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("stream-k")]
 
@@ -130,7 +131,7 @@ def call_of(layer: MoeLayer, x, routing, out: torch.Tensor) -> Callable[[], None
 
 @pytest.mark.parametrize("num_tokens", TOKENS)
 def test_the_layer_runs_while_most_multiprocessors_are_held(layer, num_tokens):
-    x, routing = random_call(num_tokens, SHAPE, seed=num_tokens)
+    x, routing = random_call(num_tokens, SHAPE, num_tokens, device="cuda")
     out = torch.empty_like(x)
     call = call_of(layer, x, routing, out)
     call()
@@ -151,7 +152,7 @@ def test_the_layer_runs_while_most_multiprocessors_are_held(layer, num_tokens):
 
 @pytest.mark.parametrize("num_tokens", TOKENS)
 def test_replays_are_eager_bit_for_bit_over_poisoned_partial_sums(layer, num_tokens):
-    x, routing = random_call(num_tokens, SHAPE, seed=0)
+    x, routing = random_call(num_tokens, SHAPE, 0, device="cuda")
     out = torch.empty_like(x)
     call = call_of(layer, x, routing, out)
     call()
@@ -170,7 +171,7 @@ def test_replays_are_eager_bit_for_bit_over_poisoned_partial_sums(layer, num_tok
     with torch.cuda.graph(graph):
         poisoned()
     for seed in range(1, 11):
-        _, new = random_call(num_tokens, SHAPE, seed)
+        _, new = random_call(num_tokens, SHAPE, seed, device="cuda")
         routing.ids.copy_(new.ids)
         routing.weights.copy_(new.weights)
         call()

@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench.inputs import expert_map, random_weights
 from dsv4_kernels import backends, reference
 from dsv4_kernels.backends import BACKENDS, Backend
-from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
+from dsv4_kernels.moe import moe, prepare_layer
 from dsv4_kernels.sm90.gemm import MOST_PARTIALS, all_gemms, compile_gemm, gemms
 from dsv4_kernels.sm90.heuristic import choose_config, unsupported_reason
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm, Sm90Config
-from dsv4_kernels.types import ExpertWeights, MoeShape, Routing
+from dsv4_kernels.types import ExpertWeights, MoeLayer, MoeShape
 
+from tests.support.layers import random_call, relative_error, run, workspace_of
 from tests.support.mxfp4_weights import every_scale, exact, multiplied
 
 FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)
@@ -109,78 +111,19 @@ def random_layer(
     shape: MoeShape, seed: int, limit: float | None = 10.0, backend: Backend = BACKENDS["sm90"]
 ):
     """(a copy of the weights as the checkpoint has them, the layer)"""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    local = shape.num_local_experts
-
-    def codes(rows, k):
-        size = (local, rows, k // 2)
-        return torch.randint(0, 256, size, dtype=torch.uint8, device="cuda", generator=generator)
-
-    def scales(rows, k):
-        if shape.weight_format == "mxfp4":
-            size = (local, rows, k // 32)
-            value = torch.randint(116, 132, size, device="cuda", generator=generator)
-            odd = torch.randint(0, 997, size, device="cuda", generator=generator)
-            value[odd == 0] = 131 - 30
-            return value.to(torch.uint8)
-        size = (local, rows, k // 16)
-        # From 2^-3 to 2^5, and a few of the extremes: 0, 2^-9, 448.
-        value = torch.randint(32, 96, size, dtype=torch.uint8, device="cuda", generator=generator)
-        odd = torch.randint(0, 997, size, device="cuda", generator=generator)
-        for i, byte in enumerate((0x00, 0x01, 0x7E)):
-            value.masked_fill_(odd == i, byte)
-        return value.view(torch.float8_e4m3fn)
-
-    def global_scales(*size):
-        return 2.0**-9 * (0.5 + torch.rand(size, device="cuda", generator=generator))
-
-    inter, hidden = shape.intermediate, shape.hidden
-    weights = ExpertWeights(
-        codes(2 * inter, hidden),
-        scales(2 * inter, hidden),
-        global_scales(local, 2) * hidden**-0.5,
-        codes(hidden, inter),
-        scales(hidden, inter),
-        global_scales(local) * inter**-0.5,
+    # From 2^-3 to 2^5 with 0, 2^-9 and 448; of MXFP4 from 2^-11 to 2^4, and 30 powers below.
+    scales = ((116, 131), (101,)) if shape.weight_format == "mxfp4" else ((32, 95), (0, 1, 0x7E))
+    weights = random_weights(
+        shape, seed=seed, scale_bytes=scales[0], odd_bytes=scales[1], gain=2.0**-9
     )
     kept = ExpertWeights(*(tensor.clone() for tensor in weights))
     layer = prepare_layer(backend, shape, weights, limit=limit, activation_scales=None)
     return kept, layer
 
 
-def random_routing(shape: MoeShape, num_tokens: int, seed: int, kind: str = "even") -> Routing:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    scores = torch.rand((num_tokens, shape.num_experts), device="cuda", generator=generator)
-    if kind == "one expert":
-        scores[:, 3] = 2.0
-    elif kind == "few experts":
-        scores[:, : shape.top_k] += 1.0
-    ids = scores.topk(shape.top_k, dim=1).indices.int()
-    if kind == "padding":
-        ids[num_tokens // 2 :] = -1
-    weights = torch.rand(ids.shape, device="cuda", generator=generator)
-    return Routing(torch.where(ids < 0, 0.0, weights), ids)
-
-
-def expert_map(shape: MoeShape) -> torch.Tensor | None:
-    if shape.num_local_experts == shape.num_experts:
-        return None
-    found = torch.full((shape.num_experts,), -1, dtype=torch.int32, device="cuda")
-    local = torch.arange(shape.num_local_experts, dtype=torch.int32, device="cuda")
-    found[: shape.num_local_experts] = local
-    return found
-
-
-def run(layer, x, routing, mapping):
-    size = workspace_bytes(layer.backend, layer.shape)
-    workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")  # NaN everywhere
-    out = torch.full_like(x, float("nan"))
-    return moe(x, routing, layer, workspace, expert_map=mapping, out=out)
-
-
 def close(out: torch.Tensor, expected: torch.Tensor) -> None:
     """h and each of top_k rows round to bf16 (2^-9): the norm of the error is within 2^-8."""
-    error = (out.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)
+    error = relative_error(out, expected)
     assert error < 2**-8, error
     assert out.isfinite().all()
 
@@ -190,14 +133,14 @@ SMALL_EP = SMALL._replace(num_local_experts=5)
 SMALL_MXFP4 = SMALL_EP._replace(weight_format="mxfp4")
 CASES = {
     **{f"tokens-{n}": (SMALL, n, "even") for n in (1, 2, 7, 33, 100, 150, 300, 577, 1000)},
-    "one-expert-takes-all": (SMALL, 1000, "one expert"),
-    "four-experts-take-all": (SMALL, 777, "few experts"),
+    "one-expert-takes-all": (SMALL, 1000, "one-expert"),
+    "four-experts-take-all": (SMALL, 777, "few-experts"),
     "padding-tokens": (SMALL, 64, "padding"),
     "ep-some-rows": (SMALL_EP, 40, "even"),
     "ep-one-token": (SMALL_EP, 1, "even"),
     "many-tokens": (SMALL, 4096, "even"),
     **{f"mxfp4-{n}": (SMALL_MXFP4, n, "even") for n in (1, 33, 300, 1000)},
-    "mxfp4-one-expert": (SMALL_MXFP4, 777, "one expert"),
+    "mxfp4-one-expert": (SMALL_MXFP4, 777, "one-expert"),
 }
 
 
@@ -210,11 +153,10 @@ def small_layers(request):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_layer_matches_the_oracle(case, small_layers):
-    shape, num_tokens, kind = case
+    shape, num_tokens, skew = case
     weights, layer = small_layers[shape]
-    routing = random_routing(shape, num_tokens, 2, kind)
-    x = torch.randn(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
-    mapping = expert_map(shape)
+    x, routing = random_call(num_tokens, shape, 2, skew, device="cuda")
+    mapping = expert_map(shape.num_experts, shape.num_local_experts)
     expected = reference.moe(x, routing, weights, expert_map=mapping, limit=layer.limit)
     out = run(layer, x, routing, mapping)
     close(out, expected)
@@ -235,12 +177,7 @@ FULL |= {f"{name}-mxfp4": shape._replace(weight_format="mxfp4") for name, shape 
 @pytest.mark.parametrize("shape", FULL.values(), ids=FULL)
 def test_full_sizes_match_the_oracle(shape, num_tokens):
     shape = shape._replace(max_num_tokens=256)
-    weights, layer = random_layer(shape, 3)
-    routing = random_routing(shape, num_tokens, 4)
-    x = torch.randn(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
-    mapping = expert_map(shape)
-    expected = reference.moe(x, routing, weights, expert_map=mapping, limit=layer.limit)
-    close(run(layer, x, routing, mapping), expected)
+    check_layer(*random_layer(shape, 3), num_tokens)
 
 
 # Modulo the largest tile_k, 256, and V4.1-Flash's under tensor parallelism.
@@ -253,21 +190,24 @@ LAZY = replace(BACKENDS["sm90"], compile_layer=None)
 @pytest.mark.gpu
 @pytest.mark.parametrize(("weight_format", "size"), SIZES, ids=[f"{f}-{n}" for f, n in SIZES])
 def test_every_intermediate_size_matches_the_oracle(weight_format, size):
-    check_layer(MoeShape(4, 4, 2, 256, size, 8, False, weight_format=weight_format), 5)
+    shape = MoeShape(4, 4, 2, 256, size, 8, False, weight_format=weight_format)
+    check_layer(*random_layer(shape, 3, backend=LAZY), 5)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [3, 60, 200])
 @pytest.mark.parametrize("size", [288, 576], ids=["tp8", "tp4"])
 def test_v41_tensor_parallel_sizes_match_the_oracle(size, num_tokens):
-    check_layer(MoeShape(8, 8, 6, 5120, size, 256, False, weight_format="mxfp4"), num_tokens)
+    shape = MoeShape(8, 8, 6, 5120, size, 256, False, weight_format="mxfp4")
+    check_layer(*random_layer(shape, 3, backend=LAZY), num_tokens)
 
 
-def check_layer(shape: MoeShape, num_tokens: int) -> None:
-    weights, layer = random_layer(shape, 3, backend=LAZY)
-    routing = random_routing(shape, num_tokens, 4)
-    x = torch.randn(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
-    close(run(layer, x, routing, None), reference.moe(x, routing, weights, limit=layer.limit))
+def check_layer(weights: ExpertWeights, layer: MoeLayer, num_tokens: int) -> None:
+    shape = layer.shape
+    x, routing = random_call(num_tokens, shape, 4, device="cuda")
+    mapping = expert_map(shape.num_experts, shape.num_local_experts)
+    expected = reference.moe(x, routing, weights, expert_map=mapping, limit=layer.limit)
+    close(run(layer, x, routing, mapping), expected)
 
 
 @pytest.mark.gpu
@@ -282,10 +222,8 @@ def test_every_mxfp4_scale_byte_and_code_is_exact():
 def test_graph_replays_equal_eager_and_nothing_compiles():
     _, layer = random_layer(SMALL, 5)
     num_tokens = 50
-    x = torch.randn(num_tokens, SMALL.hidden, device="cuda", dtype=torch.bfloat16)
-    routing = random_routing(SMALL, num_tokens, 6)
-    workspace = torch.zeros(workspace_bytes(layer.backend, SMALL), dtype=torch.uint8, device="cuda")
-    out = torch.empty_like(x)
+    x, routing = random_call(num_tokens, SMALL, 6, device="cuda")
+    workspace, out = workspace_of(layer), torch.empty_like(x)
     moe(x, routing, layer, workspace, out=out)
     compiled = compile_gemm.cache_info().misses
     torch.cuda.synchronize()
@@ -294,7 +232,8 @@ def test_graph_replays_equal_eager_and_nothing_compiles():
         moe(x, routing, layer, workspace, out=out)
     eager = torch.empty_like(x)
     for seed in range(1000):
-        new = random_routing(SMALL, num_tokens, seed, ("even", "few experts")[seed % 2])
+        skew = ("even", "few-experts")[seed % 2]
+        _, new = random_call(num_tokens, SMALL, seed, skew, device="cuda")
         routing.ids.copy_(new.ids)
         routing.weights.copy_(new.weights)
         graph.replay()

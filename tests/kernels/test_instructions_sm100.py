@@ -11,7 +11,8 @@ import torch
 from dsv4_kernels.reference import expert_layout
 from dsv4_kernels.sm100.spec import CONFIGS, Gemm
 
-from tests.emulator.sm100_emulation import aligned, emulated, name
+from tests.emulator.sm100_emulation import emulated, name
+from tests.support.layers import aligned
 
 pytestmark = pytest.mark.slow
 

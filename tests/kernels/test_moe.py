@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from bench.inputs import random_weights
 from dsv4_kernels import moe, reference
 from dsv4_kernels.backends import BACKENDS, Backend, choose_backend
-from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeLayer, MoeShape, Routing
+from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeShape, Routing
+
+from tests.support.layers import random_call, run, workspace_of
 
 SHAPE = MoeShape(
     num_experts=6,
@@ -17,36 +20,13 @@ SHAPE = MoeShape(
 )
 
 
-def random_weights(shape: MoeShape, seed: int = 0) -> ExpertWeights:
-    """Codes at random, block scales around 1, global scales that keep the outputs near 1."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def codes(*size: int) -> torch.Tensor:
-        return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-
-    def scales(*size: int) -> torch.Tensor:
-        return torch.empty(size).uniform_(0.25, 2, generator=generator).to(torch.float8_e4m3fn)
-
-    def positive(*size: int) -> torch.Tensor:
-        return torch.empty(size).uniform_(0.02, 0.06, generator=generator)
-
-    local, hidden, inter = shape.num_local_experts, shape.hidden, shape.intermediate
-    return ExpertWeights(
-        codes(local, 2 * inter, hidden // 2),
-        scales(local, 2 * inter, hidden // 16),
-        positive(local, 2),
-        codes(local, hidden, inter // 2),
-        scales(local, hidden, inter // 16),
-        positive(local),
-    )
+def weights_of(shape: MoeShape) -> ExpertWeights:
+    """Block scales around 1, and outputs near 1."""
+    return random_weights(shape, "cpu", scale_bytes=(40, 64), gain=0.3)
 
 
-def random_routing(num_tokens: int, shape: MoeShape, seed: int = 1) -> Routing:
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.rand(num_tokens, shape.num_experts, generator=generator)
-    ids = keys.argsort(1)[:, : shape.top_k].int()
-    weights = torch.rand(num_tokens, shape.top_k, generator=generator) + 0.1
-    return Routing(weights / weights.sum(1, keepdim=True) * 1.5, ids)
+def random_routing(num_tokens: int, shape: MoeShape) -> Routing:
+    return random_call(num_tokens, shape, 1)[1]
 
 
 def unit_scales(num_local_experts: int) -> ActivationScales:
@@ -62,12 +42,6 @@ def make_layer(shape: MoeShape, weights: ExpertWeights, limit: float | None = 10
         limit=limit,
         activation_scales=scales,
     )
-
-
-def run(layer: MoeLayer, x: torch.Tensor, routing: Routing, **kwargs) -> torch.Tensor:
-    out = torch.full_like(x, torch.nan)
-    workspace = torch.empty(moe.workspace_bytes(layer.backend, layer.shape), dtype=torch.uint8)
-    return moe.moe(x, routing, layer, workspace, out=out, **kwargs)
 
 
 EP_SHAPE = SHAPE._replace(num_experts=16, num_local_experts=16, top_k=4)
@@ -119,7 +93,7 @@ def test_the_sum_over_ranks_is_the_single_rank_output(name, ranks, policy):
     rank; the rows that are summed are the same. So each element is within 2^-8 of the magnitudes
     that were rounded, cancellation between ranks included.
     """
-    weights = random_weights(EP_SHAPE)
+    weights = weights_of(EP_SHAPE)
     x = torch.randn(33, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     routing = random_routing(33, EP_SHAPE)
     quantise = policy != "w4a16"
@@ -154,7 +128,7 @@ def test_the_sum_over_ranks_is_the_single_rank_output(name, ranks, policy):
 def test_a_token_may_name_one_expert_twice():
     """A hash table's row may: both slots count, also where fewer experts are local than top_k."""
     shape = SHAPE._replace(num_local_experts=1)
-    weights = random_weights(shape)
+    weights = weights_of(shape)
     layer = make_layer(shape, weights)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     expert_map = torch.tensor([-1, -1, 0, -1, -1, -1], dtype=torch.int32)
@@ -254,7 +228,7 @@ def test_the_chain_of_kernels_is_the_oracle_bit_for_bit(rank, num_tokens, policy
         quantize_activations=policy != "w4a16",
         scale_per_row="token" in policy,
     )
-    weights = ExpertWeights(*(tensor[local] for tensor in random_weights(EP_SHAPE)))
+    weights = ExpertWeights(*(tensor[local] for tensor in weights_of(EP_SHAPE)))
     x = torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     x[0] *= 1000
     routing = random_routing(num_tokens, EP_SHAPE)
@@ -262,7 +236,7 @@ def test_the_chain_of_kernels_is_the_oracle_bit_for_bit(rank, num_tokens, policy
     for backend in (CHAIN, BACKENDS["reference"]):
         scales = POLICIES[policy](local)
         layer = moe.prepare_layer(backend, shape, weights, limit=10.0, activation_scales=scales)
-        workspace = torch.full((moe.workspace_bytes(backend, shape),), 0x7F, dtype=torch.uint8)
+        workspace = workspace_of(layer)
         out = torch.full_like(x, torch.nan)
         # Twice: the second call finds what the first left in the arena.
         for _ in range(2):
@@ -288,7 +262,7 @@ def test_the_chain_of_kernels_is_the_oracle_bit_for_bit(rank, num_tokens, policy
 def test_the_chain_takes_any_ids(ids):
     """Experts 2 and 3 are local; the rest, and what is no expert, adds nothing."""
     shape = EP_SHAPE._replace(num_local_experts=2)
-    weights = ExpertWeights(*(tensor[2:4] for tensor in random_weights(EP_SHAPE)))
+    weights = ExpertWeights(*(tensor[2:4] for tensor in weights_of(EP_SHAPE)))
     expert_map = torch.full((16,), -1, dtype=torch.int32)
     expert_map[2:4] = torch.arange(2, dtype=torch.int32)
     x = torch.randn(len(ids), 64, generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -305,7 +279,7 @@ def test_the_chain_takes_any_ids(ids):
 
 def test_the_oracle_does_not_depend_on_the_default_dtype():
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
-    layer, routing = make_layer(SHAPE, random_weights(SHAPE)), random_routing(5, SHAPE)
+    layer, routing = make_layer(SHAPE, weights_of(SHAPE)), random_routing(5, SHAPE)
     expected = run(layer, x, routing)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -315,13 +289,13 @@ def test_the_oracle_does_not_depend_on_the_default_dtype():
 
 
 def test_no_tokens_is_not_an_error():
-    layer = make_layer(SHAPE, random_weights(SHAPE))
+    layer = make_layer(SHAPE, weights_of(SHAPE))
     out = run(layer, torch.zeros(0, 64, dtype=torch.bfloat16), random_routing(0, SHAPE))
     assert out.shape == (0, 64)
 
 
 def test_more_tokens_than_sized_for_names_both_numbers():
-    layer = make_layer(SHAPE, random_weights(SHAPE))
+    layer = make_layer(SHAPE, weights_of(SHAPE))
     with pytest.raises(ValueError, match="34 tokens .* sized for 33"):
         run(layer, torch.zeros(34, 64, dtype=torch.bfloat16), random_routing(34, SHAPE))
 

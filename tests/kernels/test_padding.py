@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bench.inputs import random_weights
 from dsv4_kernels import reference
 from dsv4_kernels.backends import BACKENDS, unsupported_reason
 from dsv4_kernels.padding import padded_shape, padded_weights
@@ -87,19 +88,9 @@ def test_v41_tensor_parallel_sizes_cost_no_more_than_their_bytes():
             assert gemm.m % gemm.config.tile_m == 0, gemm
 
 
-def random_weights(weight_format: str, size: int) -> ExpertWeights:
-    generator = torch.Generator().manual_seed(size)
-
-    def part(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        block = FORMATS[weight_format]
-        codes = torch.randint(0, 256, (2, rows, k // 2), generator=generator).to(torch.uint8)
-        scales = torch.randint(118, 122, (2, rows, k // block), generator=generator)
-        scales = scales.to(torch.uint8)
-        return codes, scales if weight_format == "mxfp4" else scales.view(torch.float8_e4m3fn)
-
-    return ExpertWeights(
-        *part(2 * size, 64), torch.full((2, 2), 0.5), *part(64, size), torch.ones(2)
-    )
+def weights_of(weight_format: str, size: int) -> ExpertWeights:
+    shape = MoeShape(2, 2, 1, 64, size, 1, False, weight_format=weight_format)
+    return random_weights(shape, "cpu", seed=size)
 
 
 @pytest.mark.parametrize("name", ["sm90", "sm100"])
@@ -107,7 +98,7 @@ def random_weights(weight_format: str, size: int) -> ExpertWeights:
     ("weight_format", "size"), [("nvfp4", 16), ("nvfp4", 48), ("nvfp4", 144), ("mxfp4", 96)]
 )
 def test_padded_weights_are_the_same_matrices_beside_zeros(name, weight_format, size):
-    backend, weights = BACKENDS[name], random_weights(weight_format, size)
+    backend, weights = BACKENDS[name], weights_of(weight_format, size)
     rows, columns = backend.padded_intermediate(size)
     padded = padded_weights(backend, weights)
     assert padded.intermediate == rows
@@ -125,7 +116,7 @@ def test_padded_weights_are_the_same_matrices_beside_zeros(name, weight_format, 
 
 
 def test_what_needs_no_padding_is_not_copied():
-    weights = random_weights("mxfp4", 576)
+    weights = weights_of("mxfp4", 576)
     padded = padded_weights(BACKENDS["sm90"], weights)
     assert all(new is old for new, old in zip(padded, weights, strict=True))
     shape = shape_of("sm90", "mxfp4", 576)

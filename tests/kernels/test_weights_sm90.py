@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from bench.inputs import random_weights
 from dsv4_kernels import reference
 from dsv4_kernels.sm90.weights import CHUNK, prepare_weights
-from dsv4_kernels.types import ExpertWeights
+from dsv4_kernels.types import ExpertWeights, MoeShape
 
 from tests.support.launches import peak_bytes
 from tests.support.sm90_shuffle import shuffled, shuffled_mxfp4, unshuffled, without_dead_codes
@@ -12,52 +13,19 @@ from tests.support.sm90_shuffle import shuffled, shuffled_mxfp4, unshuffled, wit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def random_weights(
-    experts: int = 2, hidden: int = 128, intermediate: int = 192, seed: int = 0, device: str = "cpu"
-) -> ExpertWeights:
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def codes(rows, k):
-        size = (experts, rows, k // 2)
-        return torch.randint(0, 256, size, dtype=torch.uint8, device=device, generator=generator)
-
-    def scales(rows, k):
-        size = (experts, rows, k // 16)
-        bytes_ = torch.randint(0, 127, size, dtype=torch.uint8, device=device, generator=generator)
-        return bytes_.view(torch.float8_e4m3fn)
-
-    def global_scales(*size):
-        return torch.rand(size, device=device, generator=generator) + 0.5
-
-    return ExpertWeights(
-        codes(2 * intermediate, hidden),
-        scales(2 * intermediate, hidden),
-        global_scales(experts, 2),
-        codes(hidden, intermediate),
-        scales(hidden, intermediate),
-        global_scales(experts),
-    )
-
-
-def random_mxfp4(
+def weights_of(
     experts: int = 2,
     hidden: int = 128,
     intermediate: int = 192,
-    scale_bytes: tuple[int, int] = (104, 134),
+    *,
+    mxfp4_bytes: tuple[int, int] | None = None,
     device: str = "cpu",
 ) -> ExpertWeights:
-    """Scales from the first byte to the last; a byte of 255 is NaN."""
-    generator = torch.Generator(device=device).manual_seed(0)
-    first, last = scale_bytes
-
-    def matrix(rows, k):
-        drawn = dict(dtype=torch.uint8, device=device, generator=generator)
-        codes = torch.randint(0, 256, (experts, rows, k // 2), **drawn)
-        return codes, torch.randint(first, last + 1, (experts, rows, k // 32), **drawn)
-
-    w13, w2 = matrix(2 * intermediate, hidden), matrix(hidden, intermediate)
-    ones = torch.ones(experts, 2, device=device), torch.ones(experts, device=device)
-    return ExpertWeights(*w13, ones[0], *w2, ones[1])
+    """NVFP4, its block scales every byte that is no NaN, or MXFP4 with scales in these bytes."""
+    shape = MoeShape(experts, experts, 1, hidden, intermediate, 1, False)
+    if mxfp4_bytes is not None:
+        shape = shape._replace(weight_format="mxfp4")
+    return random_weights(shape, device, scale_bytes=mxfp4_bytes or (0, 126))
 
 
 def shuffle_on_device(weights: ExpertWeights) -> ExpertWeights:
@@ -82,7 +50,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_shuffle_is_the_oracles_byte_for_byte(shape):
-    weights = random_weights(**shape)
+    weights = weights_of(**shape)
     scales = weights.w13_block_scales.view(torch.uint8)
     scales.view(-1)[:127] = torch.arange(127)  # every one that there is
     scales[0, 64:] *= torch.rand(scales[0, 64:].shape).round().byte()  # half of them 0
@@ -95,7 +63,7 @@ SCALE_BYTES = {"31-powers": (104, 134), "40-powers": (100, 139), "all": (0, 254)
 @pytest.mark.parametrize("scale_bytes", SCALE_BYTES.values(), ids=SCALE_BYTES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_shuffle_of_mxfp4_is_the_oracles_byte_for_byte(shape, scale_bytes):
-    weights = random_mxfp4(**shape, scale_bytes=scale_bytes)
+    weights = weights_of(**shape, mxfp4_bytes=scale_bytes)
     weights.w13_block_scales[0, : weights.intermediate] = 20  # the gate's window, not the up's
     weights.w13[:, 5] = 0x80
     expected, error = shuffled_mxfp4(weights)
@@ -113,7 +81,8 @@ def test_the_shuffle_of_mxfp4_is_the_oracles_byte_for_byte(shape, scale_bytes):
     ids=["pro-ep8", "v4.1-flash", "v4.1-flash-tp4"],
 )
 def test_the_shuffle_of_mxfp4_is_the_oracles_at_real_sizes(experts, hidden, intermediate):
-    weights = random_mxfp4(experts, hidden, intermediate, SCALE_BYTES["40-powers"], "cuda")
+    scale_bytes = SCALE_BYTES["40-powers"]
+    weights = weights_of(experts, hidden, intermediate, mxfp4_bytes=scale_bytes, device="cuda")
     checked = sorted({0, CHUNK - 1, CHUNK, experts - 1})
     part = ExpertWeights(*(tensor[checked].cpu() for tensor in weights))
     expected, error = shuffled_mxfp4(part)
@@ -131,7 +100,7 @@ def test_the_shuffle_of_mxfp4_is_the_oracles_at_real_sizes(experts, hidden, inte
 )
 def test_the_shuffle_is_the_oracles_at_real_sizes(experts, hidden, intermediate):
     """On either side of where chunks meet, and at the end: w13 of Flash is 2 GiB."""
-    weights = random_weights(experts, hidden, intermediate, device="cuda")
+    weights = weights_of(experts, hidden, intermediate, device="cuda")
     checked = sorted({0, CHUNK - 1, CHUNK, experts - 1})
     expected = shuffled(ExpertWeights(*(tensor[checked] for tensor in weights)))
     torch.cuda.synchronize()
@@ -144,7 +113,7 @@ def test_the_shuffle_is_the_oracles_at_real_sizes(experts, hidden, intermediate)
 
 @pytest.mark.parametrize("hidden, intermediate", [(128, 192), (320, 64)])
 def test_the_oracle_loses_nothing(hidden, intermediate):
-    weights = random_weights(3, hidden, intermediate)
+    weights = weights_of(3, hidden, intermediate)
     restored = unshuffled(shuffled(weights))
     for name in ("w13", "w2"):
         codes, scales = getattr(weights, name), getattr(weights, f"{name}_block_scales")
@@ -154,7 +123,7 @@ def test_the_oracle_loses_nothing(hidden, intermediate):
 
 
 def test_a_zero_scale_is_a_zero_matrix_and_keeps_both_signs_of_zero_elsewhere():
-    weights = random_weights()
+    weights = weights_of()
     weights.w2_block_scales.view(torch.uint8)[0, :, ::2] = 0
     weights.w2[0, :, 8:16] = 0x80  # codes +0 and -0 under a live scale
     dense = reference.nvfp4_dequantize(weights.w2, weights.w2_block_scales, 1.0)
@@ -199,7 +168,7 @@ def widen_like_the_kernel(words: torch.Tensor, scale_words: torch.Tensor) -> tor
 
 @pytest.mark.parametrize("name", ["w13", "w2"])
 def test_every_thread_owns_its_fragment(name):
-    weights = random_weights(hidden=128, intermediate=192)
+    weights = weights_of(hidden=128, intermediate=192)
     codes, scales = getattr(weights, name), getattr(weights, f"{name}_block_scales")
     dense = reference.nvfp4_dequantize(codes, scales, 1.0)[1]
     if name == "w13":
@@ -228,7 +197,7 @@ def test_products_are_exact_in_bf16():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's allocator; the GPU's has a test above")
 def test_scratch_is_one_chunk_of_the_larger_matrix():
-    weights = random_weights(CHUNK + 1, 64, 64)
+    weights = weights_of(CHUNK + 1, 64, 64)
     one_expert = weights.w13[0].nbytes + weights.w13_block_scales[0].nbytes
     # Triton's interpreter allocates a few bytes in PyTorch.
     assert 0 <= peak_bytes(lambda: prepare_weights(weights)) - CHUNK * one_expert < 4096

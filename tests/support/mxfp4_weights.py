@@ -8,7 +8,8 @@ from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.weights import prepare_weights
 from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape
 
-from tests.support.sm90_problems import ROW_TILE, aligned, layer_of
+from tests.support.layers import aligned
+from tests.support.sm90_problems import ROW_TILE, layer_of
 
 SIZE = 64  # of hidden and intermediate
 WINDOW = 31  # powers of two that an expert's scales may span without a rounding

@@ -16,6 +16,7 @@ from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90 import heuristic
 from dsv4_kernels.types import MXFP4_BLOCK, ExpertLayout, ExpertWeights, MoeLayer, MoeShape
 
+from tests.support.layers import aligned
 from tests.support.sm90_shuffle import shuffled, shuffled_mxfp4
 
 ROW_TILE = 8  # the row groups of experts are padded to it
@@ -73,15 +74,6 @@ class Inputs(NamedTuple):
                 for part in self
             )
         )
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy at a multiple of 256 bytes, as GPU allocations are."""
-    size = tensor.numel() * tensor.element_size()
-    room = torch.empty(size + 256, dtype=torch.uint8)
-    start = -room.data_ptr() % 256
-    copy = room[start : start + size].view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
 
 
 def make_inputs(problem: Problem) -> Inputs:
