@@ -17,16 +17,6 @@ CONFIG = TinyConfig(layers=2, hash_layers=1, hidden=128, intermediate=64, expert
 EXPERTS = "layers.1.ffn.experts"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("bad") / "tiny", CONFIG)
-
-
-@pytest.fixture(scope="module")
-def config(checkpoint):
-    return loading.engine_config(checkpoint)
-
-
 def load(config, checkpoint: Path, settings: dict | None = None) -> torch.nn.Module:
     config = copy.deepcopy(config)
     config.model_config.model = str(checkpoint)
@@ -57,8 +47,8 @@ def tensor(checkpoint: Path, name: str) -> torch.Tensor:
     return load_file(checkpoint / index["weight_map"][name])[name]
 
 
-def test_the_checkpoint_itself_loads(config, checkpoint):
-    load(config, checkpoint)
+def test_the_checkpoint_itself_loads(vllm_config, checkpoint):
+    load(vllm_config, checkpoint)
 
 
 def with_value(value: float, at: tuple[int, ...] = ()):
@@ -183,23 +173,23 @@ def test_an_intermediate_size_that_mxfp4_cannot_cut_into_blocks_is_refused(
 
 
 @pytest.mark.parametrize("name, change, says", BAD_TENSORS.values(), ids=BAD_TENSORS)
-def test_a_bad_tensor_is_named(config, checkpoint, tmp_path, name, change, says):
+def test_a_bad_tensor_is_named(vllm_config, checkpoint, tmp_path, name, change, says):
     bad = edited(checkpoint, tmp_path / "bad", {name: change(tensor(checkpoint, name))})
     with pytest.raises(ValueError) as refusal:
-        load(config, bad)
+        load(vllm_config, bad)
     sentence = str(refusal.value)
     assert sentence.startswith(name) and says in sentence
     assert "\n" not in sentence
 
 
-def test_a_truncated_shard_is_named_before_any_layer_is_made(config, checkpoint, tmp_path):
+def test_a_truncated_shard_is_named_before_any_layer_is_made(vllm_config, checkpoint, tmp_path):
     bad = edited(checkpoint, tmp_path / "bad", {})
     shard = bad / "model-00002-of-00003.safetensors"
     whole = shard.read_bytes()
     shard.unlink()
     shard.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{shard.name} is cut short: .* fetch it again"):
-        load(config, bad)
+        load(vllm_config, bad)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +197,7 @@ def test_a_truncated_shard_is_named_before_any_layer_is_made(config, checkpoint,
     [("hidden_size", "hidden size 120"), ("moe_intermediate_size", "intermediate size 120")],
 )
 def test_a_size_that_nvfp4_cannot_cut_into_blocks_is_refused(
-    config, checkpoint, tmp_path, size, says
+    vllm_config, checkpoint, tmp_path, size, says
 ):
     bad = edited(checkpoint, tmp_path / "bad", {})
     content = json.loads((bad / "config.json").read_text()) | {size: 120}
@@ -217,11 +207,11 @@ def test_a_size_that_nvfp4_cannot_cut_into_blocks_is_refused(
         loading.load_model(loading.engine_config(bad))
 
 
-def test_different_scales_of_gate_and_up_are_kept_and_said(config, checkpoint, tmp_path):
+def test_different_scales_of_gate_and_up_are_kept_and_said(vllm_config, checkpoint, tmp_path):
     name = f"{EXPERTS}.3.w3.weight_scale_2"
     doubled = tensor(checkpoint, name) * 2
     with mock.patch("vllm_dsv4_moe.moe_method.logger.info_once") as say:
-        model = load(config, edited(checkpoint, tmp_path / "other", {name: doubled}))
+        model = load(vllm_config, edited(checkpoint, tmp_path / "other", {name: doubled}))
     kernel = model.model.layers[1].ffn.experts.routed_experts.quant_method.moe_kernel
     gate, up = kernel.fused_experts.layer.weights.w13_global_scales[3]
     assert up == 2 * gate == doubled
@@ -239,26 +229,26 @@ BAD_SETTINGS = {
 
 
 @pytest.mark.parametrize("settings, says", BAD_SETTINGS.values(), ids=BAD_SETTINGS)
-def test_a_bad_setting_is_named(config, checkpoint, settings, says):
+def test_a_bad_setting_is_named(vllm_config, checkpoint, settings, says):
     with pytest.raises(ValueError, match=says):
-        load(config, checkpoint, settings)
+        load(vllm_config, checkpoint, settings)
 
 
-def test_the_checkpoint_policy_wants_every_input_scale(config, checkpoint, tmp_path):
+def test_the_checkpoint_policy_wants_every_input_scale(vllm_config, checkpoint, tmp_path):
     settings = {"activation_scale": "checkpoint"}
-    model = load(config, checkpoint, settings)
+    model = load(vllm_config, checkpoint, settings)
     kernel = model.model.layers[1].ffn.experts.routed_experts.quant_method.moe_kernel
     fc1, fc2 = kernel.fused_experts.layer.activation_scales
     assert fc1 == tensor(checkpoint, f"{EXPERTS}.0.w1.input_scale")
     assert (fc2 == tensor(checkpoint, f"{EXPERTS}.0.w2.input_scale")).all()
     without = edited(checkpoint, tmp_path / "without", {f"{EXPERTS}.4.w2.input_scale": None})
     with pytest.raises(ValueError, match=r"layers.1.*w2.input_scale of 1 of 8 experts is missing"):
-        load(config, without, settings)
-    load(config, without)
+        load(vllm_config, without, settings)
+    load(vllm_config, without)
 
 
-def test_dummy_weights_load_with_scales_that_can_run(config, checkpoint):
-    dummy = copy.deepcopy(config)
+def test_dummy_weights_load_with_scales_that_can_run(vllm_config, checkpoint):
+    dummy = copy.deepcopy(vllm_config)
     dummy.load_config.load_format = "dummy"
     model = loading.load_model(dummy)
     experts = model.model.layers[0].ffn.experts.routed_experts

@@ -12,7 +12,7 @@ import torch
 
 from tests.support import loading
 from vllm_dsv4_moe.commands.inspect_checkpoint import inspect
-from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.commands.tiny import TinyConfig
 from vllm_dsv4_moe.commands.tiny_config import tiny_config_json
 from vllm_dsv4_moe.layer_config import LayerConfig, group_sizes
 
@@ -38,11 +38,6 @@ BAD_CONFIGS = {
         "num_experts_per_tok is 9 and there are 8 experts",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("config") / "tiny", CONFIG)
 
 
 def with_config(checkpoint: Path, out: Path, changes: dict) -> Path:

@@ -12,25 +12,15 @@ import pytest
 import torch
 from dsv4_kernels import reference
 
-from tests.support import loading
+from tests.support.layers import relative_error
 from tests.support.plain_moe import PlainMoe
 from tests.support.routed_experts import load_experts, routed_experts
-from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.commands.tiny import TinyConfig
 
 CONFIG = TinyConfig(layers=1, hash_layers=0, hidden=64, intermediate=32, experts=12, heads=4)
 TOKENS = 40
 # fp32 sums of at most top_k rows, each rounded to bf16, in another grouping.
 TOLERANCE = 2.0**-7
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("ep") / "tiny", CONFIG)
-
-
-@pytest.fixture(scope="module")
-def vllm_config(checkpoint):
-    return loading.engine_config(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +57,6 @@ def output(layer, x, weights, ids) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def whole(vllm_config, tensors):
     return output(rank_layer(vllm_config, tensors, 1, 0), *tokens())
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("placement", ["linear", "round_robin"])

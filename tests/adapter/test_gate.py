@@ -11,19 +11,9 @@ from dsv4_kernels.route.gate_route import MAX_TOKENS, gate_route
 
 from tests.support import loading
 from tests.support.serve_probe import fused_and_kept, interpreted_gate_op
-from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.commands.tiny import TinyConfig
 
 CONFIG = TinyConfig(layers=2, hash_layers=1, hidden=64, intermediate=32, experts=12, heads=4)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("gate") / "tiny", CONFIG)
-
-
-@pytest.fixture(scope="module")
-def vllm_config(checkpoint):
-    return loading.engine_config(checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,9 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
 )
 from vllm.v1.worker import ubatching, workspace
 
-from tests.support import loading
 from tests.support.plain_moe import PlainMoe
 from tests.support.routed_experts import load_experts, routed_experts
-from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.commands.tiny import TinyConfig
 from vllm_dsv4_moe.experts import Dsv4Experts
 
 CONFIG = TinyConfig(layers=1, hash_layers=0, hidden=64, intermediate=32, experts=12, heads=4)
@@ -58,14 +57,12 @@ def run_with_arena(hidden_states, routing, layer, arena, expert_map, out) -> Non
 
 
 @pytest.fixture(scope="module")
-def layer(tmp_path_factory):
+def layer(checkpoint, vllm_config):
     """A loaded layer, whose experts ask for an arena."""
     from vllm.config import set_current_vllm_config
 
-    checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("dbo") / "tiny", CONFIG)
-    config = loading.engine_config(checkpoint)
-    layer = routed_experts(config, CONFIG, activations="bf16")
-    with set_current_vllm_config(config):
+    layer = routed_experts(vllm_config, CONFIG, activations="bf16")
+    with set_current_vllm_config(vllm_config):
         load_experts(layer, PlainMoe(checkpoint, 0).tensors.items())
         layer.quant_method.process_weights_after_loading(layer)
     return layer

@@ -9,6 +9,7 @@ import torch
 from dsv4_kernels import backends, reference
 
 from tests.support import loading
+from tests.support.layers import relative_error
 from tests.support.plain_moe import PlainMoe
 from tests.support.routed_experts import load_experts, routed_experts
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
@@ -19,11 +20,6 @@ CONFIG = TinyConfig(
 TOLERANCE = 0.006  # of rounding to bf16
 # Ranks' rows are rounded to bf16 once more, before they are added.
 SUM_TOLERANCE = 2.0**-7
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("mxfp4") / "tiny", CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +65,6 @@ def tokens():
 def expected(plain, tokens):
     x, weights, ids = tokens
     return plain.routed(x, ids, weights.double()).float()
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.float() - expected).norm() / expected.norm())
 
 
 RANKS = {

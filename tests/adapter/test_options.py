@@ -20,16 +20,6 @@ LAYER = "model.layers.0.ffn.experts"
 CONFIG = TinyConfig(layers=2, hash_layers=1, hidden=64, intermediate=32, experts=12, heads=4)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("options") / "tiny", CONFIG)
-
-
-@pytest.fixture(scope="module")
-def vllm_config(checkpoint):
-    return loading.engine_config(checkpoint)
-
-
 def changed(**changes):
     """The configuration with values put in where vLLM's own classes have them."""
     from vllm.config.lora import LoRAConfig

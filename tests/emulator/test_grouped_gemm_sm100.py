@@ -23,7 +23,7 @@ from dsv4_kernels.types import (
 )
 
 from tests.emulator.ptx_emulator.scheduler import PROGRAMMATIC_STREAM_SERIALIZATION
-from tests.emulator.sm100_emulation import Emulation, aligned
+from tests.emulator.sm100_emulation import Emulation
 from tests.support.exact_gemm import (
     Interval,
     allowed,
@@ -32,6 +32,7 @@ from tests.support.exact_gemm import (
     fc1_interval,
     fc2_interval,
 )
+from tests.support.layers import aligned
 
 MODES = [("eager", 0), ("lazy", 0), ("random", 1), ("random", 2)]
 MODE_IDS = [f"{mode}{seed or ''}" for mode, seed in MODES]

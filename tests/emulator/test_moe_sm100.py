@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from bench.inputs import random_weights
 from dsv4_kernels import moe
 from dsv4_kernels.backends import BACKENDS, SM100, choose_backend
 from dsv4_kernels.route.router_topk import router_topk
 from dsv4_kernels.sm100 import gemm as sm100
 from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeShape
 
-from tests.emulator.sm100_emulation import Emulation, aligned
+from tests.emulator.sm100_emulation import Emulation
+from tests.support.layers import aligned, relative_error, run
 
 EXPERTS, LOCAL, TOP_K, HIDDEN, INTERMEDIATE = 16, 4, 3, 256, 128
 SHAPE = MoeShape(EXPERTS, LOCAL, TOP_K, HIDDEN, INTERMEDIATE, 700, True)
@@ -16,18 +18,6 @@ SCALES = {
     "static": ActivationScales(torch.tensor([0.01]), torch.full((LOCAL,), 0.001)),
     "token": ActivationScales(None, None),
 }
-
-
-def make_weights(generator: torch.Generator) -> ExpertWeights:
-    def part(rows, k):
-        codes = torch.randint(0, 256, (LOCAL, rows, k // 2), generator=generator)
-        scales = torch.rand((LOCAL, rows, k // 16), generator=generator) * 2
-        return codes.to(torch.uint8), scales.to(torch.float8_e4m3fn)
-
-    w13, w2 = part(2 * INTERMEDIATE, HIDDEN), part(HIDDEN, INTERMEDIATE)
-    return ExpertWeights(
-        *w13, torch.rand(LOCAL, 2, generator=generator) / 20 + 0.01, *w2, torch.full((LOCAL,), 0.03)
-    )
 
 
 @pytest.mark.parametrize(
@@ -42,9 +32,9 @@ def make_weights(generator: torch.Generator) -> ExpertWeights:
 def test_layer_against_the_oracle(monkeypatch, num_tokens, policy, tile, skewed):
     emulation = Emulation(mode="random", seed=num_tokens)
     monkeypatch.setattr(sm100, "launch", emulation.launch)
-    generator = torch.Generator().manual_seed(num_tokens)
     shape = SHAPE._replace(scale_per_row=policy == "token")
-    weights = make_weights(generator)
+    weights = random_weights(shape, "cpu", scale_bytes=(40, 64), gain=0.5)
+    generator = torch.Generator().manual_seed(num_tokens)
     # This rank owns experts 3, 7, 11 and 15.
     expert_map = torch.full((EXPERTS,), -1, dtype=torch.int32)
     expert_map[3::4] = torch.arange(LOCAL, dtype=torch.int32)
@@ -64,11 +54,7 @@ def test_layer_against_the_oracle(monkeypatch, num_tokens, policy, tile, skewed)
             limit=10.0,
             activation_scales=SCALES[policy],
         )
-        workspace = aligned(
-            torch.full((moe.workspace_bytes(backend, shape),), 0x7F, dtype=torch.uint8)
-        )
-        out = torch.full_like(x, torch.nan)
-        moe.moe(x, routing, layer, workspace, expert_map=expert_map, out=out)
+        out = run(layer, x, routing, expert_map)
         outputs.append(out.float())
         counts.append(int(layer.saturated))
     assert BACKENDS["sm100"].tile(shape, num_tokens) == tile
@@ -76,8 +62,7 @@ def test_layer_against_the_oracle(monkeypatch, num_tokens, policy, tile, skewed)
     ours, oracle = outputs
     assert oracle.abs().max() > 0.1
     # A sum in another order moves a code of h now and then, and with it a row by a little.
-    error = (ours - oracle).norm() / oracle.norm()
-    assert error < 2e-3, error
+    assert relative_error(ours, oracle) < 2e-3
     assert (ours - oracle).abs().max() <= oracle.abs().max() * 0.02
     assert counts[0] == counts[1]
 

@@ -9,8 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from bench.inputs import random_weights
 from dsv4_kernels import reference
-from dsv4_kernels.types import ActivationScales, ExpertWeights, ImageBias, Routing
+from dsv4_kernels.types import ActivationScales, ExpertWeights, ImageBias, MoeShape, Routing
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -475,22 +476,12 @@ def test_the_layer_is_the_formula(policy, limit):
     def uniform(low: float, high: float, *size: int) -> torch.Tensor:
         return torch.empty(size).uniform_(low, high, generator=generator)
 
-    def codes(*size: int) -> torch.Tensor:
-        return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-
-    experts, inter, hidden = 3, 16, 32
-    weights = ExpertWeights(
-        codes(experts, 2 * inter, hidden // 2),
-        uniform(0.01, 2, experts, 2 * inter, hidden // 16).to(torch.float8_e4m3fn),
-        uniform(0.02, 0.4, experts, 2),
-        codes(experts, hidden, inter // 2),
-        uniform(0.01, 2, experts, hidden, inter // 16).to(torch.float8_e4m3fn),
-        uniform(0.02, 0.4, experts),
-    )
+    shape = MoeShape(3, 3, 2, 32, 16, 7, False)
+    weights = random_weights(shape, "cpu", seed=11, scale_bytes=(8, 64), gain=1.2)
     expert_map = torch.tensor([-1, 2, 0, -1, 1], dtype=torch.int32)
     ids = torch.tensor([[1, 2], [4, 0], [0, 3], [-1, -1], [2, 4], [7, 1], [2, 2]])
     routing = Routing(uniform(0.1, 1, *ids.shape), ids)
-    x = torch.randn(len(ids), hidden, generator=generator).bfloat16()
+    x = torch.randn(len(ids), shape.hidden, generator=generator).bfloat16()
     args = (x, routing, weights)
     expected = literal_layer(*args, expert_map.tolist(), limit, POLICIES[policy])
     actual = reference.moe(
