@@ -22,7 +22,7 @@ V41 = "deepseek_v41"  # model_type
 
 
 # ModelSizes' fields that are config.json's under another name.
-_CONFIG_KEYS = {
+CONFIG_KEYS = {
     "hidden": "hidden_size",
     "intermediate": "moe_intermediate_size",
     "num_experts": "n_routed_experts",
@@ -41,7 +41,7 @@ _CONFIG_KEYS = {
     "hc_mult": "hc_mult",
 }
 # Those of them that the MoE layers go by.
-_MOE_FIELDS = ("hidden", "intermediate", "num_experts", "top_k", "num_layers")
+MOE_FIELDS = ("hidden", "intermediate", "num_experts", "top_k", "num_layers")
 
 
 class TensorSpec(NamedTuple):
@@ -95,7 +95,7 @@ class ModelSizes:
         if "mlp_layer_types" in config:  # what transformers writes for num_hash_layers
             hashed = config["mlp_layer_types"].count("hash_moe")
             config = {"num_hash_layers": hashed, **config}
-        _require(config, [*_CONFIG_KEYS.values(), "compress_ratios"], "DeepSeek-V4")
+        _require(config, [*CONFIG_KEYS.values(), "compress_ratios"], "DeepSeek-V4")
         quant = config.get("quantization_config") or {}
         ratios = tuple(config["compress_ratios"])
         if len(ratios) < config["num_hidden_layers"]:
@@ -108,7 +108,7 @@ class ModelSizes:
         if targets:  # DSpark's layers are three whatever num_nextn_predict_layers says, as in vLLM
             mtp_layers = config.get("n_mtp_layers") or 3
         return cls(
-            **{field: config[key] for field, key in _CONFIG_KEYS.items()},
+            **{field: config[key] for field, key in CONFIG_KEYS.items()},
             num_mtp_layers=mtp_layers,
             num_dspark_targets=len(targets),
             dspark_markov_rank=config.get("dspark_markov_rank") or 0,
@@ -121,11 +121,11 @@ class ModelSizes:
     def _from_v41(cls, config: Mapping[str, Any]) -> "ModelSizes":
         """The text model's sizes are in text_config; there are draft layers, which are not ours."""
         text = {**config, **(config.get("text_config") or {})}
-        keys = {field: _CONFIG_KEYS[field] for field in _MOE_FIELDS}
+        keys = {field: CONFIG_KEYS[field] for field in MOE_FIELDS}
         _require(text, list(keys.values()), "DeepSeek-V4.1")
         vision = config.get("vision_config") or {}
         return cls(
-            **dict.fromkeys(_CONFIG_KEYS, 0) | {field: text[key] for field, key in keys.items()},
+            **dict.fromkeys(CONFIG_KEYS, 0) | {field: text[key] for field, key in keys.items()},
             num_mtp_layers=0,
             compress_ratios=(),
             unquantized_linears=frozenset(),

@@ -2,8 +2,16 @@
 
 import pytest
 from dsv4_kernels.activation_scale import HEADROOM
+from dsv4_kernels.backends import BACKENDS
+from dsv4_kernels.types import MoeShape
 
-from vllm_dsv4_moe.settings import FIELDS, Settings, read_settings, settings_table
+from vllm_dsv4_moe.settings import (
+    FIELDS,
+    MXFP4_BACKENDS,
+    Settings,
+    read_settings,
+    settings_table,
+)
 
 
 def test_nothing_given_means_the_defaults():
@@ -12,6 +20,12 @@ def test_nothing_given_means_the_defaults():
 
 def test_the_default_headroom_is_the_one_that_was_measured():
     assert Settings().headroom == HEADROOM
+
+
+def test_mxfp4_goes_to_the_backends_that_run_it():
+    shape = MoeShape(8, 8, 2, 128, 64, 1, False, weight_format="mxfp4")
+    run_it = [name for name, each in BACKENDS.items() if each.unsupported_reason(shape) is None]
+    assert sorted(run_it) == sorted(MXFP4_BACKENDS)
 
 
 def test_the_command_line_wins_over_the_environment():

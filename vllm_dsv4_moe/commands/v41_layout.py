@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_dsv4_moe.checkpoint_layout import (
+    CONFIG_KEYS,
+    MOE_FIELDS,
     MXFP4_BLOCK,
     ModelSizes,
     Named,
@@ -22,18 +24,11 @@ from vllm_dsv4_moe.checkpoint_layout import (
 from vllm_dsv4_moe.commands.releases import text_config
 
 FP8_BLOCK = 32
-_FIELDS = {
-    "num_shared_experts": "n_shared_experts",
-    "num_mtp_layers": "num_nextn_predict_layers",
-    "vocab": "vocab_size",
-    "heads": "num_attention_heads",
-    "head_dim": "head_dim",
-    "q_lora": "q_lora_rank",
-    "o_lora": "o_lora_rank",
-    "o_groups": "o_groups",
-    "index_heads": "index_n_heads",
-    "index_head_dim": "index_head_dim",
-    "hc_mult": "hc_mult",
+# What ModelSizes leaves out of V4.1's text_config.
+_FIELDS = {"num_mtp_layers": "num_nextn_predict_layers"} | {
+    field: key
+    for field, key in CONFIG_KEYS.items()
+    if field not in (*MOE_FIELDS, "num_hash_layers")
 }
 
 
