@@ -13,7 +13,7 @@ from tests.emulator.ptx_emulator.matrices import Operand, wgmma_descriptor
 from tests.emulator.ptx_emulator.numerics import E4M3, from_bf16, from_f16
 from tests.emulator.ptx_emulator.operands import Binder, literal
 from tests.emulator.ptx_emulator.program import COLLECTIVE, Step
-from tests.emulator.ptx_emulator.tensor_core import FRACTION_BITS, multiply_add
+from tests.emulator.ptx_emulator.tensor_core import multiply_add
 from tests.emulator.ptx_emulator.threads import WARP, AsyncResult, Gang, InFlight
 
 _ROWS = 16  # of a warp
@@ -117,7 +117,7 @@ class _Form:
             raise binder.unsupported()
         self.n = int(match.group(1))
         self.unpack = _UNPACK[match.group(3)]
-        self.fraction_bits = FRACTION_BITS[match.group(3)]
+        self.kind = match.group(3)
         operands = list(binder.operands)
         self.targets = [binder.kernel.registers[t][0] for t in binder.vector(operands[0])]
         self.from_registers = operands[1].startswith("{")
@@ -172,9 +172,7 @@ def _compile_mma(binder: Binder) -> Step:
         def multiply():
             a, b_matrix = read_a(), form.unpack(b.read())
             c = _matrix_of(gang, inputs, form.n) if accumulate[0] else None
-            outputs.matrix = multiply_add(
-                a if form.sign > 0 else -a, b_matrix, c, form.fraction_bits
-            )
+            outputs.matrix = multiply_add(a if form.sign > 0 else -a, b_matrix, c, form.kind)
             inputs.clear()
 
         operation = machine.engine.submit_in_order(gang.wgmma_queue, multiply)
