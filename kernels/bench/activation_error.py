@@ -1,8 +1,8 @@
-"""What W4A4's activation scales cost: relative L2 error of the layer against bf16 activations.
+"""What W4A4's activation scales cost, and W4A8: relative L2 error of the layer against W4A16.
 
     PYTHONPATH=kernels python kernels/bench/activation_error.py [--json OUT | --kept]
 
-The same NVFP4 weights and tokens through the oracle twice, W4A4 and W4A16; error is the norm of
+The same NVFP4 weights and tokens through the oracle, also as W4A16; error is the norm of
 the difference over the norm of W4A16's output. Tokens have unit RMS, a few loud channels and one
 token in 64 of a single channel, times `size`. It measures numerics, not speed, on a CPU.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from dsv4_kernels import activation_scale, reference
-from dsv4_kernels.types import ActivationScales, ExpertWeights, Routing
+from dsv4_kernels.types import ActivationScales, ExpertWeights, Routing, fp8_h_scale
 
 NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, NUM_TOKENS, SCALING = 8, 4, 512, 256, 128, 2.5
 HEADROOMS = (1, 4, 16, 32, 64, 256)
@@ -86,7 +86,11 @@ def policies(
 ) -> dict[tuple[str, int | None], ActivationScales]:
     fc1, fc2 = amax
     input_scales = fc1.expand(NUM_EXPERTS) / 2688, fc2 / 2688
+    h_scale = fp8_h_scale(limit)
     table: dict[tuple[str, int | None], ActivationScales] = {
+        ("fp8", None): ActivationScales(
+            None, None if h_scale is None else torch.full((NUM_EXPERTS,), h_scale)
+        ),
         ("token", None): activation_scale.token(),
         ("checkpoint", None): activation_scale.checkpoint(*input_scales, NUM_EXPERTS),
         ("file", 4): activation_scale.from_amax(fc1, fc2, headroom=4),
@@ -111,7 +115,13 @@ def measure(seed: int = 0) -> list[Result]:
             for (policy, headroom), scales in table.items():
                 saturated = torch.zeros(1, dtype=torch.int64)
                 y = reference.moe(
-                    x, routing, weights, limit=limit, activation_scales=scales, saturated=saturated
+                    x,
+                    routing,
+                    weights,
+                    limit=limit,
+                    activation_scales=scales,
+                    fp8=policy == "fp8",
+                    saturated=saturated,
                 ).float()
                 error = float((y - exact).norm() / exact.norm())
                 finite = bool(y.isfinite().all())

@@ -1,11 +1,11 @@
 """MXFP4 experts of one layer on one Hopper GPU: ours, and what vLLM 0.33 runs them with.
 
-    python -m bench.mxfp4 run --out mxfp4.json [--shapes 0,1,2,3,4] [--backends sm90,humming_fp8]
+    python -m bench.mxfp4 run --out mxfp4.json [--shapes 0,1,2,3,4] [--backends sm90,sm90_fp8]
     python -m bench.mxfp4 report mxfp4.json
 
-As bench.layer, on random MXFP4 weights. Peers keep activations in bf16, or (`_fp8`) quantise them
-to FP8, as vLLM 0.33 does by default, with Humming. Our kernels are compiled first, by a process a
-CPU core: only those that these numbers of tokens need.
+As bench.layer, on random MXFP4 weights. Ours and peers keep activations in bf16, or (`_fp8`)
+quantise them to FP8, as vLLM 0.33 does by default, with Humming. Our kernels are compiled first, by
+a process a CPU core: only those that these numbers of tokens need.
 """
 
 import argparse
@@ -50,8 +50,16 @@ BF16_PEERS = ("marlin", "humming")
 DEFAULT_PEER = "humming_fp8"
 
 
+OURS = {"sm90": False, "sm90_fp8": True}
+
+
+def make_ours(fp8: bool, shape: MoeShape, weights: ExpertWeights) -> MakeCall:
+    backend = replace(EXPERT_BACKENDS["sm90"], compile_layer=None)
+    return ours(shape._replace(fp8=fp8), weights, backend=backend)
+
+
 BACKENDS: dict[str, Callable[[MoeShape, ExpertWeights], MakeCall]] = {
-    "sm90": partial(ours, backend=replace(EXPERT_BACKENDS["sm90"], compile_layer=None)),
+    **{name: partial(make_ours, fp8) for name, fp8 in OURS.items()},
     "marlin": partial(mxfp4_peer, "marlin"),
     "humming": partial(mxfp4_peer, "humming"),
     "humming_fp8": partial(mxfp4_peer, "humming", fp8_activations=True),
@@ -74,9 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
     deadline = time.monotonic() + arguments.seconds
     shapes = {title: SHAPES[title] for title in shape_titles(arguments.shapes)}
     with tempfile.TemporaryDirectory() as temporary:
-        if "sm90" in arguments.backends.split(","):
+        modes = [OURS[name] for name in arguments.backends.split(",") if name in OURS]
+        if modes:
             start = time.monotonic()
-            compile_in_processes(list(shapes.values()), arguments.objects or Path(temporary))
+            compiled = [shape._replace(fp8=fp8) for shape in shapes.values() for fp8 in modes]
+            compile_in_processes(compiled, arguments.objects or Path(temporary))
             print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
         run_shapes(shapes, arguments, deadline)
 

@@ -17,12 +17,15 @@ from dsv4_kernels.compiled import Kernel
 from dsv4_kernels.types import (
     MXFP4_BLOCK,
     NVFP4_BLOCK,
+    ActivationScales,
     ExpertLayout,
     ExpertWeights,
+    Fp8Rows,
     MoeLayer,
     MoeShape,
     QuantizedRows,
     Routing,
+    fp8_h_scale,
 )
 
 
@@ -33,7 +36,7 @@ class GpuFolder(Protocol):
     def unsupported_reason(self, shape: MoeShape) -> str | None:
         """Why these kernels cannot run the layer, or None."""
 
-    def padded_intermediate(self, size: int) -> tuple[int, int]:
+    def padded_intermediate(self, size: int, fp8: bool = False) -> tuple[int, int]:
         """Rows of the gate and of the up, and columns of w2, that an intermediate size needs:
         the first is h's width. See `padding`."""
 
@@ -44,8 +47,11 @@ class GpuFolder(Protocol):
         """Whether fc1 wants bf16 rows placed as the layout says, not by token."""
 
     # weights
-    def prepare_weights(self, weights: ExpertWeights, rounding: torch.Tensor) -> ExpertWeights:
-        """Checkpoint layout -> this GPU's, in place, once, at load. rounding is MoeLayer's."""
+    def prepare_weights(
+        self, weights: ExpertWeights, rounding: torch.Tensor, fp8: bool
+    ) -> ExpertWeights:
+        """Checkpoint layout -> this GPU's, in place, once, at load; W4A8 has its own. rounding is
+        MoeLayer's."""
 
     # compile
     def kernels(self, shape: MoeShape, arch: str) -> list[Kernel]:
@@ -57,25 +63,26 @@ class GpuFolder(Protocol):
 
     def fc1(
         self,
-        x: torch.Tensor | QuantizedRows,
+        x: torch.Tensor | QuantizedRows | Fp8Rows,
         routing_weights: torch.Tensor,
         layout: ExpertLayout,
         layer: MoeLayer,
         *,
-        out: torch.Tensor | QuantizedRows,
+        out: torch.Tensor | QuantizedRows | Fp8Rows,
     ) -> None:
         """x: hidden states, or placed rows, quantised or not -> h, bf16 in W4A16 and where
-        layer.activation_scales.fc2 is None, otherwise QuantizedRows."""
+        shape.scale_per_row, otherwise QuantizedRows or Fp8Rows."""
 
     def fc2(
         self,
-        h: torch.Tensor | QuantizedRows,
+        h: torch.Tensor | QuantizedRows | Fp8Rows,
         layout: ExpertLayout,
         layer: MoeLayer,
         *,
         out: torch.Tensor,
+        routing_weights: torch.Tensor | None = None,
     ) -> None:
-        """h -> bf16 rows for `combine`."""
+        """h -> bf16 rows for `combine`; given in W4A8, routing_weights multiply them."""
 
 
 MODULES = {
@@ -94,12 +101,12 @@ class Backend:
     # Compute capabilities that it is made for, by their first number; none are any device's.
     majors: tuple[int, ...]
     unsupported_reason: Callable[[MoeShape], str | None]
-    prepare_weights: Callable[[ExpertWeights, torch.Tensor], ExpertWeights]
+    prepare_weights: Callable[[ExpertWeights, torch.Tensor, bool], ExpertWeights]
     tile: Callable[[MoeShape, int], int]  # 0 where there is no workspace at all
     run: Callable[..., None] | None = None
     fc1: Callable[..., None] | None = None
     fc2: Callable[..., None] | None = None
-    padded_intermediate: Callable[[int], tuple[int, int]] = lambda size: (size, size)
+    padded_intermediate: Callable[..., tuple[int, int]] = lambda size, fp8=False: (size, size)
     places_rows: Callable[[MoeShape, int], bool] = lambda shape, num_tokens: False
     compile_layer: Callable[[MoeShape, torch.device], None] | None = None
     kernels: Callable[[MoeShape, str], list[Kernel]] | None = None
@@ -115,6 +122,9 @@ def _run_reference(
 ) -> None:
     from dsv4_kernels import reference
 
+    scales, h_scale = layer.activation_scales, fp8_h_scale(layer.limit)
+    if layer.shape.fp8 and h_scale is not None:
+        scales = ActivationScales(None, torch.full_like(layer.weights.w2_global_scales, h_scale))
     out.copy_(
         reference.moe(
             hidden_states,
@@ -122,7 +132,8 @@ def _run_reference(
             layer.weights,
             expert_map=expert_map,
             limit=layer.limit,
-            activation_scales=layer.activation_scales,
+            activation_scales=scales,
+            fp8=layer.shape.fp8,
             saturated=layer.saturated,
             amax=layer.amax,
         )
@@ -172,7 +183,7 @@ REFERENCE = Backend(
     name="reference",
     majors=(),
     unsupported_reason=lambda shape: None,
-    prepare_weights=lambda weights, rounding: weights,
+    prepare_weights=lambda weights, rounding, fp8: weights,
     tile=lambda shape, num_tokens: 0,
     run=_run_reference,
 )

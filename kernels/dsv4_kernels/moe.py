@@ -5,7 +5,8 @@
     y[t] = sum over local slots j of W2_e h,  e = routing.ids[t, j],
     h = routing.weights[t, j] * silu(min(W1_e x[t], L)) * clamp(W3_e x[t], -L, L)
 
-The bracketed steps exist in W4A4 only. `run_kernels` is these calls in order; `moe` is what a
+The bracketed steps exist in W4A4 and W4A8 only; W4A8's routing weight multiplies W2_e h instead, in
+FC2. `run_kernels` is these calls in order; `moe` is what a
 model calls. Everything between the two ends lives in a workspace that all layers share, cut up by
 `workspace.py`. Nothing here synchronises, allocates or looks at a value on the device, the
 `reference` backend excepted.
@@ -22,6 +23,7 @@ from dsv4_kernels.types import (
     ActivationAmax,
     ActivationScales,
     ExpertWeights,
+    Fp8Rows,
     MoeLayer,
     MoeShape,
     QuantizedRows,
@@ -64,6 +66,7 @@ def run_kernels(
     """The layer on a GPU, one call a step, each into its part of the workspace."""
     from dsv4_kernels.rows.combine import combine
     from dsv4_kernels.rows.expert_layout import expert_layout
+    from dsv4_kernels.rows.fp8_quantize import fp8_quantize
     from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
     from dsv4_kernels.rows.place_rows import place_rows
 
@@ -78,8 +81,11 @@ def run_kernels(
         out=buffers.layout,
         scratch=buffers.layout_scratch,
     )
-    x: torch.Tensor | QuantizedRows = hidden_states
-    if layer.activation_scales is not None:
+    x: torch.Tensor | QuantizedRows | Fp8Rows = hidden_states
+    if shape.fp8:
+        saturated = layer.saturated
+        x = fp8_quantize(hidden_states, layout.slot_to_row, saturated=saturated, out=buffers.x)
+    elif layer.activation_scales is not None:
         x = nvfp4_quantize(
             hidden_states,
             layer.activation_scales.fc1,
@@ -95,7 +101,11 @@ def run_kernels(
     h = buffers.h if buffers.h_bf16 is None else buffers.h_bf16
     assert backend.fc1 is not None and backend.fc2 is not None, backend.name
     backend.fc1(x, routing.weights, layout, layer, out=h)
-    if buffers.h_bf16 is not None:
+    slot_weights = {"routing_weights": routing.weights} if shape.fp8 else {}
+    if shape.fp8 and buffers.h_bf16 is not None:
+        live, saturated = layout.row_to_slot, layer.saturated
+        h = fp8_quantize(h, live=live, ordered=True, saturated=saturated, out=buffers.h)
+    elif buffers.h_bf16 is not None:
         h = nvfp4_quantize(
             h,
             None,
@@ -105,7 +115,7 @@ def run_kernels(
             scratch=buffers.quantize_scratch,
             out=buffers.h,
         )
-    backend.fc2(h, layout, layer, out=buffers.rows)
+    backend.fc2(h, layout, layer, out=buffers.rows, **slot_weights)
     combine(buffers.rows, layout.slot_to_row, out=out)
 
 
@@ -124,16 +134,19 @@ def prepare_layer(
     assert weights.intermediate == shape.intermediate, weights.w2.shape
     assert (weights.w13_block_scales.dtype == torch.uint8) == (shape.weight_format == "mxfp4")
     assert (activation_scales is not None) == shape.quantize_activations, shape
+    assert not (shape.fp8 and shape.quantize_activations), shape
     per_row = activation_scales is not None and activation_scales.fc2 is None
     assert per_row or None not in (activation_scales or ()), "FC1 alone has no scale per row"
+    if shape.fp8:
+        per_row = limit is None
     shape = padded_shape(backend, shape)._replace(scale_per_row=per_row)
-    weights = padded_weights(backend, weights)
+    weights = padded_weights(backend, weights, shape.fp8)
     device = weights.w13.device
     saturated = torch.zeros(1, dtype=torch.int64, device=device)
     rounding = torch.zeros(1, dtype=torch.float32, device=device)
     if backend.compile_layer is not None and weights.w13.is_cuda:
         backend.compile_layer(shape, device)
-    weights = backend.prepare_weights(weights, rounding)
+    weights = backend.prepare_weights(weights, rounding, shape.fp8)
     return MoeLayer(backend, shape, weights, limit, activation_scales, saturated, rounding)
 
 

@@ -12,13 +12,14 @@ from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertWeights, MoeShape
 
 def padded_shape(backend: Backend, shape: MoeShape) -> MoeShape:
     """With the intermediate size that the backend's h has; itself where no padding is needed."""
-    return shape._replace(intermediate=backend.padded_intermediate(shape.intermediate)[0])
+    rows, _ = backend.padded_intermediate(shape.intermediate, shape.fp8)
+    return shape._replace(intermediate=rows)
 
 
-def padded_weights(backend: Backend, weights: ExpertWeights) -> ExpertWeights:
+def padded_weights(backend: Backend, weights: ExpertWeights, fp8: bool = False) -> ExpertWeights:
     """As the backend wants them, in the checkpoint's layout. What needs no padding is the same
     tensor; otherwise a copy, codes and scales zero where the checkpoint has nothing."""
-    rows, columns = backend.padded_intermediate(weights.intermediate)
+    rows, columns = backend.padded_intermediate(weights.intermediate, fp8)
     block = MXFP4_BLOCK if weights.w13_block_scales.dtype == torch.uint8 else NVFP4_BLOCK
     return weights._replace(
         w13=_with_rows(weights.w13, rows),

@@ -271,7 +271,7 @@ def fp8_quantize(
     """E4M3 of every row of x (rows, K) float8_e4m3fn, the rows' scales (rows,) float32, and the
     number of saturated values.
 
-    scale (1,) float32, a power of two, or None for each row's own, `fp8_scale` of its amax. Codes
+    scale (1,) float32 or None for each row's own, `fp8_scale` of its amax. Codes
     are x / scale to nearest even. A value is saturated where that would be more than 448, and
     becomes a signed 448, an infinity too; NaN stays NaN and counts as 0 for the scale.
     """

@@ -111,9 +111,11 @@ class MoeShape(NamedTuple):
     intermediate: int  # of this rank, if tensor-parallel
     max_num_tokens: int  # in one call, all dispatched ranks' tokens together
     quantize_activations: bool  # W4A4; otherwise W4A16
-    scale_per_row: bool = False  # of x or h: `token`, and `warmup` of a layer without a limit
+    # Of x or h: `token`, and `warmup` of a layer without a limit. W4A8: of h, without a limit.
+    scale_per_row: bool = False
     weight_format: str = "nvfp4"  # or "mxfp4"
     all_tokens_local: bool = False  # the dispatch left out tokens that no local expert has
+    fp8: bool = False  # W4A8: E4M3 activations on weights rounded to E4M3
 
 
 class ActivationAmax(NamedTuple):
@@ -131,7 +133,7 @@ class MoeLayer:
     shape: MoeShape
     weights: ExpertWeights
     limit: float | None  # swiglu_limit
-    activation_scales: ActivationScales | None  # None exactly in W4A16
+    activation_scales: ActivationScales | None  # of W4A4 alone
     saturated: torch.Tensor  # (1,) int64 on the device: NVFP4 blocks that did not fit, so far
     # (1,) float32 on the device: the largest error of a weight that the backend cannot hold, over
     # the largest scale of its expert; 0 where all are exact, as all of NVFP4's are
@@ -152,6 +154,13 @@ def rows_per_expert(shape: MoeShape, num_tokens: int) -> float:
     foreign = shape.num_experts - shape.num_local_experts
     none_local = math.comb(foreign, shape.top_k) / math.comb(shape.num_experts, shape.top_k)
     return rows / (1 - none_local)
+
+
+def fp8_h_scale(limit: float | None) -> float | None:
+    """W4A8: a 448th of max(limit, 0.279) * limit, which bounds |h| of a SwiGLU that is clamped at
+    the limit; None without one. A power of two would round clamped values, of a limit of 10 by 4 %,
+    all one way."""
+    return None if limit is None else max(limit, 0.279) * limit / E4M3_MAX
 
 
 def capacity(num_tokens: int, top_k: int, num_local_experts: int, tile: int) -> int:

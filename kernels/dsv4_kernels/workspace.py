@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-from dsv4_kernels.types import NVFP4_BLOCK, ExpertLayout, MoeShape, QuantizedRows, capacity
+from dsv4_kernels.types import (
+    NVFP4_BLOCK,
+    ExpertLayout,
+    Fp8Rows,
+    MoeShape,
+    QuantizedRows,
+    capacity,
+)
 
 ALIGNMENT = 256  # bytes; TMA asks for 128
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -27,8 +34,8 @@ class Buffers(NamedTuple):
 
     layout: ExpertLayout
     layout_scratch: torch.Tensor  # int32
-    x: QuantizedRows | None  # (capacity, hidden), W4A4 only
-    h: QuantizedRows | torch.Tensor  # (capacity, intermediate); bf16 in W4A16
+    x: QuantizedRows | Fp8Rows | None  # (capacity, hidden), not in W4A16
+    h: QuantizedRows | Fp8Rows | torch.Tensor  # (capacity, intermediate); bf16 in W4A16
     h_bf16: torch.Tensor | None  # what h is quantised from where each row has its own scale
     quantize_scratch: torch.Tensor | None  # uint8, W4A4 only; of x, then of h
     rows: torch.Tensor  # (capacity, hidden) bf16, what `combine` sums
@@ -54,7 +61,12 @@ def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spe
     }
     before_fc2: Spec = {}
     h_bf16 = ((rows, shape.intermediate), torch.bfloat16)
-    if shape.quantize_activations:
+    if shape.fp8:
+        before_fc2 = _fp8_spec("x", rows, shape.hidden, True)
+        stays |= _fp8_spec("h", rows, shape.intermediate, shape.scale_per_row)
+        if shape.scale_per_row:
+            before_fc2["h_bf16"] = h_bf16
+    elif shape.quantize_activations:
         before_fc2 = _quantized_spec("x", rows, shape.hidden, shape.scale_per_row)
         stays |= _quantized_spec("h", rows, shape.intermediate, shape.scale_per_row)
         scratch = quantize_scratch_size(num_tokens, shape.hidden)
@@ -74,6 +86,13 @@ def _quantized_spec(name: str, rows: int, width: int, scale_per_row: bool) -> Sp
         f"{name}_codes": ((rows, width // 2), torch.uint8),
         f"{name}_block_scales": (scales, torch.float8_e4m3fn),
         f"{name}_global_scales": ((rows if scale_per_row else 0,), torch.float32),
+    }
+
+
+def _fp8_spec(name: str, rows: int, width: int, scale_per_row: bool) -> Spec:
+    return {
+        f"{name}_codes": ((rows, width), torch.float8_e4m3fn),
+        f"{name}_scales": ((rows if scale_per_row else 0,), torch.float32),
     }
 
 
@@ -137,10 +156,11 @@ def carve(workspace: torch.Tensor, shape: MoeShape, tile: int, num_tokens: int) 
         name: typed[dtype].as_strided(size, stride, typed[dtype].storage_offset() + start)
         for name, dtype, size, stride, start in plan
     }
+    rows_of = Fp8Rows if shape.fp8 else QuantizedRows
     quantized = {
-        name: QuantizedRows(*(views[f"{name}_{field}"] for field in QuantizedRows._fields))
+        name: rows_of(*(views[f"{name}_{field}"] for field in rows_of._fields))
         for name in ("x", "h")
-        if shape.quantize_activations
+        if f"{name}_codes" in views
     }
     return Buffers(
         ExpertLayout(*(views[field] for field in ExpertLayout._fields)),

@@ -14,8 +14,8 @@ from tests.support.layers import aligned
 
 # What the kernel before writes. The layout is done when fc2 begins: fc1 waited for it.
 PRODUCED = {
-    "fc1": ("x", "counts", "offsets", "row_to_slot", "slot_weights"),
-    "fc2": ("x", "partials", "flags"),
+    "fc1": ("x", "counts", "offsets", "row_to_slot", "slot_weights", "row_scales"),
+    "fc2": ("x", "partials", "flags", "row_scales"),
 }
 
 
@@ -37,7 +37,13 @@ class Emulation:
     max_instructions: int = 50_000_000
     statistics: list[Statistics] = field(default_factory=list)
 
-    def launch(self, gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -> None:
+    def launch(
+        self,
+        gemm: Gemm,
+        tensors: tuple[torch.Tensor, ...],
+        limit: float | None,
+        scales: tuple[torch.Tensor, float] | None = None,
+    ) -> None:
         grid = sm90.num_blocks(gemm, self.blocks or self.num_sms)
         partials = torch.full((grid * sm90.MOST_PARTIALS,), float("nan"))
         flags = aligned(torch.zeros(grid * sm90.FLAGS, dtype=torch.int32))
@@ -46,6 +52,7 @@ class Emulation:
             *(*tensors, aligned(partials), flags, limit, len(tensors[3])),
             grid,
             None,
+            *(scales or ()),
             mode=self.mode,
             seed=self.seed,
             num_sms=self.num_sms,

@@ -1,18 +1,29 @@
-"""FC1 of sm90 on FP8 WGMMA in the emulator, against plain torch on what its operands are."""
+"""sm90 on FP8 WGMMA in the emulator: FC1 against plain torch on what its operands are, and the
+layer from checkpoint weights against the oracle."""
 
 import functools
 from typing import NamedTuple
 
 import pytest
 import torch
+from dsv4_kernels import moe
+from dsv4_kernels.backends import REFERENCE, SM90
 from dsv4_kernels.reference import unpack_e2m1
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.arguments import example_arguments
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
-from dsv4_kernels.sm90.spec import Gemm, Sm90Config
-from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK
+from dsv4_kernels.sm90.spec import Gemm, LayerConfig, Sm90Config
+from dsv4_kernels.types import (
+    MXFP4_BLOCK,
+    NVFP4_BLOCK,
+    ExpertWeights,
+    MoeLayer,
+    Routing,
+    fp8_h_scale,
+)
 
 from tests.emulator.ptx_emulator.host import EmulatedFunction, emulate
+from tests.emulator.sm90_emulation import Emulation
 from tests.support.layers import aligned
 from tests.support.sm90_e4m3 import (
     codes_in_order,
@@ -20,6 +31,8 @@ from tests.support.sm90_e4m3 import (
     permuted_columns,
     scales_in_order,
 )
+from tests.support.sm90_problems import Problem as LayerProblem
+from tests.support.sm90_problems import make_inputs, use_choice
 
 INTERMEDIATE, K, LIMIT = 128, 512, 10.0
 CONFIGS = {
@@ -84,7 +97,8 @@ def compiled(gemm: Gemm) -> EmulatedFunction:
 def run(gemm: Gemm, problem: Problem, counts: tuple[int, ...], mode: str) -> torch.Tensor:
     rows = problem.offsets[-1]
     order = gate_up_rows(2 * INTERMEDIATE)
-    out = aligned(torch.full((rows, INTERMEDIATE), float("nan"), dtype=torch.bfloat16))
+    dtype = torch.bfloat16 if gemm.h_row_scales else torch.float8_e4m3fn
+    out = aligned(torch.full((rows, INTERMEDIATE), float("nan")).to(dtype))
     flags = aligned(torch.zeros(GRID * sm90.FLAGS, dtype=torch.int32))
     partials = aligned(torch.full((GRID * sm90.MOST_PARTIALS,), float("nan")))
     arguments = [
@@ -100,7 +114,7 @@ def run(gemm: Gemm, problem: Problem, counts: tuple[int, ...], mode: str) -> tor
     ]
     arguments = [part if part is out else aligned(part) for part in arguments]
     scales = aligned(problem.row_scales)
-    end = (partials, flags, LIMIT, rows, GRID, None, scales)
+    end = (partials, flags, LIMIT, rows, GRID, None, scales, fp8_h_scale(LIMIT))
     compiled(gemm).run(*arguments, *end, mode=mode, seed=0, num_sms=GRID)
     assert not flags.any(), "flags are left set"
     return out
@@ -108,15 +122,72 @@ def run(gemm: Gemm, problem: Problem, counts: tuple[int, ...], mode: str) -> tor
 
 @pytest.mark.parametrize("block", [MXFP4_BLOCK, NVFP4_BLOCK], ids=["mxfp4", "nvfp4"])
 @pytest.mark.parametrize("mode", ["eager", "random"])
+@pytest.mark.parametrize("h", ["bf16", "e4m3"])
 @pytest.mark.parametrize(("config", "counts"), CONFIGS.values(), ids=CONFIGS)
-def test_fc1_of_fp8_rows(config, counts, mode, block):
-    gemm = Gemm("fc1", len(counts), 2 * INTERMEDIATE, K, 2, False, config, block, "fp8")
+def test_fc1_of_fp8_rows(config, counts, h, mode, block):
+    shape = (len(counts), 2 * INTERMEDIATE, K, 2)
+    gemm = Gemm("fc1", *shape, False, config, block, "fp8", h == "bf16")
     problem = make_problem(counts, block)
     out = run(gemm, problem, counts, mode)
     for expert, count in enumerate(counts):
         first = problem.offsets[expert]
         ours = out[first : first + count].float()
-        oracle = expected(problem, expert, block, count)
-        # bf16's rounding is 1.7e-3 of a row; 13 bits of WGMMA's sums add as much at most.
-        assert (ours - oracle).norm() <= 4e-3 * oracle.norm(), expert
-        assert out[first + count : problem.offsets[expert + 1]].isnan().all(), "padding rows"
+        oracle = permuted_columns(expected(problem, expert, block, count))
+        if h == "bf16":
+            # bf16's rounding is 1.7e-3 of a row; 13 bits of WGMMA's sums add as much at most.
+            assert (ours - oracle).norm() <= 4e-3 * oracle.norm(), expert
+        else:
+            scale = fp8_h_scale(LIMIT)
+            error = (ours * scale - oracle).abs()
+            # Half a step of E4M3, and the same of the sums.
+            bound = (
+                oracle.abs() * 2.0**-4 + 2.0**-10 * scale + 4e-3 * oracle.abs().max(1)[0][:, None]
+            )
+            assert (error <= bound).all(), expert
+        padding = out[first + count : problem.offsets[expert + 1]].float()
+        assert padding.isnan().all(), "padding rows"
+
+
+TILES = {
+    "heuristic": None,
+    "cluster": Sm90Config(2, 2, (16, 32), 128, cluster=2),
+}
+
+
+def layer_of(backend, problem: LayerProblem, weights: ExpertWeights) -> MoeLayer:
+    shape = problem.shape._replace(fp8=True)
+    copy = ExpertWeights(*(aligned(tensor) for tensor in weights))
+    return moe.prepare_layer(backend, shape, copy, limit=problem.limit, activation_scales=None)
+
+
+def call(layer: MoeLayer, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    size = moe.workspace_bytes(layer.backend, layer.shape)
+    workspace = aligned(torch.full((size,), 0xFF, dtype=torch.uint8))
+    out = torch.full_like(x, float("nan"))
+    return moe.moe(x, routing, layer, workspace, out=out)
+
+
+@pytest.mark.parametrize("limit", [10.0, None], ids=["limit", "no-limit"])
+@pytest.mark.parametrize("weight_format", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("config", TILES.values(), ids=TILES)
+def test_the_layer_is_the_oracle(monkeypatch, keep_sm90_choice, config, weight_format, limit):
+    """An intermediate size of 64 mod 128 is padded. A sum's last bits decide on which side of a
+    rounding point an E4M3 of h falls, a step of 2^-3 at most: one may be most of a token."""
+    if config is not None:
+        use_choice(lambda shape, num_tokens: LayerConfig(False, config, config))
+    monkeypatch.setattr(sm90, "launch", Emulation(mode="random", num_sms=4).launch)
+    problem = LayerProblem("fp8", 16, 4, 2, 256, 192, limit, weight_format=weight_format)
+    inputs = make_inputs(problem)
+    weights = inputs.weights
+    if weight_format == "mxfp4":
+        bytes_ = [scales.clamp(min=118) for scales in (weights[1], weights[4])]
+        weights = weights._replace(w13_block_scales=bytes_[0], w2_block_scales=bytes_[1])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(16, 4, generator=generator).argsort(1)[:, :2].int()
+    ids[3] = -1
+    routing = Routing(inputs.routing_weights, ids)
+    ours = call(layer_of(SM90, problem, weights), inputs.x, routing).float()
+    oracle = call(layer_of(REFERENCE, problem, weights), inputs.x, routing).float()
+    assert not ours[3].any()
+    assert (ours - oracle).norm() <= 2.0**-6 * oracle.norm()
+    assert ((ours - oracle).norm(dim=1) <= 2.0**-4 * oracle.norm(dim=1)).all()

@@ -10,7 +10,7 @@ from dsv4_kernels import activation_scale, moe
 from dsv4_kernels.backends import BACKENDS, Backend, choose_backend
 from dsv4_kernels.types import MoeLayer, MoeShape
 
-from tests.support.layers import run, workspace_of
+from tests.support.layers import random_call, run, workspace_of
 
 pytestmark = pytest.mark.gpu
 
@@ -31,16 +31,40 @@ SHAPES = {
     "v4.1-flash-ep8": FLASH._replace(
         num_experts=384, num_local_experts=48, hidden=5120, intermediate=2304
     ),
+    "flash-ep8-fp8": FLASH._replace(fp8=True),
+    "pro-ep8-mxfp4-fp8": FLASH._replace(
+        num_experts=384,
+        num_local_experts=48,
+        hidden=7168,
+        intermediate=3072,
+        weight_format="mxfp4",
+        fp8=True,
+    ),
+    # As one of eight also by experts, so that the oracle fits; 576 columns are padded to 640.
+    "v4.1-flash-tp4-mxfp4-fp8": FLASH._replace(
+        num_experts=384,
+        num_local_experts=48,
+        hidden=5120,
+        intermediate=576,
+        weight_format="mxfp4",
+        fp8=True,
+    ),
 }
 LIMIT, SCALING = 10.0, 1.5
 # Relative L2, from what may fall on either side of a rounding point: of bf16 rows and activations
-# in W4A16, of E2M1 codes (a step of a sixth to a half) in W4A4.
-TOLERANCE = {False: 2.0**-8, True: 2.0**-6}
+# in W4A16, of E2M1 codes (a step of a sixth to a half) in W4A4. In W4A8 of E4M3 (a step of an
+# eighth) by sums that WGMMA keeps to 13 bits, 0.2 %: sqrt(0.002 * 0.09) is 1.3 %.
+TOLERANCE = {"bf16": 2.0**-8, "nvfp4": 2.0**-6, "fp8": 2.0**-5}
 
 
 def make_layer(backend: Backend, shape: MoeShape) -> MoeLayer:
-    """Outputs are near 1; block scales are from 2^-1 to 2, with 0 and 2^-9."""
-    weights, scales = random_weights(shape, scale_bytes=(48, 64), odd_bytes=(0, 1), gain=0.3), None
+    """Outputs are near 1; block scales are from 2^-1 to 2, with 0 and 2^-9 (MXFP4: 2^-127 and
+    2^-13)."""
+    scale_bytes, odd_bytes = (48, 64), (0, 1)
+    if shape.weight_format == "mxfp4":
+        scale_bytes, odd_bytes = (126, 128), (0, 114)
+    weights = random_weights(shape, scale_bytes=scale_bytes, odd_bytes=odd_bytes, gain=0.3)
+    scales = None
     if shape.quantize_activations:
         scales = activation_scale.warmup(weights, limit=LIMIT, scaling=SCALING)
     return moe.prepare_layer(backend, shape, weights, limit=LIMIT, activation_scales=scales)
@@ -49,13 +73,15 @@ def make_layer(backend: Backend, shape: MoeShape) -> MoeLayer:
 def a_call(num_tokens: int, layer: MoeLayer, seed: int, skew: str = "even"):
     """Hidden states and routing, on the rank of `layers`."""
     first = 3 * layer.shape.num_local_experts
-    return a_call(num_tokens, layer, seed, skew, first=first, device="cuda")
+    return random_call(num_tokens, layer.shape, seed, skew, first=first, device="cuda")
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
 def layers(request) -> tuple[MoeLayer, MoeLayer, torch.Tensor]:
     """The backend's layer, the oracle's, and the expert map of rank 3 of 8."""
     capability = torch.cuda.get_device_capability()
+    if request.param.fp8 and capability != (9, 0):
+        pytest.skip("fp8 is sm90's")
     shape = request.param._replace(quantize_activations=capability[0] == 10)
     backend = choose_backend("auto", shape, capability)
     local = shape.num_local_experts
@@ -73,7 +99,8 @@ def test_the_layer_is_the_oracle(layers, num_tokens, skew):
     empty = (expert_map[routing.ids.clamp(min=0).long()] < 0).logical_or(routing.ids < 0).all(1)
     assert (y[empty] == 0).all()
     error = (y.float() - expected.float()).norm(dim=1)
-    bound = TOLERANCE[layer.shape.quantize_activations] * expected.float().norm(dim=1)
+    mode = "nvfp4" if layer.shape.quantize_activations else "fp8" if layer.shape.fp8 else "bf16"
+    bound = TOLERANCE[mode] * expected.float().norm(dim=1)
     assert (error <= bound).all(), (error / bound.clamp(min=1e-30)).max()
 
 
@@ -112,6 +139,35 @@ def test_graph_replay_is_eager_bit_for_bit_with_changing_routing(layers, num_tok
         graph.replay()
         replayed = out.clone()
         assert run(layer, x, routing, expert_map).equal(replayed), seed
+
+
+@pytest.mark.parametrize("num_tokens", [1, 512])
+def test_a_thousand_replays_are_bit_equal(layers, num_tokens):
+    layer, _, expert_map = layers
+    x, routing = a_call(num_tokens, layer, seed=0)
+    workspace, out = workspace_of(layer), torch.empty_like(x)
+    first = moe.moe(x, routing, layer, workspace, expert_map=expert_map, out=out).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moe.moe(x, routing, layer, workspace, expert_map=expert_map, out=out)
+    differ = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        graph.replay()
+        differ += (out != first).sum()
+    assert differ == 0
+
+
+@pytest.mark.parametrize("factor", [30, 3000])
+def test_tokens_of_any_size_saturate_nothing_in_fp8(layers, factor):
+    layer, oracle, expert_map = layers
+    if not layer.shape.fp8:
+        pytest.skip("of fp8")
+    x, routing = a_call(64, layer, seed=4)
+    x = x * factor
+    y, expected = run(layer, x, routing, expert_map), run(oracle, x, routing, expert_map)
+    assert y.isfinite().all() and layer.saturated == 0
+    error = (y.float() - expected.float()).norm()
+    assert error <= TOLERANCE["fp8"] * expected.float().norm()
 
 
 def test_a_call_allocates_nothing_and_does_not_wait(layers):

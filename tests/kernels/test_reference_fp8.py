@@ -5,8 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from dsv4_kernels import reference
-from dsv4_kernels.types import ActivationScales, ExpertWeights, Routing
+from dsv4_kernels import moe, reference
+from dsv4_kernels.backends import BACKENDS, choose_backend
+from dsv4_kernels.types import (
+    ActivationScales,
+    ExpertWeights,
+    MoeShape,
+    Routing,
+    fp8_h_scale,
+)
 
 from tests.kernels.test_reference import E4M3, bf16, e2m1, e4m3, make_rows, nearest
 
@@ -145,3 +152,67 @@ def test_the_layer_is_the_formula(limit, weight_format):
     assert saturated == 0
     error = np.abs(actual.double().numpy() - expected).max() / np.abs(expected).max()
     assert error < 2.0**-6, error
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.5, 1.0, 7.0, 10.0, 448**0.5, 14.97, 15.0, 1e4])
+def test_no_h_under_a_limit_is_over_448_of_its_scale(limit):
+    gate = torch.cat((torch.linspace(-20, 20, 40001), torch.tensor([1e30, -1e30, limit])))
+    largest = reference.swiglu(gate, torch.full_like(gate, 1e30), limit).abs().max()
+    scale = fp8_h_scale(limit)
+    assert largest <= 448 * scale * (1 + 1e-6)
+    assert largest * 4 > 448 * scale, "a fourth of it would do"
+
+
+def test_without_a_limit_h_has_a_scale_a_row():
+    assert fp8_h_scale(None) is None
+
+
+SHAPE = MoeShape(4, 4, 2, 128, 64, 8, False, fp8=True)
+
+
+@pytest.mark.parametrize("limit", [10.0, None], ids=["limit", "no-limit"])
+def test_tokens_of_any_size_saturate_nothing(limit):
+    """An infinity counts."""
+    generator = torch.Generator().manual_seed(3)
+
+    def codes(*size: int) -> torch.Tensor:
+        return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+
+    def matrix(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = torch.rand(4, rows, k // 16, generator=generator) + 0.5
+        return codes(4, rows, k // 2), scales.to(torch.float8_e4m3fn)
+
+    weights = ExpertWeights(
+        *matrix(128, 128), torch.full((4, 2), 0.05), *matrix(128, 64), torch.full((4,), 0.05)
+    )
+    layer = moe.prepare_layer(
+        BACKENDS["reference"], SHAPE, weights, limit=limit, activation_scales=None
+    )
+    x = torch.randn(8, 128, generator=generator)
+    ids = torch.rand(8, 4, generator=generator).argsort(1)[:, :2].int()
+    routing = Routing(torch.full((8, 2), 0.5), ids)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    for factor in (1, 30, 3000):
+        tokens = (x * factor).bfloat16()
+        out = moe.moe(tokens, routing, layer, nothing, out=torch.empty_like(tokens))
+        plain = reference.moe(tokens, routing, weights, limit=limit)
+        assert out.isfinite().all() and layer.saturated == 0
+        # Where all is clamped, a gate's sign decides between 0 and the limit.
+        error = (out.float() - plain.float()).norm() / plain.float().norm()
+        assert error < (0.1 if factor == 1 or limit is None else 0.3), factor
+    tokens[2, 5] = torch.inf
+    out = moe.moe(tokens, routing, layer, nothing, out=torch.empty_like(tokens))
+    assert layer.saturated >= 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "capability", "words"),
+    [
+        ({}, (10, 0), "fp8 is for sm90"),
+        ({"hidden": 192}, (9, 0), "hidden size 192 is not a multiple of 128"),
+    ],
+)
+def test_who_cannot_says_what_to_set(shape, capability, words):
+    with pytest.raises(ValueError, match=words) as refusal:
+        choose_backend("auto", SHAPE._replace(**shape), capability)
+    assert "set activations to" in str(refusal.value)

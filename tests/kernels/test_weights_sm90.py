@@ -8,6 +8,7 @@ from dsv4_kernels.sm90.weights import CHUNK, prepare_weights
 from dsv4_kernels.types import ExpertWeights, MoeShape
 
 from tests.support.launches import peak_bytes
+from tests.support.sm90_e4m3 import shuffled_fp8
 from tests.support.sm90_shuffle import shuffled, shuffled_mxfp4, unshuffled, without_dead_codes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,6 +73,47 @@ def test_the_shuffle_of_mxfp4_is_the_oracles_byte_for_byte(shape, scale_bytes):
     assert_same_bytes(got, expected)
     assert rounding.item() == error
     assert (error > 0) == (scale_bytes != SCALE_BYTES["31-powers"])
+
+
+FP8_SCALE_BYTES = {"15-powers": (113, 127), "40-powers": (100, 139), "all": (0, 254)}
+
+
+@pytest.mark.parametrize(
+    "scales", [None, *FP8_SCALE_BYTES.values()], ids=["nvfp4", *FP8_SCALE_BYTES]
+)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_order_of_fp8_is_the_oracles_byte_for_byte(shape, scales):
+    weights = (
+        random_weights(**shape) if scales is None else random_mxfp4(**shape, scale_bytes=scales)
+    )
+    if scales is None:
+        weights.w13_block_scales.view(torch.uint8).view(-1)[:127] = torch.arange(127)
+    else:
+        weights.w13_block_scales[0, : weights.intermediate] = 20  # the gate's window, not the up's
+        weights.w13[:, 5] = 0x80
+    expected, error = shuffled_fp8(weights)
+    rounding = torch.zeros(1, device=DEVICE)
+    copy = ExpertWeights(*(tensor.to(DEVICE, copy=True) for tensor in weights))
+    assert_same_bytes(prepare_weights(copy, rounding, fp8=True), expected)
+    assert rounding.item() == error
+    assert (error > 0) == (scales not in (None, FP8_SCALE_BYTES["15-powers"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("experts", "hidden", "intermediate"),
+    [(48, 7168, 3072), (9, 5120, 2304), (9, 5120, 640)],
+    ids=["pro-ep8", "v4.1-flash", "v4.1-flash-tp4"],
+)
+@pytest.mark.parametrize("make", [random_weights, random_mxfp4], ids=["nvfp4", "mxfp4"])
+def test_the_order_of_fp8_is_the_oracles_at_real_sizes(make, experts, hidden, intermediate):
+    weights = make(experts, hidden, intermediate, device="cuda")
+    checked = sorted({0, CHUNK - 1, CHUNK, experts - 1})
+    expected, error = shuffled_fp8(ExpertWeights(*(tensor[checked].cpu() for tensor in weights)))
+    rounding = torch.zeros(1, device="cuda")
+    result = prepare_weights(weights, rounding, fp8=True)
+    assert_same_bytes(ExpertWeights(*(tensor[checked] for tensor in result)), expected)
+    assert error <= rounding.item() <= 2.0**-16
 
 
 @pytest.mark.gpu

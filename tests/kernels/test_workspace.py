@@ -18,6 +18,8 @@ FORMATS = {
     "w4a16": SHAPE._replace(quantize_activations=False),
     "w4a4": SHAPE,
     "scale-per-row": SHAPE._replace(scale_per_row=True),
+    "w4a8": SHAPE._replace(quantize_activations=False, fp8=True),
+    "w4a8-without-limit": SHAPE._replace(quantize_activations=False, fp8=True, scale_per_row=True),
 }
 
 
@@ -57,6 +59,13 @@ def test_buffers_have_the_layout_contracts_sizes(shape):
     assert buffers.layout.tile_to_expert.shape == (rows // 128,)
     assert buffers.layout.counts.shape == (6,) and buffers.layout.offsets.shape == (7,)
     assert buffers.rows.shape == (rows, 64) and buffers.rows.dtype == torch.bfloat16
+    if shape.fp8:
+        assert buffers.x.codes.shape == (rows, 64) and buffers.h.codes.shape == (rows, 48)
+        assert buffers.x.codes.dtype == buffers.h.codes.dtype == torch.float8_e4m3fn
+        assert buffers.x.scales.shape == (rows,)
+        assert len(buffers.h.scales) == (rows if shape.scale_per_row else 0)
+        assert (buffers.h_bf16 is not None) == shape.scale_per_row
+        return
     if not shape.quantize_activations:
         assert buffers.h.shape == (rows, 48) and buffers.h.dtype == torch.bfloat16
         return

@@ -1,8 +1,11 @@
 """The order of weights and rows for FP8 WGMMA on sm90 (see `sm90.e4m3`), in plain torch."""
 
 import torch
+from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertWeights
 
-LOWEST = -8  # the power of two of MXFP4's scale index 0, with which codes become E4M3
+from tests.support.sm90_shuffle import into_window
+
+LEAST = -5  # the power of two of MXFP4's scale index 0
 LARGEST_INDEX = 14
 
 
@@ -12,10 +15,35 @@ def permuted_columns(x: torch.Tensor) -> torch.Tensor:
 
 
 def gate_up_rows(rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Of fc1: 8 rows of the gate, then the 8 of the up with the same columns, and so on."""
+    """Of fc1: 8 rows of the gate, then the 8 of the up of the same number, and so on, in the order
+    that columns of h have."""
     half = rows // 2
-    gate = torch.arange(half, device=device).view(-1, 1, 8)
+    gate = permuted_columns(torch.arange(half, device=device)).view(-1, 1, 8)
     return torch.cat((gate, gate + half), dim=1).flatten()
+
+
+def shuffled_fp8(weights: ExpertWeights) -> tuple[ExpertWeights, float]:
+    """New tensors in the kernel's order, and MXFP4's largest error of a weight over its expert's
+    largest scale."""
+    values = {name: getattr(weights, name).clone() for name in weights._fields}
+    is_mxfp4 = weights.w13_block_scales.dtype == torch.uint8
+    block = MXFP4_BLOCK if is_mxfp4 else NVFP4_BLOCK
+    error = 0.0
+    for name, rows in (("w13", weights.intermediate), ("w2", weights.hidden)):
+        factors = values[f"{name}_global_scales"].view(weights.num_local_experts, -1)
+        order = gate_up_rows(2 * rows) if name == "w13" else slice(None)
+        for expert in range(weights.num_local_experts):
+            codes = values[name][expert]
+            scales = values[f"{name}_block_scales"].view(torch.uint8)[expert]
+            for half in range(len(factors[expert]) if is_mxfp4 else 0):
+                part = slice(half * rows, (half + 1) * rows)
+                window = into_window(codes[part], scales[part], LARGEST_INDEX, LEAST)
+                codes[part], scales[part], power, part_error = window
+                factors[expert, half] *= power
+                error = max(error, part_error)
+            codes[:] = codes_in_order(codes[order])
+            scales[:] = scales_in_order(scales[order], block)
+    return ExpertWeights(**values), error
 
 
 def codes_in_order(codes: torch.Tensor) -> torch.Tensor:

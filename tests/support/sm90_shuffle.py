@@ -32,19 +32,19 @@ def shuffled_mxfp4(weights: ExpertWeights) -> tuple[ExpertWeights, float]:
             for half in range(len(factors[expert])):
                 part = (expert, slice(half * rows, (half + 1) * rows))
                 codes, scales = values[name][part], values[f"{name}_block_scales"][part]
-                codes[:], scales[:], power, part_error = _into_window(codes, scales)
+                codes[:], scales[:], power, part_error = into_window(codes, scales, 30, -22)
                 factors[expert, half] *= power
                 error = max(error, part_error)
     return _each_matrix(ExpertWeights(**values), _shuffle_mxfp4), error
 
 
-def _into_window(codes: torch.Tensor, scales: torch.Tensor) -> tuple:
-    """codes (R, K // 2), scales (R, K // 32) -> (codes, exponents 0 .. 30, the power of two of the
-    window, the largest error over the largest scale)."""
+def into_window(codes: torch.Tensor, scales: torch.Tensor, window: int, least: int) -> tuple:
+    """codes (R, K // 2), scales (R, K // 32) -> (codes, exponents 0 .. window, the power of two of
+    the window whose exponent 0 is a 2^least, the largest error over the largest scale)."""
     magnitudes = unpack_e2m1(codes).double().unflatten(-1, (-1, 32))
     live = (magnitudes != 0).any(-1)
     largest = int(scales[live].max()) if live.any() else 0
-    lowest = max(largest - 30, 0)
+    lowest = max(largest - window, 0)
     exact = torch.ldexp(magnitudes, scales[..., None].double() - lowest)  # over the lowest scale
     grid = torch.tensor(E2M1_VALUES, dtype=torch.float64)
     rounded = (exact.abs() * 2).round().clamp(max=12) / 2  # the grid's steps are 0.5 up to 2
@@ -55,9 +55,10 @@ def _into_window(codes: torch.Tensor, scales: torch.Tensor) -> tuple:
     nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).unflatten(-1, (-1, 32))
     nibbles = (new.to(torch.uint8) | (nibbles & 8)).flatten(-2)
     error = (rounded.copysign(magnitudes) - exact).abs().masked_fill(inside, 0).max()
-    exponents = (scales.int() - lowest).clamp(0, 30).to(torch.uint8)
+    exponents = (scales.int() - lowest).clamp(0, window).to(torch.uint8)
     packed = nibbles[:, ::2] | nibbles[:, 1::2] << 4
-    return packed, exponents, 2.0 ** (lowest - 105), float(error) * 2.0 ** (lowest - largest)
+    power = 2.0 ** (lowest - 127 - least)
+    return packed, exponents, power, float(error) * 2.0 ** (lowest - largest)
 
 
 def unshuffled(weights: ExpertWeights) -> ExpertWeights:

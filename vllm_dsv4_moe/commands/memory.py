@@ -97,7 +97,7 @@ def rank_memory(deployment: Deployment, gpu: int, arch: str) -> RankMemory:
     def padded(experts: int, shape: "MoeShape | None") -> int:
         if shape is None:
             return experts
-        rows, columns = backend.padded_intermediate(shape.intermediate)
+        rows, columns = backend.padded_intermediate(shape.intermediate, shape.fp8)
         return experts * (2 * rows + columns) // (3 * shape.intermediate)
 
     weights = weights_of_rank(tensors_of(deployment.config), deployment)

@@ -55,6 +55,7 @@ def _quantize_kernel(
     K: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    ORDERED: tl.constexpr,
     INTERPRETED: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
@@ -79,8 +80,9 @@ def _quantize_kernel(
         bounded = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)
         codes = _e4m3(bounded, INTERPRETED)
         codes = tl.where(x == x, codes, 0x7F)
-        codes = tl.permute(tl.reshape(codes, (BLOCK // 64, 4, 4, 4)), (0, 2, 1, 3))
-        codes = tl.reshape(codes, (BLOCK,))
+        if not ORDERED:
+            codes = tl.permute(tl.reshape(codes, (BLOCK // 64, 4, 4, 4)), (0, 2, 1, 3))
+            codes = tl.reshape(codes, (BLOCK,))
         num_rows = 0
         for slot in tl.static_range(TOP_K):
             if rows[slot] >= 0:
@@ -98,6 +100,7 @@ def fp8_quantize(
     slot_to_row: torch.Tensor | None = None,
     *,
     live: torch.Tensor | None = None,
+    ordered: bool = False,
     saturated: torch.Tensor | None = None,
     out: Fp8Rows,
 ) -> Fp8Rows:
@@ -106,7 +109,8 @@ def fp8_quantize(
     x (num_tokens, K) bf16, contiguous, K a multiple of 64. With slot_to_row (num_tokens, top_k)
     int32, token t goes to every row slot_to_row[t, j] >= 0, and rows that no slot has are left as
     they are; without, row i goes to row i, unless live (num_tokens,) int32 is negative there:
-    row_to_slot as live quantises rows that are in their place and skips the padding. saturated, a
+    row_to_slot as live quantises rows that are in their place and skips the padding. ordered: x's
+    columns are in the order of Fp8Rows already. saturated, a
     (1,) int64, grows by the infinities of written rows, which become a signed 448; NaN stays NaN.
     """
     num_tokens, K = x.shape
@@ -130,6 +134,7 @@ def fp8_quantize(
         K=K,
         TOP_K=1 if slot_to_row is None else slot_to_row.shape[1],
         BLOCK=block,
+        ORDERED=ordered,
         INTERPRETED=x.device.type == "cpu",
         launch_pdl=supports_pdl(x),
         num_warps=min(8, max(1, block // 256)),

@@ -115,8 +115,10 @@ def fc2(
     layer: MoeLayer,
     *,
     out: torch.Tensor,
+    routing_weights: torch.Tensor | None = None,
 ) -> None:
     """Rows for `combine`: h (capacity, intermediate) -> out (capacity, hidden) bf16."""
+    assert routing_weights is None, "fc1 has multiplied by them"
     weights, scales = layer.weights, layer.activation_scales
     gemm = _specialise("fc2", layout, weights, scales.fc2 is None, False)
     launch(

@@ -13,6 +13,8 @@ def unsupported_reason(shape: MoeShape) -> str | None:
             f"it multiplies NVFP4 weights, and this layer's are {shape.weight_format.upper()}, "
             "which vLLM's own kernels take with MXFP8 activations: leave the layer to vLLM"
         )
+    if shape.fp8:
+        return "it multiplies NVFP4 activations, and fp8 is for sm90: set activations to auto"
     if not shape.quantize_activations:
         return (
             "it multiplies NVFP4 activations, and this layer keeps them in bf16: set activations "
@@ -26,7 +28,7 @@ def unsupported_reason(shape: MoeShape) -> str | None:
     return None
 
 
-def padded_intermediate(size: int) -> tuple[int, int]:
+def padded_intermediate(size: int, fp8: bool = False) -> tuple[int, int]:
     """A tile of weights has 64 rows of the gate and 64 of the up; block scales lie in blocks of 64
     columns."""
     size = -(-size // 64) * 64

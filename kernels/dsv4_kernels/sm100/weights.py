@@ -18,12 +18,15 @@ BLOCK_ROWS, BLOCK_SCALES = 128, 4
 _PARTS = 4
 
 
-def prepare_weights(weights: ExpertWeights, rounding: torch.Tensor | None = None) -> ExpertWeights:
+def prepare_weights(
+    weights: ExpertWeights, rounding: torch.Tensor | None = None, fp8: bool = False
+) -> ExpertWeights:
     """Rewrite the block scales in place; shapes stay. Two launches for each quarter of a tensor's
     experts, which is copied.
 
     Rows must be whole blocks of 128 and columns of 64 (`padding`).
     """
+    assert not fp8, "fp8 is sm90's"
     for tensor, gate_up in ((weights.w13_block_scales, True), (weights.w2_block_scales, False)):
         _, rows, columns = tensor.shape
         assert rows % BLOCK_ROWS == 0 and columns % BLOCK_SCALES == 0, tensor.shape

@@ -7,7 +7,8 @@ without its sign; of MXFP4, s is 0 .. 14 and the scale 2^(s - 5), so every produ
 Columns. A k32 step of WGMMA wants columns 4 q .. 4 q + 3 and 16 + 4 q .. of its 32 from lane q of a
 quad. K's order is free where weights and rows agree on it: of each 64 columns, the 4 x 4 words of
 four are transposed, so column 16 q + 4 j + c of the checkpoint is column 16 j + 4 q + c here, and
-lane q owns the whole block of columns 16 q .. 16 q + 15 of the checkpoint.
+lane q owns the whole block of columns 16 q .. 16 q + 15 of the checkpoint. fc1's rows of weights
+are in the order in which fc2 wants columns, so that a warp's eight are eight bytes of a row of h.
 
 A thread's words of a 64 x 64 block: codes 0 .. 7 and 8 .. 15 of row r, then of row r + 8. Magnitude
 i of a word is at bits 4 i; its sign at bit 8 i + 7 (i < 4), or 8 (i - 4) + 3.
@@ -44,6 +45,30 @@ def pack_e4m3(values, *, loc=None, ip=None) -> Uint32:
         " cvt.rn.satfinite.e4m3x2.f32 hi, {$r3}, {$r2}; mov.b32 {$w0}, {lo, hi};}",
         write_only_types=[Uint32],
         read_only_args=list(values),
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def pack_f16(lo, hi, *, loc=None, ip=None) -> Uint32:
+    return cute.arch.inline_ptx(
+        "cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};",
+        write_only_types=[Uint32],
+        read_only_args=[lo, hi],
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def narrow(lo, hi, *, loc=None, ip=None) -> Uint32:
+    """Two f16x2 -> four E4M3, to nearest even, at most 448."""
+    return cute.arch.inline_ptx(
+        "{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f16x2 a, {$r0};"
+        " cvt.rn.satfinite.e4m3x2.f16x2 b, {$r1}; mov.b32 {$w0}, {a, b};}",
+        write_only_types=[Uint32],
+        read_only_args=[lo, hi],
         loc=loc,
         ip=ip,
     )

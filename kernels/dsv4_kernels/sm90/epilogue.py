@@ -15,6 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
+from dsv4_kernels.sm90 import e4m3 as e4m3
 from dsv4_kernels.sm90 import ptx as ptx
 from dsv4_kernels.sm90.schedule import Sm90Schedule, Tables
 from dsv4_kernels.sm90.spec import FLAGS, Gemm
@@ -42,6 +43,7 @@ class FactorSources(NamedTuple):
     row_to_slot: cute.Pointer
     slot_weights: cute.Pointer
     row_scales: cute.Pointer | None  # fp8
+    h_scale: Float32 | None  # fp8
 
 
 class FixUp(NamedTuple):
@@ -73,6 +75,8 @@ class Sm90Epilogue(Sm90Schedule):
         self.config = config
         self.fc1 = gemm.op == "fc1"
         self.fp8 = gemm.activations == "fp8"
+        self.h_row_scales = gemm.h_row_scales
+        self.h_is_fp8 = self.fp8 and self.fc1 and not self.h_row_scales
         self.unscale = UNSCALE_FP8 if self.fp8 else UNSCALE
         self.m = gemm.m
         self.m_out = gemm.m // 2 if self.fc1 else gemm.m
@@ -80,8 +84,10 @@ class Sm90Epilogue(Sm90Schedule):
         # How many units' partial sums are in flight; where that is one for every size of tile,
         # tiles of all sizes share an epilogue, and a kernel compiles in half the time.
         self.depends_on_n = self._units_in_flight(self.tile_n_min) > 1
-        # Two global scales, then a routing weight (fp8: a scale) a row; fc2: one global scale.
-        self.factors = 2 + (-(-self.tile_n_max // 32) * 32 if self.fc1 else 0)
+        # Two global scales, then a routing weight a row; fc2: one global scale. fp8: fc1 has a
+        # scale a row instead, and fc2 its product with the routing weight.
+        per_row = self.fc1 or self.fp8
+        self.factors = 2 + (-(-self.tile_n_max // 32) * 32 if per_row else 0)
 
     def _descriptor(self, work: WorkRing, index: Int32) -> cute.Tensor:
         return cute.make_tensor((work.descriptors + index * 4).align(16), cute.make_layout(4))
@@ -97,18 +103,24 @@ class Sm90Epilogue(Sm90Schedule):
     ):
         """Global -> shared: a tile's factors; one warp."""
         lane = cute.arch.lane_idx()
+        # Unpredicated, so that loads are in flight together: past the last row, the last.
+        row_groups = (self.factors - 2) // 32
+        at = [row_start + cutlass.min(lane + 32 * i, rows - 1) for i in range(row_groups)]
+        values = [Float32(1.0)] * row_groups
+        slots = [Int32(0)] * row_groups
+        if cutlass.const_expr(self.fp8 and (self.fc1 or self.h_row_scales)):
+            for i in cutlass.range_constexpr(row_groups):
+                values[i] = (sources.row_scales + at[i]).load()
+        elif cutlass.const_expr(self.fp8):
+            values = [sources.h_scale] * row_groups
+        if cutlass.const_expr(self.fc1 != self.fp8):
+            for i in cutlass.range_constexpr(row_groups):
+                slots[i] = (sources.row_to_slot + at[i]).load()
+            for i in cutlass.range_constexpr(row_groups):
+                values[i] = values[i] * (sources.slot_weights + slots[i]).load()
+        for i in cutlass.range_constexpr(row_groups):
+            (factors + 2 + lane + 32 * i).store(values[i])
         if cutlass.const_expr(self.fc1):
-            # Unpredicated, so that loads are in flight together: past the last row, the last.
-            row_groups = (self.factors - 2) // 32
-            values = [Float32(0.0)] * row_groups
-            slots = [Int32(0)] * row_groups
-            per_row = sources.row_scales if self.fp8 else sources.row_to_slot
-            for i in cutlass.range_constexpr(row_groups):
-                slots[i] = (per_row + row_start + cutlass.min(lane + 32 * i, rows - 1)).load()
-            for i in cutlass.range_constexpr(row_groups):
-                values[i] = slots[i] if self.fp8 else (sources.slot_weights + slots[i]).load()
-            for i in cutlass.range_constexpr(row_groups):
-                (factors + 2 + lane + 32 * i).store(values[i])
             if lane < 2:
                 (factors + lane).store(
                     (sources.global_scales + 2 * expert + lane).load() * self.unscale
@@ -127,7 +139,7 @@ class Sm90Epilogue(Sm90Schedule):
         acc: list,
         out: cute.Pointer,
         fix_up: FixUp,
-        limit: Float32,
+        limits: tuple,
         work: WorkRing,
         s_staging: cute.Pointer,
         tile: Int32,
@@ -159,7 +171,7 @@ class Sm90Epilogue(Sm90Schedule):
                 row_start,
                 rows,
                 m_tile,
-                limit,
+                limits,
                 work.factors + tile % DESCRIPTORS * self.factors,
                 s_staging + warp * (2 * STAGING_BYTES),
             )
@@ -289,17 +301,19 @@ class Sm90Epilogue(Sm90Schedule):
         row_start: Int32,
         rows: Int32,
         m_tile: Int32,
-        limit: Float32,
+        limits: tuple,
         factors: cute.Pointer,
         staging: cute.Pointer,
     ):
-        """Accumulators -> rows [row_start, row_start + rows) of out.
+        """Accumulators -> rows [row_start, row_start + rows) of out; limits are SwiGLU's and, where
+        h is E4M3, the inverse of its scale.
 
         A warp transposes 8 columns of 32 rows (fc2: 16 of 16) at a time through one of its two
-        staging buffers, so that a lane stores 16 bytes of one row. One __syncwarp a buffer is
-        enough: the other buffer's lies between two uses of one.
+        staging buffers, so that a lane stores 16 bytes of one row, or rounds them to 8 of E4M3. One
+        __syncwarp a buffer is enough: the other buffer's lies between two uses of one.
         """
         config = self.config
+        limit, h_factor = limits
         scale_g = factors.load()
         scalars = (scale_g, (factors + 1).load(), limit) if self.fc1 else ()
         lane = cute.arch.lane_idx()
@@ -329,26 +343,48 @@ class Sm90Epilogue(Sm90Schedule):
                             i = group * 4
                             if cutlass.const_expr(self.fc1):
                                 word = ptx.activate(
-                                    acc[mb], i, group * 8, scalars, factors + 2, lane, self.fp8
+                                    acc[mb],
+                                    i,
+                                    group * 8,
+                                    scalars,
+                                    factors + 2,
+                                    lane,
+                                    self.fp8,
+                                    h_factor,
                                 )
                                 words.append(word)
                             else:
+                                scales = [scale_g, scale_g]
+                                if cutlass.const_expr(self.fp8):
+                                    pair = ptx.factors_of_pair(factors + 2, group * 8, lane)
+                                    scales = [scale_g * pair[0], scale_g * pair[1]]
                                 for c in cutlass.range_constexpr(0, 4, 2):
-                                    a, b = acc[mb][i + c] * scale_g, acc[mb][i + c + 1] * scale_g
+                                    a = acc[mb][i + c] * scales[0]
+                                    b = acc[mb][i + c + 1] * scales[1]
                                     words.append(ptx.pack_bf16(a, b))
                         buffer = first // (8 * groups) % 2 * STAGING_BYTES
                         ptx.store_transposed(target + buffer, words)
                         cute.arch.sync_warp()
                         if first + row < rows:
-                            cute.autovec_copy(
-                                self._chunk(source + buffer), self._chunk(to + first * self.m_out)
-                            )
+                            self._store_chunk(source + buffer, to + first * self.m_out)
 
     def _staged(self, row, chunk):
         """Offset of a row's 16 bytes in a buffer, swizzled against bank conflicts."""
         return row * 16 if self.fc1 else row * 32 + (chunk ^ (row // 4 % 2)) * 16
 
-    def _chunk(self, pointer: cute.Pointer) -> cute.Tensor:
-        return cute.make_tensor(
-            cute.recast_ptr(pointer, dtype=Uint32).align(16), cute.make_layout(4)
-        )
+    @cute.jit
+    def _store_chunk(self, source: cute.Pointer, target: cute.Pointer):
+        """A lane's eight values of a row, shared -> global."""
+        if cutlass.const_expr(self.h_is_fp8):
+            halves = cute.make_rmem_tensor((4,), Uint32)
+            cute.autovec_copy(self._words(source, 4), halves)
+            codes = cute.make_rmem_tensor((2,), Uint32)
+            for i in cutlass.range_constexpr(2):
+                codes[i] = e4m3.narrow(halves[2 * i], halves[2 * i + 1])
+            cute.autovec_copy(codes, self._words(target, 2))
+        else:
+            cute.autovec_copy(self._words(source, 4), self._words(target, 4))
+
+    def _words(self, pointer: cute.Pointer, count: int) -> cute.Tensor:
+        pointer = cute.recast_ptr(pointer, dtype=Uint32).align(4 * count)
+        return cute.make_tensor(pointer, cute.make_layout(count))

@@ -8,6 +8,10 @@ and the token of a row are ExpertLayout's: rows that exist are written, padding 
 routing weight multiplies in fp32, before the rounding to bf16. Nothing here synchronises,
 allocates or compiles once `compile_layer` has run for the layer's shape.
 
+W4A8: x and h are E4M3, weights become E4M3 (NVFP4's rounded, MXFP4's exact), and the routing weight
+multiplies fc2's sums. All h have one scale, under which no clamped one is over 448 (`fp8_h_scale`);
+without a limit fc1 leaves h in bf16, and `fp8_quantize` gives each row its own.
+
 Both GEMMs of a device share one buffer of partial sums and its flags, so calls must follow one
 another, as they do on one stream: two streams must not run layers at the same time.
 """
@@ -17,23 +21,16 @@ import math
 
 import torch
 from cuda.bindings import driver
-from cutlass import BFloat16, Float32, Int32, Uint8
+from cutlass import Float32, Int32
 
 from dsv4_kernels.compiled import Kernel, compiled
-from dsv4_kernels.sm90.arguments import pointer
+from dsv4_kernels.sm90.arguments import pointer, pointer_types
 from dsv4_kernels.sm90.compile import compile_now
 from dsv4_kernels.sm90.heuristic import all_gemms, gemms
 from dsv4_kernels.sm90.spec import FLAGS, MOST_PARTIALS, Gemm
-from dsv4_kernels.types import ExpertLayout, MoeLayer, MoeShape
+from dsv4_kernels.types import ExpertLayout, Fp8Rows, MoeLayer, MoeShape, fp8_h_scale
 
 H200_SMS = 132  # multiprocessors of an H200 or H100 (SXM): what is meant where there is no GPU
-_DTYPES = {
-    torch.uint8: Uint8,
-    torch.float8_e4m3fn: Uint8,
-    torch.bfloat16: BFloat16,
-    torch.float32: Float32,
-    torch.int32: Int32,
-}
 
 
 @functools.cache
@@ -70,35 +67,50 @@ def num_blocks(gemm: Gemm, multiprocessors: int) -> int:
     return multiprocessors // gemm.config.cluster * gemm.config.cluster
 
 
-def launch(gemm: Gemm, tensors: tuple[torch.Tensor, ...], limit: float | None) -> None:
-    """Run a specialisation on torch tensors, in the order of the kernel's `__call__`."""
+def launch(
+    gemm: Gemm,
+    tensors: tuple[torch.Tensor, ...],
+    limit: float | None,
+    scales: tuple[torch.Tensor, float] | None = None,
+) -> None:
+    """Run a specialisation on torch tensors, in the order of the kernel's `__call__`; scales are
+    fp8's row_scales and h_scale."""
     device = tensors[0].device
     assert gemm.config.tile_m * gemm.config.tile_n[-1] <= MOST_PARTIALS, gemm.config
-    pointers = (pointer(_DTYPES[t.dtype], t.data_ptr()) for t in (*tensors, *_fix_up(device)))
+    tensors = (*tensors, *_fix_up(device))
+    types = pointer_types(gemm)
+    pointers = [pointer(t, x.data_ptr()) for t, x in zip(types, tensors, strict=True)]
     stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
     limit = math.inf if limit is None else limit
     num_rows = Int32(len(tensors[3]))
     blocks = Int32(num_blocks(gemm, num_sms(device)))
-    compile_gemm(gemm)(*pointers, Float32(limit), num_rows, blocks, stream)
+    of_fp8 = ()
+    if scales is not None:
+        of_fp8 = (pointer(Float32, scales[0].data_ptr()), Float32(scales[1]))
+    compile_gemm(gemm)(*pointers, Float32(limit), num_rows, blocks, stream, *of_fp8)
 
 
 def fc1(
-    x: torch.Tensor,
+    x: torch.Tensor | Fp8Rows,
     routing_weights: torch.Tensor,
     layout: ExpertLayout,
     layer: MoeLayer,
     *,
-    out: torch.Tensor,
+    out: torch.Tensor | Fp8Rows,
 ) -> None:
     """h of every row that exists: x (num_tokens, hidden) bf16, or (capacity, hidden) where
-    `places_rows` says so, -> out (capacity, intermediate) bf16.
+    `places_rows` says so, -> out (capacity, intermediate) bf16; W4A8: placed Fp8Rows -> Fp8Rows of
+    which the codes are written or, without a limit, bf16 with their columns.
 
     routing_weights (num_tokens, top_k) float32.
     """
-    assert x.dtype == out.dtype == torch.bfloat16, (x.dtype, out.dtype)
+    x, scales = _codes_and_scales(x, layer)
+    out = out.codes if isinstance(out, Fp8Rows) else out
     assert x.is_contiguous() and out.is_contiguous() and routing_weights.is_contiguous()
     weights = layer.weights
     gemm, _ = gemms(layer.shape, len(routing_weights))
+    one_byte = layer.shape.fp8 and layer.limit is not None
+    assert out.dtype == (torch.float8_e4m3fn if one_byte else torch.bfloat16), out.dtype
     assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape
     launch(
         gemm,
@@ -114,25 +126,44 @@ def fc1(
             routing_weights,
         ),
         layer.limit,
+        scales,
     )
 
 
+def _codes_and_scales(
+    x: torch.Tensor | Fp8Rows, layer: MoeLayer
+) -> tuple[torch.Tensor, tuple[torch.Tensor, float] | None]:
+    """What a GEMM reads, and `launch`'s scales."""
+    if not layer.shape.fp8:
+        assert isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16, type(x)
+        return x, None
+    assert isinstance(x, Fp8Rows), type(x)
+    row_scales = x.scales if len(x.scales) else layer.weights.w2_global_scales  # not read
+    return x.codes, (row_scales, fp8_h_scale(layer.limit) or 1.0)
+
+
 def fc2(
-    h: torch.Tensor,
+    h: torch.Tensor | Fp8Rows,
     layout: ExpertLayout,
     layer: MoeLayer,
     *,
     out: torch.Tensor,
+    routing_weights: torch.Tensor | None = None,
 ) -> None:
-    """Rows for `combine`: h (capacity, intermediate) bf16 -> out (capacity, hidden) bf16.
+    """Rows for `combine`: h (capacity, intermediate) bf16 -> out (capacity, hidden) bf16; W4A8:
+    Fp8Rows, of which no scales are read where there is a limit, times routing_weights.
 
     Must come right after `fc1` of the same layout: counts and offsets are read before the kernel
     before it has ended. They are not checked: a layout that another call has overwritten, as one
     of another size does in the same workspace, sends loads and stores anywhere.
     """
-    assert h.dtype == out.dtype == torch.bfloat16, (h.dtype, out.dtype)
+    h, scales = _codes_and_scales(h, layer)
+    assert out.dtype == torch.bfloat16, out.dtype
     assert h.is_contiguous() and out.is_contiguous()
     weights = layer.weights
+    assert (routing_weights is not None) == layer.shape.fp8, "W4A8 alone multiplies here"
+    if routing_weights is None:
+        routing_weights = weights.w2_global_scales  # not read
     _, gemm = gemms(layer.shape, len(layout.slot_to_row))
     launch(
         gemm,
@@ -145,7 +176,8 @@ def fc2(
             layout.counts,
             layout.offsets,
             layout.row_to_slot,
-            weights.w2_global_scales,  # fc2 reads no routing weights
+            routing_weights,
         ),
         None,
+        scales,
     )

@@ -21,11 +21,19 @@ def unsupported_reason(shape: MoeShape) -> str | None:
             f"hidden size {shape.hidden} is not a multiple of 64: choose vLLM's own experts with "
             "--moe-backend"
         )
+    if shape.fp8 and shape.hidden % 128:
+        return (
+            f"hidden size {shape.hidden} is not a multiple of 128, as fp8 activations want: set "
+            "activations to bf16"
+        )
     return None
 
 
-def padded_intermediate(size: int) -> tuple[int, int]:
-    """A block of weights has 32 rows of the gate and 32 of the up, or 64 columns of w2."""
+def padded_intermediate(size: int, fp8: bool = False) -> tuple[int, int]:
+    """A block of weights has 32 rows of the gate and 32 of the up, or 64 columns of w2. 128 E4M3 of
+    a row of h are swizzled together."""
+    if fp8:
+        size = -(-size // 128) * 128
     return -(-size // 32) * 32, -(-size // 64) * 64
 
 
@@ -48,7 +56,10 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
     multicast, so a cluster, which shares rows, needs them permuted.
     """
     rows = rows_per_expert(shape, num_tokens)
-    inter, _ = padded_intermediate(shape.intermediate)
+    inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
+    if shape.fp8:
+        fc1, fc2 = (_fp8_config(rows, k, shape.weight_format) for k in (shape.hidden, inter))
+        return LayerConfig(False, fc1, fc2)
     fc1, fc2 = _config(rows, 2 * inter, shape.hidden), _config(rows, shape.hidden, inter)
     return LayerConfig(fc1.cluster == 1, fc1, fc2)
 
@@ -83,6 +94,26 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
     return Sm90Config(2, warpgroups, (most - 24, most - 16, most - 8, most), tile_k)
 
 
+def _fp8_config(rows: float, k: int, weight_format: str) -> Sm90Config:
+    """Of a GEMM in fp8, by `bench/results/fp8_fc1.json`: WGMMA takes half of bf16's cycles, so up
+    to 144 rows at a time widening still counts, and two row blocks a warpgroup beat one. A stage of
+    256 columns is worth more than a third stage, but at the most rows NVFP4's would leave two."""
+    if rows <= FEW_ROWS:
+        return Sm90Config(1, 4, (8, 16, 24, 32), _fp8_tile_k(k, 256))
+    _, most = _even_parts(rows, 144)
+    tile_n = (most - 24, most - 16, most - 8, most)
+    if most <= 48:
+        return Sm90Config(1, 4, (24, 32, 40, 48), _fp8_tile_k(k, 256))
+    if most <= 64:
+        return Sm90Config(2, 3, tile_n, 128)
+    fits = weight_format == "mxfp4" or most < 144
+    return Sm90Config(2, 2, tile_n, _fp8_tile_k(k, 256 if fits else 128), cluster=2)
+
+
+def _fp8_tile_k(k: int, most: int) -> int:
+    return most if k % most == 0 else 128
+
+
 def _even_parts(rows: float, limit: int) -> tuple[int, int]:
     """(row tiles of an expert, rows of the largest, at most `limit`), with room for 1.5 standard
     deviations above the mean of a Poisson routing."""
@@ -101,11 +132,12 @@ def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
     """(fc1, fc2) of a layer at a number of tokens."""
     gather, fc1, fc2 = choose_config(shape, num_tokens)
     experts, hidden = shape.num_local_experts, shape.hidden
-    inter, _ = padded_intermediate(shape.intermediate)
+    inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
     block = MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
+    mode = ("fp8", shape.scale_per_row) if shape.fp8 else ("bf16", False)
     return (
-        Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1, block),
-        Gemm("fc2", experts, hidden, inter, shape.top_k, False, fc2, block),
+        Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1, block, *mode),
+        Gemm("fc2", experts, hidden, inter, shape.top_k, False, fc2, block, *mode),
     )
 
 

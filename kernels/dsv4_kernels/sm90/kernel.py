@@ -3,6 +3,8 @@
     fc1: h[row, i]   = w_row * silu(min(g, L)) * clamp(u, -L, L),   g = gs_g W1 x,  u = gs_u W3 x
     fc2: out[row, m] = gs W2 h[row]
 
+With fp8 (W4A8) weights become E4M3 instead (`e4m3`), and w_row is a factor of fc2's.
+
 A CTA's output tile is 64 * m_blocks * warpgroups weight rows (M of WGMMA) by at most tile_n[-1]
 rows of one expert (N); each tile takes the smallest N of `tile_n` that covers its rows. The kernel
 is persistent, and derives its stream-K schedule (`schedule`) on the device, from `counts` and
@@ -32,7 +34,7 @@ every second issue slot. Up to n = 90 the kernel is bound by instruction issue.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -101,7 +103,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
     """One grouped GEMM, compiled for one specialisation; owns the pipeline and the launch."""
 
     def __init__(self, gemm: Gemm):
-        op, _, m, k, top_k, gather, config, scale_block, activations = gemm
+        op, _, m, k, top_k, gather, config, scale_block, activations, _ = gemm
         assert op in ("fc1", "fc2"), op
         # The gathering warps rely on fc1's griddepcontrol.wait, in which all warps take part.
         assert op == "fc1" or not gather, "fc2 gathers no rows"
@@ -185,6 +187,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         num_blocks: Int32,
         stream: driver.CUstream,
         row_scales: cute.Pointer | None = None,
+        h_scale: Optional[Float32] = None,  # noqa: UP045 (what CuTe DSL exports)
     ):
         """codes, block_scales: shuffled, uint8; global_scales (experts, 2) for fc1, (experts,) for
         fc2; x (tokens or rows, k) bf16; out (rows, m_out) bf16; counts (experts,), offsets
@@ -192,8 +195,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         partials (num_blocks * partial_floats,) float32; flags (num_blocks * FLAGS,) int32, zeros
         before and after; limit of SwiGLU, infinity for none; num_rows of x; num_blocks: CTAs.
 
-        fp8: x (rows, k) E4M3 in `e4m3`'s order of columns, row_scales (rows,) float32; fc1 leaves
-        the routing weight to fc2."""
+        fp8: x (rows, k) E4M3 in `e4m3`'s order of columns, row_scales (rows,) float32, read as the
+        gemm says, and h_scale otherwise. fc1 leaves the routing weight to fc2."""
         tma_atom, tma_x = None, None
         if cutlass.const_expr(not self.gather):
             box = (TMA_ROWS, self.x_columns)
@@ -222,6 +225,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             flags,
             limit,
             row_scales,
+            h_scale,
         ).launch(
             grid=[num_blocks, 1, 1],
             block=[self.threads, 1, 1],
@@ -250,6 +254,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         flags: cute.Pointer,
         limit: Float32,
         row_scales: cute.Pointer | None,
+        h_scale: Float32 | None,
     ):
         config = self.config
         warps = 4 * config.warpgroups
@@ -320,7 +325,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                     block_scales,
                     tma_atom,
                     tma_x,
-                    FactorSources(global_scales, row_to_slot, slot_weights, row_scales),
+                    FactorSources(global_scales, row_to_slot, slot_weights, row_scales, h_scale),
                     pipeline,
                     work,
                     tables,
@@ -332,7 +337,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                     self._gather_rows(x, row_to_slot, pipeline, tables)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
-            self._consume(out, FixUp(partials, flags), limit, pipeline, s_staging, work, tables)
+            limits = (limit, 1.0 / h_scale if self.h_is_fp8 else None)
+            self._consume(out, FixUp(partials, flags), limits, pipeline, s_staging, work, tables)
 
         # A CTA must not exit while another of its cluster may still arrive on its barriers.
         self._sync_cluster()
@@ -564,7 +570,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         self,
         out: cute.Pointer,
         fix_up: FixUp,
-        limit: Float32,
+        limits: tuple,
         pipeline: Pipeline,
         s_staging: cute.Pointer,
         work: WorkRing,
@@ -594,12 +600,12 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                     stage, phase = self._multiply(n, sums, k_stages, pipeline, stage, phase)
                     if cutlass.const_expr(self.depends_on_n):
                         self._epilogue(
-                            n, n, sums, out, fix_up, limit, work, s_staging, tile, tables
+                            n, n, sums, out, fix_up, limits, work, s_staging, tile, tables
                         )
             if cutlass.const_expr(not self.depends_on_n):
                 least, most = self.tile_n_min, self.tile_n_max
                 self._epilogue(
-                    least, most, shared, out, fix_up, limit, work, s_staging, tile, tables
+                    least, most, shared, out, fix_up, limits, work, s_staging, tile, tables
                 )
             cute.arch.sync_warp()  # the next tile's epilogue reuses the staging buffers
             cute.arch.mbarrier_arrive(work.empty + tile % DESCRIPTORS)

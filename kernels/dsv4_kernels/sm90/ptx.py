@@ -6,6 +6,8 @@ import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 from cutlass.cutlass_dsl import dsl_user_op
 
+from dsv4_kernels.sm90 import e4m3 as e4m3
+
 
 @dsl_user_op
 def copy_row_chunk(dst, src, live_bytes, *, loc=None, ip=None) -> None:
@@ -149,22 +151,35 @@ def activate(
     row_weights: cute.Pointer,
     lane: Int32,
     fp8: cutlass.Constexpr,
+    h_factor: Float32 | None,
 ):
     """SwiGLU of a thread's gate (row r) and up (row r + 8) of two tokens, times their routing
-    weights -> bf16x2; fp8: row_weights are scales of the sums instead."""
+    weights -> bf16x2; fp8: row_weights are scales of the sums instead, and with h_factor, which
+    then multiplies -> f16x2."""
     scale_g, scale_u, limit = scalars
     values = [Float32(0.0)] * 2
-    weights = cute.make_rmem_tensor((2,), Float32)
-    row_weights = (row_weights + (first + lane % 4 * 2)).align(8)
-    cute.autovec_copy(cute.make_tensor(row_weights, cute.make_layout(2)), weights)
+    weights = factors_of_pair(row_weights, first, lane)
     for c in cutlass.range_constexpr(2):
         if cutlass.const_expr(fp8):
             scale_g, scale_u = scalars[0] * weights[c], scalars[1] * weights[c]
         gate = cute.arch.fmin(acc[i + c] * scale_g, limit)
         up = acc[i + 2 + c] * scale_u
         up = cute.arch.fmax(cute.arch.fmin(up, limit), -limit)
-        weight = Float32(1.0) if fp8 else weights[c]
+        weight = weights[c]
+        if cutlass.const_expr(fp8):
+            weight = Float32(1.0) if h_factor is None else h_factor
         # silu(g) = g / (1 + 2^(-g log2 e)); ex2.approx and rcp.approx are within 2 ulp of fp32.
         power = cute.math.exp2(gate * -math.log2(math.e), fastmath=True)
         values[c] = gate * cute.arch.rcp_approx(1.0 + power) * up * weight
+    if cutlass.const_expr(h_factor is not None):
+        return e4m3.pack_f16(values[0], values[1])
     return pack_bf16(values[0], values[1])
+
+
+@cute.jit
+def factors_of_pair(row_factors: cute.Pointer, first: cutlass.Constexpr, lane: Int32):
+    """Of the two rows of a tile, from `first` on, that a thread has sums of."""
+    factors = cute.make_rmem_tensor((2,), Float32)
+    source = (row_factors + (first + lane % 4 * 2)).align(8)
+    cute.autovec_copy(cute.make_tensor(source, cute.make_layout(2)), factors)
+    return factors

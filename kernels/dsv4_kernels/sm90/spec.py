@@ -41,7 +41,10 @@ class Gemm(NamedTuple):
     gather: bool  # rows of x by row_to_slot; otherwise x is permuted as the layout says
     config: Sm90Config
     scale_block: int = NVFP4_BLOCK  # columns that share a scale; MXFP4_BLOCK for MXFP4's weights
-    activations: str = "bf16"  # or "fp8": E4M3 with a scale a row, on FP8 WGMMA
+    activations: str = "bf16"  # or "fp8": E4M3, on FP8 WGMMA
+    # fp8: fc2's input has a scale a row, so fc1 leaves it in bf16; otherwise one scale for all, and
+    # fc1 leaves it in E4M3. fc1's input always has a scale a row.
+    h_row_scales: bool = False
 
 
 class LayerConfig(NamedTuple):

@@ -35,6 +35,17 @@ scale. A block of zeros stays one under any scale.
 
 fc1's rows are permuted first: in each block, rows 16 w + r are gate rows 32 b + 8 w + r, and rows
 16 w + r + 8 the up rows of the same number, so that one thread owns both operands of SwiGLU.
+
+W4A8 has another order, for `e4m3`'s widening:
+
+    codes   (rows / 64, K / 64, 32 row pairs, 4 lanes, row half, 2)   one 32-bit word
+    scales  (rows / 64, K / 64, 32 row pairs, blocks of K, row half)   one byte
+
+Lane q's two words of a row have the codes of columns 16 q .. 16 q + 15, whose magnitudes stay where
+the checkpoint has them; code i's sign is at bit 8 i + 7, or 8 (i - 4) + 3 from i = 4 on. Scales are
+NVFP4's bytes, under which zero is a scale like another; MXFP4's count from a window of 15 powers,
+and an error is at most 2^-16 of the largest. fc1's gate and up rows 32 b + 8 w + r are the columns
+that h has there (`Fp8Rows`).
 """
 
 import math
@@ -49,9 +60,14 @@ from dsv4_kernels.types import MXFP4_BLOCK, NVFP4_BLOCK, ExpertWeights
 CHUNK = 8
 # K blocks of a program, at most: 128 bytes of a row.
 _K_BLOCKS = 4
+# Powers of two of MXFP4's window under its largest, and the exponent of the power of two that the
+# kernel takes the lowest for.
+_WINDOW = {False: (30, 22), True: (14, 5)}
 
 
-def prepare_weights(weights: ExpertWeights, rounding: torch.Tensor | None = None) -> ExpertWeights:
+def prepare_weights(
+    weights: ExpertWeights, rounding: torch.Tensor | None = None, fp8: bool = False
+) -> ExpertWeights:
     """Rewrite the four big tensors in place; shapes stay, the meaning of the bytes is above.
 
     Block scales must be 0 or positive numbers, MXFP4's below 255 (NaN): who loads a checkpoint
@@ -76,7 +92,7 @@ def prepare_weights(weights: ExpertWeights, rounding: torch.Tensor | None = None
             window = None
             if largest is not None:
                 window = (largest[part], global_scales[part], rounding)
-            _shuffle(codes[part], scales[part], gate_rows, window, scratch)
+            _shuffle(codes[part], scales[part], gate_rows, window, scratch, fp8)
     return weights
 
 
@@ -107,6 +123,7 @@ def _shuffle(
     gate_rows: int,
     window: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
     scratch: torch.Tensor,
+    fp8: bool,
 ) -> None:
     """A chunk's codes (E, R, K // 2) and scales (E, R, K // 16 or K // 32); scratch holds both, as
     int32. gate_rows is R // 2 for fc1, 0 for fc2; window is (largest scales, global scales,
@@ -135,6 +152,9 @@ def _shuffle(
         BLOCKS=blocks,
         GATE_ROWS=gate_rows,
         MXFP4=window is not None,
+        FP8=fp8,
+        WINDOW=_WINDOW[fp8][0],
+        LOWEST=_WINDOW[fp8][1],
     )
 
 
@@ -190,6 +210,9 @@ def _shuffle_kernel(
     BLOCKS: tl.constexpr,
     GATE_ROWS: tl.constexpr,
     MXFP4: tl.constexpr,
+    FP8: tl.constexpr,
+    WINDOW: tl.constexpr,
+    LOWEST: tl.constexpr,
 ):
     """A program makes BLOCKS blocks that follow one another along K: 32 row pairs, 64 columns."""
     expert = tl.program_id(1).to(tl.int64)
@@ -198,6 +221,8 @@ def _shuffle_kernel(
     pair, step = tl.arange(0, 32), tl.arange(0, 4)
     if GATE_ROWS > 0:
         row, to_second = row_block * 32 + pair, GATE_ROWS
+        if FP8:
+            row = row // 64 * 64 + row % 16 // 4 * 16 + row % 64 // 16 * 4 + row % 4
     else:
         row, to_second = row_block * 64 + pair // 8 * 16 + pair % 8, 8
 
@@ -212,39 +237,54 @@ def _shuffle_kernel(
     if MXFP4:
         HALVES: tl.constexpr = 2 if GATE_ROWS > 0 else 1
         lowest_ptr = largest_ptr + expert * HALVES
-        first_lowest = tl.maximum(tl.load(lowest_ptr) - 30, 0)
-        second_lowest = tl.maximum(tl.load(lowest_ptr + HALVES - 1) - 30, 0)
-        first_codes = _into_window(first_codes, first_scales, first_lowest, rounding_ptr)
-        second_codes = _into_window(second_codes, second_scales, second_lowest, rounding_ptr)
+        first_lowest = tl.maximum(tl.load(lowest_ptr) - WINDOW, 0)
+        second_lowest = tl.maximum(tl.load(lowest_ptr + HALVES - 1) - WINDOW, 0)
+        first_codes = _into_window(first_codes, first_scales, first_lowest, rounding_ptr, WINDOW)
+        second_codes = _into_window(
+            second_codes, second_scales, second_lowest, rounding_ptr, WINDOW
+        )
         if tl.program_id(0) == 0:
-            _move_window(global_scales_ptr + expert * HALVES, first_lowest)
+            _move_window(global_scales_ptr + expert * HALVES, first_lowest + LOWEST)
             if GATE_ROWS > 0:
-                _move_window(global_scales_ptr + expert * HALVES + 1, second_lowest)
-    else:
+                _move_window(global_scales_ptr + expert * HALVES + 1, second_lowest + LOWEST)
+    elif not FP8:
         first_codes = _live_codes(first_codes, first_scales)
         second_codes = _live_codes(second_codes, second_scales)
-    first_left, first_right = tl.split(tl.reshape(first_codes, [32, BLOCKS, 4, 2]))
-    second_left, second_right = tl.split(tl.reshape(second_codes, [32, BLOCKS, 4, 2]))
 
     # Write.
     block = (expert * (ROWS // 64) + row_block) * K_BLOCKS + k_block
     out = block[None, :] * 32 + pair[:, None]
-    for c in tl.static_range(4):
-        word = _code_word(
-            first_left >> (8 * c),
-            second_left >> (8 * c),
-            first_right >> (8 * c),
-            second_right >> (8 * c),
-        )
-        tl.store(codes_ptr + (out[:, :, None] * 4 + c) * 4 + step[None, None, :], word)
+    if FP8:
+        word = tl.arange(0, 8)
+        at = out[:, :, None] * 16 + (word // 2 * 4 + word % 2)[None, None, :]
+        tl.store(codes_ptr + at, _with_signs_apart(first_codes))
+        tl.store(codes_ptr + at + 2, _with_signs_apart(second_codes))
+    else:
+        first_left, first_right = tl.split(tl.reshape(first_codes, [32, BLOCKS, 4, 2]))
+        second_left, second_right = tl.split(tl.reshape(second_codes, [32, BLOCKS, 4, 2]))
+        for c in tl.static_range(4):
+            word = _code_word(
+                first_left >> (8 * c),
+                second_left >> (8 * c),
+                first_right >> (8 * c),
+                second_right >> (8 * c),
+            )
+            tl.store(codes_ptr + (out[:, :, None] * 4 + c) * 4 + step[None, None, :], word)
     if MXFP4:
-        word = _scale_word(
-            _exponent(first_scales, first_lowest),
-            _exponent(first_scales >> 8, first_lowest),
-            _exponent(second_scales, second_lowest),
-            _exponent(second_scales >> 8, second_lowest),
-        )
+        first_low = _exponent(first_scales, first_lowest, WINDOW)
+        first_high = _exponent(first_scales >> 8, first_lowest, WINDOW)
+        second_low = _exponent(second_scales, second_lowest, WINDOW)
+        second_high = _exponent(second_scales >> 8, second_lowest, WINDOW)
+        if FP8:
+            word = first_low | second_low << 8 | first_high << 16 | second_high << 24
+        else:
+            word = _scale_word(first_low << 3, first_high << 3, second_low << 3, second_high << 3)
         tl.store(scales_ptr + out, word)
+    elif FP8:
+        for i in tl.static_range(2):
+            first, second = first_scales >> (16 * i), second_scales >> (16 * i)
+            word = first & 0xFF | (second & 0xFF) << 8 | (first & 0xFF00) << 8
+            tl.store(scales_ptr + out * 2 + i, word | (second & 0xFF00) << 16)
     else:
         for i in tl.static_range(2):
             word = _scale_word(
@@ -263,6 +303,17 @@ def _codes(codes_ptr, at):
 
 
 @triton.jit
+def _with_signs_apart(codes):
+    """Words of eight codes: the signs of the first four at bits 7, 15, 23 and 31, of the others at
+    3, 11, 19 and 27."""
+    word = codes & 0x77777777
+    for i in tl.static_range(8):
+        sign = codes >> (4 * i + 3) & 1
+        word |= sign << (8 * i + 7 if i < 4 else 8 * i - 29)
+    return word
+
+
+@triton.jit
 def _live_codes(codes, scales):
     """NVFP4: 0 where a step's scale is."""
     scale = scales[:, :, None] >> (tl.arange(0, 8) // 2 * 8)[None, None, :] & 0xFF
@@ -270,7 +321,7 @@ def _live_codes(codes, scales):
 
 
 @triton.jit
-def _into_window(codes, scales, lowest, rounding_ptr):
+def _into_window(codes, scales, lowest, rounding_ptr, WINDOW: tl.constexpr):
     """MXFP4: what is scaled by less than the lowest byte, rounded to what that scale can have."""
     below = tl.maximum(lowest - _scale_of_word(scales), 0)
     shift = tl.minimum(below, 5)  # 6.0 is 0 from there on
@@ -284,8 +335,8 @@ def _into_window(codes, scales, lowest, rounding_ptr):
         left = tl.maximum(left, tl.abs(value - (new << shift)))
         rounded |= (new - (new > 4)) << (4 * i)
     if rounding_ptr is not None:
-        # Of half a code's unit, 2^-below of the lowest scale, itself 2^-30 of the largest.
-        power = (tl.maximum(96 - below, 1) << 23).to(tl.float32, bitcast=True)
+        # Of half a code's unit, 2^-below of the lowest scale, itself 2^-WINDOW of the largest.
+        power = (tl.maximum(126 - WINDOW - below, 1) << 23).to(tl.float32, bitcast=True)
         error = tl.max(tl.where(below > 0, left.to(tl.float32) * power, 0.0))
         # Floats that are not negative are ordered as their bits are.
         tl.atomic_max(rounding_ptr, error.to(tl.int32, bitcast=True), mask=error > 0)
@@ -293,17 +344,18 @@ def _into_window(codes, scales, lowest, rounding_ptr):
 
 
 @triton.jit
-def _exponent(scale, lowest):
-    """MXFP4's byte in the window: five bits of exponent, then no mantissa. A block of zeros may
-    have any scale: it takes one of the window's."""
-    return tl.minimum(tl.maximum((scale.to(tl.int32) & 0xFF) - lowest, 0), 30) << 3
+def _exponent(scale, lowest, WINDOW: tl.constexpr):
+    """MXFP4's byte in the window, 0 .. WINDOW. A block of zeros may have any scale: it takes one of
+    the window's."""
+    return tl.minimum(tl.maximum((scale.to(tl.int32) & 0xFF) - lowest, 0), WINDOW)
 
 
 @triton.jit
-def _move_window(global_scale_ptr, lowest):
-    """A lowest scale of 2^-22 in the kernel, which its exponent of 0 is there, becomes 2^(lowest -
-    127): from 2^-105 to 2^119, with which sums are multiplied in float32."""
-    power = ((lowest + 22) << 23).to(tl.float32, bitcast=True)
+def _move_window(global_scale_ptr, exponent):
+    """A lowest scale of 2^-LOWEST in the kernel becomes 2^(lowest - 127), so exponent, of float32,
+    is lowest + LOWEST: from 2^-105 to 2^119 (W4A8: 2^-122 to 2^118), with which sums are multiplied
+    in float32."""
+    power = (exponent << 23).to(tl.float32, bitcast=True)
     tl.store(global_scale_ptr, tl.load(global_scale_ptr) * power)
 
 
