@@ -109,8 +109,8 @@ class Dsv4Method(FusedMoEMethodBase):
                 f"{layer.layer_name}: weights are loaded a second time, which cannot be with "
                 f"{self.reload_unsupported_reason}: start the server again with the new weights"
             )
-        numerics = "W4A4" if self.shape.quantize_activations else "W4A16, bf16 activations"
-        self.announce(self.weight_format, self.backend.name, numerics)
+        mode = "nvfp4" if self.shape.quantize_activations else "fp8" if self.shape.fp8 else "bf16"
+        self.announce(self.weight_format, self.backend.name, NUMERICS[mode])
         # vLLM calls this with the model's dtype as the default; the scales' arithmetic is fp32.
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
@@ -145,7 +145,7 @@ class Dsv4Method(FusedMoEMethodBase):
 
     def _take_scales(self, layer: RoutedExperts) -> ActivationScales | None:
         """Check the scales that only this format has, leave the layer with the global scales of its
-        weights, and give the scales of its activations; None in W4A16."""
+        weights, and give the scales of its activations; None but in W4A4."""
         raise NotImplementedError
 
     def _take_over(self, reloaded: MoeLayer) -> None:
@@ -266,13 +266,19 @@ class Mxfp4Dsv4Method(Dsv4Method):
         rounding = float(moe_layer.rounding)
         if rounding > 0:
             logger.info(
-                "dsv4-moe: %s: scales under the 31 powers of two that %s holds of an expert are "
+                "dsv4-moe: %s: scales under the %d powers of two that %s holds of an expert are "
                 "rounded into them, with an error of at most %.2g of the expert's largest scale",
-                layer.layer_name, self.backend.name, rounding,
+                layer.layer_name, 15 if self.shape.fp8 else 31, self.backend.name, rounding,
             )  # fmt: skip
         return moe_layer
 
 
+# By what activations are multiplied in.
+NUMERICS = {
+    "nvfp4": "W4A4",
+    "fp8": "W4A8, fp8 activations",
+    "bf16": "W4A16, bf16 activations",
+}
 METHODS = {method.weight_format: method for method in (ModelOptNvFp4Dsv4Method, Mxfp4Dsv4Method)}
 
 
@@ -305,6 +311,10 @@ def moe_shape(
     weight_format: str = "nvfp4",
 ) -> MoeShape:
     """What the kernels are chosen and the arena is sized by, from vLLM's description of a layer."""
+    mode = activation_mode(settings, capability, weight_format)
+    no_limit = config.swiglu_limit is None
+    policy = settings.activation_scale
+    scale_per_row = policy == "token" or (policy == "warmup" and no_limit)
     return MoeShape(
         num_experts=config.num_experts,
         num_local_experts=config.num_local_experts,
@@ -312,12 +322,11 @@ def moe_shape(
         hidden=config.hidden_dim,
         intermediate=config.intermediate_size_per_partition,
         max_num_tokens=max_num_tokens(config),
-        quantize_activations=weight_format == "nvfp4"
-        and quantizes_activations(settings, capability),
-        scale_per_row=settings.activation_scale == "token"
-        or (settings.activation_scale == "warmup" and config.swiglu_limit is None),
+        quantize_activations=mode == "nvfp4",
+        scale_per_row=no_limit if mode == "fp8" else scale_per_row,
         weight_format=weight_format,
         all_tokens_local=config.moe_parallel_config.use_deepep_ht_kernels,
+        fp8=mode == "fp8",
     )
 
 
@@ -339,16 +348,21 @@ def backend_name(settings: Settings, capability: tuple[int, int] | None) -> str:
     return "reference" if capability is None else AUTO.get(capability[0], "reference")
 
 
-def quantizes_activations(settings: Settings, capability: tuple[int, int] | None) -> bool:
-    """Whether an NVFP4 layer is W4A4; ValueError for a backend that can do only the other."""
+def activation_mode(
+    settings: Settings, capability: tuple[int, int] | None, weight_format: str = "nvfp4"
+) -> str:
+    """A key of NUMERICS: what a layer's activations are multiplied in. ValueError for a backend
+    that has others only."""
     backend = backend_name(settings, capability)
-    only = {"sm90": "bf16", "sm100": "nvfp4"}.get(backend)
+    has = {"sm90": ("bf16", "fp8"), "sm100": ("nvfp4",)}.get(backend, ("nvfp4", "bf16", "fp8"))
     wanted = settings.activations
+    if weight_format == "mxfp4" and wanted != "fp8":
+        return "bf16"
     if wanted == "auto":
-        wanted = only or "nvfp4"
-    if only is not None and wanted != only:
+        wanted = has[0]
+    if wanted not in has:
         raise ValueError(
-            f"activations is {wanted!r}, and the {backend} backend multiplies {only} only: set "
-            "activations to 'auto'"
+            f"activations is {wanted!r}, and the {backend} backend multiplies "
+            f"{' or '.join(has)} only: set activations to 'auto'"
         )
-    return wanted == "nvfp4"
+    return wanted

@@ -52,10 +52,11 @@ class Settings:
     )
     activations: str = _option(
         "auto",
-        "how the inputs of NVFP4 experts are multiplied: quantised to `nvfp4` (W4A4) or as they "
-        "are, `bf16` (W4A16); `auto` is `bf16` on sm90, which has no FP4, and `nvfp4` elsewhere. "
-        "Those of MXFP4 experts are `bf16`",
-        allowed=("auto", "nvfp4", "bf16"),
+        "how the inputs of experts are multiplied: quantised to `nvfp4` (W4A4), to `fp8` (W4A8, on "
+        "sm90 and the reference backend), or as they are, `bf16` (W4A16); `auto` is `bf16` on "
+        "sm90, which has no FP4, and `nvfp4` elsewhere. Those of MXFP4 experts are `fp8` where it "
+        "is set, and `bf16` otherwise",
+        allowed=("auto", "nvfp4", "fp8", "bf16"),
     )
     activation_scale: str = _option(
         "warmup",

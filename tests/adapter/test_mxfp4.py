@@ -144,7 +144,7 @@ def test_padded_weights_are_what_is_moved_and_loaded_again(
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
-    padding = replace(backends.REFERENCE, padded_intermediate=lambda size: (96, 96))
+    padding = replace(backends.REFERENCE, padded_intermediate=lambda size, fp8: (96, 96))
     monkeypatch.setitem(backends.BACKENDS, "reference", padding)
     config = loading.engine_config(checkpoint, {"formats": "mxfp4"})
     model = loading.load_model(config)
@@ -162,6 +162,14 @@ def test_padded_weights_are_what_is_moved_and_loaded_again(
         assert {n: (p.data_ptr(), p.shape) for n, p in experts.named_parameters()} == before
         expected = PlainMoe(path, 0).routed(x, ids, weights.double()).float()
         assert relative_error(experts.forward_modular(*tokens), expected) <= TOLERANCE
+
+
+def test_fp8_activations_give_plain_arithmetic_in_fp8(checkpoint, vllm_config, tensors, tokens):
+    layer = rank_layer(vllm_config, tensors, activations="fp8")
+    assert layer.quant_method.shape.fp8 and not layer.quant_method.shape.scale_per_row
+    x, weights, ids = tokens
+    expected = PlainMoe(checkpoint, 0, "fp8").routed(x, ids, weights.double()).float()
+    assert relative_error(layer.forward_modular(*tokens), expected) <= TOLERANCE
 
 
 def test_activations_are_bf16_whatever_is_set_for_nvfp4(vllm_config):

@@ -187,8 +187,22 @@ def test_settings_that_name_a_path_which_is_not_there(tmp_path):
             (9, 0),
             {"VLLM_DSV4_MOE_BACKEND": "sm90", "VLLM_DSV4_MOE_ACTIVATIONS": "nvfp4"},
             "bad",
-            "multiplies bf16 only",
+            "multiplies bf16 or fp8 only",
             id="w4a4-on-hopper",
+        ),
+        pytest.param(
+            (9, 0),
+            {"VLLM_DSV4_MOE_ACTIVATIONS": "fp8"},
+            "ok",
+            "auto means sm90, fp8 activations (W4A8)",
+            id="fp8",
+        ),
+        pytest.param(
+            (10, 0),
+            {"VLLM_DSV4_MOE_ACTIVATIONS": "fp8"},
+            "bad",
+            "the sm100 backend multiplies nvfp4 only",
+            id="fp8-on-b200",
         ),
         pytest.param(
             None,

@@ -44,17 +44,19 @@ def change(checkpoint: Path, name: str, function) -> None:
             save_file({n: t for n, t in tensors.items() if t is not None}, file)
 
 
-@pytest.mark.parametrize("activations", ["auto", "bf16"])
+@pytest.mark.parametrize("activations", ["auto", "bf16", "fp8"])
 def test_one_layer_of_each_kind_is_verified(original, activations, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_DSV4_MOE_ACTIVATIONS", activations)
     assert main(["verify", str(original)]) == 0
     lines = capsys.readouterr().out.splitlines()
     experts = original.name.upper()
-    numerics = "W4A4" if (original.name, activations) == ("nvfp4", "auto") else "W4A16"
+    numerics = drafts = "W4A8" if activations == "fp8" else "W4A16"
+    if (original.name, activations) == ("nvfp4", "auto"):
+        numerics = "W4A4"
     assert [line.partition(", error")[0] for line in lines[:3]] == [
         f"layers.0 (hash, {experts}): reference, {numerics}",
         f"layers.1 (dense, {experts}): reference, {numerics}",
-        "mtp.0 (draft, dense, MXFP4): reference, W4A16",
+        f"mtp.0 (draft, dense, MXFP4): reference, {drafts}",
     ]
     assert all(line.endswith(": ok") and "router agrees" in line for line in lines[:3])
     assert lines[3:] == ["verified: 3 kinds of layer, each as plain arithmetic has it"]

@@ -261,20 +261,28 @@ def layer_errors(calls: list[dict], layers: list[PlainMoe]) -> list[float]:
     return errors
 
 
-def test_mxfp4_experts_give_what_plain_torch_gives(tmp_path):
+NUMERICS = {
+    "bf16": ("W4A16, bf16 activations", ()),
+    "fp8": ("W4A8, fp8 activations", ("fp8",)),
+}
+
+
+@pytest.mark.parametrize("activations", NUMERICS)
+def test_mxfp4_experts_give_what_plain_torch_gives(tmp_path, activations):
+    numerics, scales = NUMERICS[activations]
     config = dataclasses.replace(CONFIG, expert_format="mxfp4")
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny", config)
-    settings, prompts = {"formats": "mxfp4"}, (LONG, SHORT)
+    settings, prompts = {"formats": "mxfp4", "activations": activations}, (LONG, SHORT)
     ours, plain = tmp_path / "ours", tmp_path / "plain"
     ours.mkdir(), plain.mkdir()
     with probed(checkpoint, ours, "record", settings) as server, Recording(ours) as recording:
         answers = [logprobs(server, tokens) for tokens in prompts]
-    says = "runs MXFP4 experts, on reference: layers 0-3 (W4A16, bf16 activations; without mxfp4 in"
+    says = f"runs MXFP4 experts, on reference: layers 0-3 ({numerics}; without mxfp4 in"
     assert server.log.read_text().count(says) == 1
     assert {call["layer"] for call in recording.calls} == set(range(config.layers))
-    layers = [PlainMoe(checkpoint, n) for n in range(config.layers)]
+    layers = [PlainMoe(checkpoint, n, *scales) for n in range(config.layers)]
     assert max(layer_errors(recording.calls, layers)) <= W4A16_TOLERANCE
-    given = json.dumps({"checkpoint": str(checkpoint), "scales": [()] * config.layers})
+    given = json.dumps({"checkpoint": str(checkpoint), "scales": [scales] * config.layers})
     with probed(checkpoint, plain, "substitute", settings, SERVE_PROBE_PLAIN=given) as other:
         for tokens, (values, words) in zip(prompts, answers, strict=True):
             plain_values, plain_words = logprobs(other, tokens)

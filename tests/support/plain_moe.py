@@ -1,8 +1,8 @@
 """A DeepSeek-V4 MoE layer in plain torch, straight from a checkpoint's safetensors.
 
 It shares no code with vLLM, the plugin or the kernels: formulas of DeepSeek-V4 section 2.1,
-ModelOpt's NVFP4 and OCP's MXFP4, in float64 except where the layer itself rounds (bf16 and NVFP4
-activations, the gate and the shared expert in bf16, as the checkpoint has them).
+ModelOpt's NVFP4 and OCP's MXFP4, in float64 except where the layer itself rounds (bf16, NVFP4 and
+E4M3 activations, the gate and the shared expert in bf16, as the checkpoint has them).
 """
 
 import json
@@ -17,7 +17,8 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 class PlainMoe:
     """One layer. fc1_scale and fc2_scales (one an expert) quantise the activations to NVFP4;
-    "token" gives each row its own scale; None leaves the activations in bf16. gate_dtype is what
+    "token" gives each row its own scale; None leaves the activations in bf16. "fp8" for fc1_scale
+    makes weights and activations E4M3, and puts the routing weight last. gate_dtype is what
     the logits are summed and kept in."""
 
     def __init__(
@@ -76,7 +77,11 @@ class PlainMoe:
         limit = self.config["swiglu_limit"]
         g = (x @ gate.T).clamp(max=limit)
         u = (x @ up.T).clamp(-limit, limit)
-        h = g / (1 + torch.exp(-g)) * u * weight[:, None]
+        h = g / (1 + torch.exp(-g)) * u
+        if self.fc1_scale == "fp8":
+            # Under the limit no |h| is over limit^2.
+            return e4m3(h, limit**2 / 448) @ down.T * weight[:, None]
+        h = h * weight[:, None]
         scales = self.fc2_scales
         return rounded(h, scales[expert] if isinstance(scales, list) else scales) @ down.T
 
@@ -92,8 +97,12 @@ class PlainMoe:
         values = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=torch.float64)[nibbles]
         if f"{name}.scale" in self.tensors:
             exponents = self.tensors[f"{name}.scale"].view(torch.uint8).double() - 127
-            return values * torch.exp2(exponents).repeat_interleave(32, 1)
+            matrix = values * torch.exp2(exponents).repeat_interleave(32, 1)
+            largest = 2.0 ** float(exponents.max())
+            return e4m3(matrix, largest / 64) if self.fc1_scale == "fp8" else matrix
         scales = self.tensors[f"{name}.weight_scale"].double().repeat_interleave(16, 1)
+        if self.fc1_scale == "fp8":
+            values, scales = e4m3(values * scales, 8.0), 1.0
         return values * scales * self.tensors[f"{name}.weight_scale_2"].double()
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,10 +112,18 @@ class PlainMoe:
         return F.linear(g * torch.sigmoid(g) * u, down)
 
 
+def e4m3(x: torch.Tensor, scale) -> torch.Tensor:
+    """Multiples of the scale that E4M3 has, float64."""
+    return (x.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
+
+
 def rounded(x: torch.Tensor, scale) -> torch.Tensor:
-    """x as the GEMM reads it: bf16, or NVFP4 with this global scale, in float64."""
+    """x as the GEMM reads it: bf16, or NVFP4 with this global scale, or E4M3, in float64."""
     if scale is None:
         return x.bfloat16().double()
+    if scale == "fp8":
+        amax = x.double().abs().amax(1, keepdim=True).clamp(min=1e-30)
+        return e4m3(x, torch.exp2(torch.ceil(torch.log2(amax / 448))))
     x = x.float()
     if scale == "token":
         x = x.bfloat16().float()

@@ -80,6 +80,9 @@ class Deployment:
             scale_per_row=self.settings.activation_scale == "token",
             weight_format=weight_format,
         )
+        if self.settings.activations == "fp8":
+            no_limit = text_config(self.config).get("swiglu_limit") is None
+            shape = shape._replace(quantize_activations=False, fp8=True, scale_per_row=no_limit)
         dispatches = self.is_expert_parallel and self.data_parallel > 1
         return shape._replace(
             all_tokens_local=dispatches and self.all2all_backend == "deepep_high_throughput"

@@ -257,19 +257,19 @@ def check_backends(
     from dsv4_kernels.backends import AUTO, BACKENDS, choose_backend
     from dsv4_kernels.types import MoeShape
 
-    from vllm_dsv4_moe.moe_method import check_device, quantizes_activations
+    from vllm_dsv4_moe.moe_method import activation_mode, check_device
     from vllm_dsv4_moe.settings import read_settings
 
     try:
         settings = read_settings({}, environ)
-        quantized = quantizes_activations(settings, capability)
+        mode = activation_mode(settings, capability)
     except ValueError as error:
         yield Check("backend", "bad", str(error))
         return
 
     def choose(name: str) -> str:
         for sizes in ((256, 256, 6, 4096, 2048), (384, 384, 6, 5120, 288)):
-            shape = MoeShape(*sizes, 8192, quantized)
+            shape = MoeShape(*sizes, 8192, mode == "nvfp4", fp8=mode == "fp8")
             chosen = choose_backend(name, shape, capability).name
         check_device(chosen, capability, is_eager=True)
         return chosen
@@ -291,7 +291,11 @@ def check_backends(
     except (ValueError, ImportError) as error:
         yield Check("backend", "bad", f"{settings.backend}: {error}")
         return
-    multiplies = "NVFP4 activations (W4A4)" if quantized else "bf16 activations (W4A16)"
+    multiplies = {
+        "nvfp4": "NVFP4 activations (W4A4)",
+        "fp8": "fp8 activations (W4A8)",
+        "bf16": "bf16 activations (W4A16)",
+    }[mode]
     slow = ": for checking, not for speed" if chosen == "reference" else ""
     slow += ", and with --enforce-eager only" if slow and capability is not None else ""
     status = "note" if slow else "ok"

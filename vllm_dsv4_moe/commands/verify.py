@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 NUM_TOKENS = 128  # routed by the layer's own gate; more of them reach every expert
 TIMED_TOKENS = (1, 64, 512)
 REPLAYS = 20
-# Relative L2 error of the worst token, by whether activations are quantised. Rounding to bf16 costs
-# 0.003, NVFP4 activations cost 0.16; one wrong expert of six, equally weighted, costs 0.4 and more.
-TOLERANCE = {False: 0.006, True: 0.3}
+# Relative L2 error of the worst token, by what activations are. Rounding to bf16 costs 0.003, fp8
+# 0.06, NVFP4 0.16; one wrong expert of six, equally weighted, costs 0.4 and more.
+TOLERANCE = {"bf16": 0.006, "fp8": 0.15, "nvfp4": 0.3}
 # By which a score may differ from float64's where an expert is preferred to another.
 SCORE_TOLERANCE = 1e-5
 EXPERT = re.compile(r"((?:.*\.)?(layers|mtp)\.\d+\.ffn\.)experts\.(\d+)\.w1\.(weight_scale|scale)")
@@ -135,7 +135,7 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
     from dsv4_kernels.types import MoeShape
 
     from vllm_dsv4_moe.kernel_cache import COMPILATION
-    from vllm_dsv4_moe.moe_method import backend_name, quantizes_activations
+    from vllm_dsv4_moe.moe_method import NUMERICS, activation_mode, backend_name
     from vllm_dsv4_moe.settings import MXFP4_BACKENDS
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -144,6 +144,7 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
     is_mxfp4 = layer.weight_format == "mxfp4"
     if is_mxfp4 and name not in MXFP4_BACKENDS:
         return f"vLLM's, as the {name} backend runs NVFP4 alone", True
+    mode = activation_mode(settings, capability, layer.weight_format)
     torch.set_float32_matmul_precision("highest")
     with torch.no_grad():
         weights = read_experts(layer, stored, device)
@@ -157,8 +158,10 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
             hidden=weights.hidden,
             intermediate=weights.intermediate,
             max_num_tokens=max(len(x), *TIMED_TOKENS),
-            quantize_activations=not is_mxfp4 and quantizes_activations(settings, capability),
+            quantize_activations=mode == "nvfp4",
+            scale_per_row=mode == "fp8" and layer.limit is None,
             weight_format=layer.weight_format,
+            fp8=mode == "fp8",
         )
         scales = None
         if shape.quantize_activations:
@@ -170,7 +173,8 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
                 )
         backend = choose_backend(settings.backend, shape, capability)
         if capability is not None:
-            shape = shape._replace(scale_per_row=scales is not None and scales.fc2 is None)
+            if scales is not None:
+                shape = shape._replace(scale_per_row=scales.fc2 is None)
             COMPILATION.begin(backend, shape, arch_of(capability), num_processes())
             COMPILATION.wait()
         prepared = prepare_layer(
@@ -183,8 +187,8 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
         moe(x, routing, prepared, workspace, out=out)
         errors = (out.float() - expected).norm(dim=1) / expected.norm(dim=1)
         seconds = time.perf_counter() - start
-        tolerance = TOLERANCE[shape.quantize_activations]
-        numerics = "W4A4" if shape.quantize_activations else "W4A16"
+        tolerance = TOLERANCE[mode]
+        numerics, _, _ = NUMERICS[mode].partition(",")
         worst = float(errors.max())
         words = f"{name}, {numerics}, error {errors.mean():.4f}, of the worst token {worst:.4f} "
         words += f"(at most {tolerance}), "
