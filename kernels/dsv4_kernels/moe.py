@@ -84,8 +84,10 @@ def run_kernels(
     x: torch.Tensor | QuantizedRows | Fp8Rows = hidden_states
     if shape.fp8:
         saturated = layer.saturated
+        assert isinstance(buffers.x, Fp8Rows), type(buffers.x)
         x = fp8_quantize(hidden_states, layout.slot_to_row, saturated=saturated, out=buffers.x)
     elif layer.activation_scales is not None:
+        assert isinstance(buffers.x, QuantizedRows), type(buffers.x)
         x = nvfp4_quantize(
             hidden_states,
             layer.activation_scales.fc1,
@@ -102,10 +104,11 @@ def run_kernels(
     assert backend.fc1 is not None and backend.fc2 is not None, backend.name
     backend.fc1(x, routing.weights, layout, layer, out=h)
     slot_weights = {"routing_weights": routing.weights} if shape.fp8 else {}
-    if shape.fp8 and buffers.h_bf16 is not None:
+    if buffers.h_bf16 is not None and isinstance(buffers.h, Fp8Rows):
         live, saturated = layout.row_to_slot, layer.saturated
         h = fp8_quantize(h, live=live, ordered=True, saturated=saturated, out=buffers.h)
     elif buffers.h_bf16 is not None:
+        assert isinstance(buffers.h, QuantizedRows), type(buffers.h)
         h = nvfp4_quantize(
             h,
             None,

@@ -64,7 +64,7 @@ def test_refusal_names_what_was_given_and_what_is_allowed(given, named):
     [
         ({"VLLM_DSV4_MOE_BAKEND": "sm90"}, "VLLM_DSV4_MOE_BAKEND"),
         ({"VLLM_DSV4_MOE_HEADROOM": "much"}, "'much'"),
-        ({"VLLM_DSV4_MOE_ACTIVATIONS": "fp8"}, "nvfp4"),
+        ({"VLLM_DSV4_MOE_ACTIVATIONS": "int8"}, "nvfp4"),
     ],
     ids=["unknown name", "no number", "bad choice"],
 )

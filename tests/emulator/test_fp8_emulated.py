@@ -139,9 +139,9 @@ def test_fc1_of_fp8_rows(config, counts, h, mode, block):
         else:
             scale = fp8_h_scale(LIMIT)
             error = (ours * scale - oracle).abs()
-            # Half a step of E4M3, and the same of the sums.
+            # Half a step of E4M3, and what the sums err by, which SwiGLU multiplies by up to 10.
             bound = (
-                oracle.abs() * 2.0**-4 + 2.0**-10 * scale + 4e-3 * oracle.abs().max(1)[0][:, None]
+                oracle.abs() * 2.0**-4 + 2.0**-10 * scale + 1e-2 * oracle.abs().max(1)[0][:, None]
             )
             assert (error <= bound).all(), expert
         padding = out[first + count : problem.offsets[expert + 1]].float()

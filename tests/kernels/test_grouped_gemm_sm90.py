@@ -47,6 +47,17 @@ def test_a_layer_has_few_specialisations(shape):
     assert len(all_gemms(shape)) <= 24, all_gemms(shape)
 
 
+@pytest.mark.parametrize("weight_format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_fp8_has_few_kernels_of_three_stages_at_least(shape, weight_format):
+    shape = shape._replace(fp8=True, weight_format=weight_format)
+    assert unsupported_reason(shape) is None
+    kernels = [Dsv4GroupedGemmSm90(gemm) for gemm in all_gemms(shape)]
+    assert len(kernels) <= 24
+    for kernel in kernels:
+        assert kernel.stages >= 3 and kernel.partial_floats <= MOST_PARTIALS, kernel.config
+
+
 @pytest.mark.parametrize("num_tokens", [1, 128, 2048, 8192])
 def test_a_likely_count_of_rows_takes_one_tile_that_fits(num_tokens):
     config = choose_config(PRO_EP8, num_tokens).fc1

@@ -18,6 +18,7 @@ FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)
 MXFP4 = FLASH._replace(weight_format="mxfp4")
 KERNELS = {f"flash-{n}": sm90.gemms(FLASH, n)[0] for n in (8, 8192)}
 KERNELS |= {f"mxfp4-{n}": sm90.gemms(MXFP4, n)[0] for n in (8, 8192)}
+KERNELS |= {f"fp8-{n}": sm90.gemms(MXFP4._replace(fp8=True), n)[0] for n in (8, 8192)}
 for size in (576, 288):
     shape = MoeShape(384, 384, 6, 5120, size, 8192, False, weight_format="mxfp4")
     KERNELS |= {f"v41-{size}-{gemm.op}": gemm for gemm in sm90.gemms(shape, 128)}
@@ -27,7 +28,8 @@ for size in (576, 288):
 def test_a_kernel_fits_and_spills_nothing(gemm, tmp_path):
     kernel = Dsv4GroupedGemmSm90(gemm)
     block = 64 * 64 // 2 + 64 * 64 // gemm.scale_block
-    stage = kernel.k_blocks * (kernel.tile_n_max * 128 + kernel.m_blocks_tile * block)
+    stage = kernel.x_blocks * kernel.tile_n_max * 128
+    stage += kernel.k_blocks * kernel.m_blocks_tile * block
     assert kernel.stages >= 2 and kernel.stages * stage + kernel._fixed_smem() <= SMEM_BYTES
     assert kernel.partial_floats <= MOST_PARTIALS
     found = sass_of(gemm, tmp_path)

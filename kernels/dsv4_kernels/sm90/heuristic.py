@@ -58,7 +58,7 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
     rows = rows_per_expert(shape, num_tokens)
     inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
     if shape.fp8:
-        fc1, fc2 = (_fp8_config(rows, k, shape.weight_format) for k in (shape.hidden, inter))
+        fc1, fc2 = (_fp8_config(shape, rows, k) for k in (shape.hidden, inter))
         return LayerConfig(False, fc1, fc2)
     fc1, fc2 = _config(rows, 2 * inter, shape.hidden), _config(rows, shape.hidden, inter)
     return LayerConfig(fc1.cluster == 1, fc1, fc2)
@@ -94,10 +94,10 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
     return Sm90Config(2, warpgroups, (most - 24, most - 16, most - 8, most), tile_k)
 
 
-def _fp8_config(rows: float, k: int, weight_format: str) -> Sm90Config:
-    """Of a GEMM in fp8, by `bench/results/fp8_fc1.json`: WGMMA takes half of bf16's cycles, so up
-    to 144 rows at a time widening still counts, and two row blocks a warpgroup beat one. A stage of
-    256 columns is worth more than a third stage, but at the most rows NVFP4's would leave two."""
+def _fp8_config(shape: MoeShape, rows: float, k: int) -> Sm90Config:
+    """Of a GEMM in fp8, by `bench/results/fp8_fc1.json`: WGMMA takes half of bf16's cycles, so
+    widening counts at all rows, and two row blocks a warpgroup beat one. Stages of 256 columns beat
+    those of 128 where three fit beside the schedule's tables."""
     if rows <= FEW_ROWS:
         return Sm90Config(1, 4, (8, 16, 24, 32), _fp8_tile_k(k, 256))
     _, most = _even_parts(rows, 144)
@@ -106,8 +106,13 @@ def _fp8_config(rows: float, k: int, weight_format: str) -> Sm90Config:
         return Sm90Config(1, 4, (24, 32, 40, 48), _fp8_tile_k(k, 256))
     if most <= 64:
         return Sm90Config(2, 3, tile_n, 128)
-    fits = weight_format == "mxfp4" or most < 144
+    stage = 256 * (256 // 2 + 256 // _scale_block(shape) + most)
+    fits = 3 * stage <= 216_000 - 20 * shape.num_local_experts
     return Sm90Config(2, 2, tile_n, _fp8_tile_k(k, 256 if fits else 128), cluster=2)
+
+
+def _scale_block(shape: MoeShape) -> int:
+    return MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
 
 
 def _fp8_tile_k(k: int, most: int) -> int:
@@ -133,7 +138,7 @@ def gemms(shape: MoeShape, num_tokens: int) -> tuple[Gemm, Gemm]:
     gather, fc1, fc2 = choose_config(shape, num_tokens)
     experts, hidden = shape.num_local_experts, shape.hidden
     inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
-    block = MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
+    block = _scale_block(shape)
     mode = ("fp8", shape.scale_per_row) if shape.fp8 else ("bf16", False)
     return (
         Gemm("fc1", experts, 2 * inter, hidden, shape.top_k, gather, fc1, block, *mode),

@@ -337,7 +337,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                     self._gather_rows(x, row_to_slot, pipeline, tables)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
-            limits = (limit, 1.0 / h_scale if self.h_is_fp8 else None)
+            limits = (limit, 1.0 / h_scale if self.h_is_fp8 else None)  # type: ignore[operator]
             self._consume(out, FixUp(partials, flags), limits, pipeline, s_staging, work, tables)
 
         # A CTA must not exit while another of its cluster may still arrive on its barriers.
