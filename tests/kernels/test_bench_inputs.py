@@ -52,7 +52,7 @@ def test_bars_are_those_of_the_shapes_and_numbers_of_tokens_that_have_one():
     us = {"sm90": 10.0, "marlin": 15.0, "humming": 14.0, "humming_fp8": 9.0}
     titles = list(mxfp4.SHAPES)
     cells = {
-        (title, tokens, name): {"us": us[name]}
+        (title, tokens, name): {"us": us[name], "floor_us": 8.0}
         for title in (titles[0], titles[3])
         for tokens in (1, 8, 512)
         for name in us
@@ -63,6 +63,8 @@ def test_bars_are_those_of_the_shapes_and_numbers_of_tokens_that_have_one():
         (f"{titles[0]}, 8: bf16", 1.4, 1.3),
         (f"{titles[0]}, 8: fp8", 0.9, 0.95),
         (f"{titles[0]}, 512: bf16", 1.4, 1.3),
+        (f"{titles[3]}, 512: floor", 0.8, 1 / 1.15),
+        (f"{titles[3]}, 512: fp8", 0.9, 1.0),
     ]
 
 
