@@ -34,12 +34,13 @@ bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps 
 	@cd kernels && ../.venv/bin/python -m bench.mxfp4 report bench/results/mxfp4.json
 	@cd kernels && ../.venv/bin/python -m bench.load report bench/results/load.json
 
-bench-serve: setup  ## on a GPU: whole steps of vLLM's engine, one backend after another; keeps JSON
-	@cd kernels && for name in plugin marlin humming; do \
-	  ../.venv/bin/python -m bench.engine run $$name \
-	    --out bench/results/engine-$$name.json || exit 1; done
-	@cd kernels && ../.venv/bin/python -m bench.engine report \
-	  $(foreach name,plugin marlin humming,bench/results/engine-$(name).json)
+bench-serve: setup  ## on a GPU: whole servers beside vLLM's experts; FORMAT=mxfp4 for those
+	@cd kernels && ../.venv/bin/python -m bench.serve run --out bench/results/serve.json \
+	  --format $(or $(FORMAT),nvfp4) --parts decodes,steps,prompts,profile,starts
+	@cd kernels && ../.venv/bin/python -m bench.serve report bench/results/serve.json \
+	  --plot bench/results/serve.svg
+	@cd kernels && ../.venv/bin/python -m bench.serve profile bench/results/serve.json \
+	  >bench/results/serve-profile.md
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

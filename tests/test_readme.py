@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench import layer, load, mxfp4
+from bench import layer, load, mxfp4, serve
 
 from vllm_dsv4_moe.settings import settings_table
 
@@ -22,7 +22,7 @@ def test_settings_are_the_codes():
 
 
 RESULTS = ROOT / "kernels/bench/results"
-REPORTS = {"layer": layer.report, "mxfp4": mxfp4.report, "load": load.report}
+REPORTS = {"layer": layer.report, "mxfp4": mxfp4.report, "load": load.report, "serve": serve.report}
 
 
 @pytest.mark.parametrize("bench", [name for name in REPORTS if (RESULTS / f"{name}.json").exists()])
@@ -30,6 +30,12 @@ def test_a_benchs_tables_are_of_the_kept_numbers(bench, capsys):
     written = README.split(f"<!-- {bench}: begin -->\n")[1].split(f"<!-- {bench}: end -->")[0]
     REPORTS[bench](SimpleNamespace(results=RESULTS / f"{bench}.json", plot=None))
     assert written == capsys.readouterr().out
+
+
+@pytest.mark.skipif(not (RESULTS / "serve.json").exists(), reason="not measured yet")
+def test_the_profile_is_of_the_kept_numbers(capsys):
+    serve.profile(SimpleNamespace(results=RESULTS / "serve.json"))
+    assert (RESULTS / "serve-profile.md").read_text() == capsys.readouterr().out
 
 
 def test_what_it_gives_is_what_its_table_says():

@@ -1,0 +1,216 @@
+"""Whole servers at V4's layer sizes on one GPU: this plugin beside vLLM's own experts.
+
+    python -m bench.serve run --out serve.json --format nvfp4 --seconds 480
+    python -m bench.serve report serve.json [--plot serve.svg]
+    python -m bench.serve profile serve.json
+
+One `vllm serve` a contender, all started at once and all on the same GPU, with as many layers as
+fit (fewer than the model's), random weights (bench.random_weights) and a KV cache of the same size.
+Their log-probabilities are compared first. Then they are loaded in turn by `vllm bench serve`'s own
+code, the most telling loads first, and again until the seconds are over. What was measured is kept
+after every load, beside other formats' and versions' in the same file.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bench import serve_report
+from bench.checkout import checkout_commit
+from bench.random_weights import MODELS, real_config
+from bench.serve_contenders import Bench, Contender, contender
+from bench.serve_load import Clocks, Load
+
+from vllm_dsv4_moe.commands.tiny import write_json
+
+GIB = 2**30
+KV_BYTES = 6 * GIB
+OTHER_BYTES = 16 * GIB  # of a server beside layers, embedding and head; the KV cache is in it
+LAYER_OVERHEAD = 1.08  # what else than routed experts is in a layer
+MAX_LAYERS = 24
+DECODES = (Load(64, 32, 512), Load(256, 32, 512), Load(8, 32, 512), Load(1, 32, 512))
+PROMPTS = (
+    Load(64, 2048, 256),
+    Load(16, 2048, 1),
+    Load(4, 8000, 1),
+    Load(4, 2048, 1),
+    Load(64, 8000, 256),
+)
+PEERS = {"nvfp4": "marlin,humming", "mxfp4": "default"}
+ARGUMENTS = (
+    "--load-format=dummy",
+    "--max-model-len=8448",
+    "--max-num-seqs=256",
+    "--max-num-batched-tokens=8192",
+    "--kv-cache-dtype=fp8",
+    "--block-size=256",
+    "--no-enable-prefix-caching",
+    # One process that speaks HTTP would be the bound at 256 requests.
+    "--api-server-count=4",
+    "--cudagraph-capture-sizes",
+    *map(str, (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+)
+TOGETHER = (
+    f"--kv-cache-memory-bytes={KV_BYTES}",
+    "--gpu-memory-utilization=0.2",
+    "--worker-extension-cls=bench.serve_worker.ServeWorker",
+)
+ALONE = ("--gpu-memory-utilization=0.92",)
+PARTS = ("decodes", "steps", "prompts", "profile", "starts")
+MOST_TIMES = 5  # that a load is measured
+START_SECONDS = 80  # of a server alone, whose kernels are compiled
+
+
+def run_bench(
+    bench: Bench,
+    contenders: Sequence[Contender],
+    parts: Sequence[str],
+    arguments: Sequence[str],
+) -> None:
+    """The parts that are asked for, in the order of what they tell."""
+    reserved = START_SECONDS * len(contenders) * ("starts" in parts)
+    with Clocks() as clocks, bench.started(contenders, (*arguments, *TOGETHER)):
+        bench.compare()
+        if "decodes" in parts:
+            bench.loads(DECODES, 1, clocks, 0)
+        if "steps" in parts:
+            bench.attempt("steps", bench.steps)
+        if "prompts" in parts:
+            bench.loads(PROMPTS, 1, clocks, 0)
+        if "profile" in parts:
+            bench.attempt("profile", bench.profile)
+        bench.attempt("memory", bench.memory)
+        again = DECODES * ("decodes" in parts) + PROMPTS * ("prompts" in parts)
+        for number in range(2, MOST_TIMES + 1):
+            if not bench.loads(again, number, clocks, reserved + 5):
+                break
+
+
+def gpu_facts() -> dict:
+    query = "name,driver_version,memory.total,clocks.max.sm"
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    name, driver, mib, mhz = text.strip().split(", ")
+    return {"gpu": name, "driver": driver, "memory_mib": int(mib), "max_sm_mhz": int(mhz)}
+
+
+def layers_that_fit(config: dict, servers: int, memory_bytes: int) -> int:
+    """How many layers each of so many servers can have, MAX_LAYERS at most."""
+    hidden, inter = config["hidden_size"], config["moe_intermediate_size"]
+    layer = 3 * config["n_routed_experts"] * hidden * inter * 9 / 16 * LAYER_OVERHEAD
+    others = OTHER_BYTES + 4 * config["vocab_size"] * hidden
+    return min(MAX_LAYERS, int((memory_bytes / servers - others) / layer))
+
+
+def keeper(path: Path, key: str, results: dict) -> Callable[[], None]:
+    """Writes the results beside those of other versions and formats in the file."""
+
+    def keep() -> None:
+        kept = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+        kept["runs"][key] = results
+        part = path.with_suffix(".part")
+        write_json(part, kept)
+        part.rename(path)
+
+    return keep
+
+
+def run(arguments: argparse.Namespace) -> None:
+    deadline = time.monotonic() + arguments.seconds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
+    peers = (arguments.peers or PEERS[arguments.format]).split(",")
+    contenders = [contender(name, arguments.format) for name in ("plugin", *peers)]
+    facts = gpu_facts()
+
+    def config(servers: int, layers: int | None) -> dict:
+        of = (arguments.model, arguments.format)
+        fit = layers_that_fit(real_config(*of, 4), servers, facts["memory_mib"] * 2**20)
+        return real_config(*of, layers or fit, arguments.mtp)
+
+    together = config(len(contenders), arguments.layers)
+    results = facts | {
+        "cores": len(os.sched_getaffinity(0)),
+        "vllm": importlib.metadata.version("vllm"),
+        "torch": importlib.metadata.version("torch"),
+        "commit": arguments.commit,
+        "model": arguments.model,
+        "format": arguments.format,
+        "mtp": arguments.mtp,
+        "layers": together["num_hidden_layers"],
+    }
+    keys = [arguments.model, arguments.format, *["mtp"] * bool(arguments.mtp), results["vllm"]]
+    speculative = json.dumps({"method": "mtp", "num_speculative_tokens": arguments.mtp})
+    options = (*ARGUMENTS, *[f"--speculative-config={speculative}"] * bool(arguments.mtp))
+    parts = arguments.parts.split(",")
+    with TemporaryDirectory() as folder:
+        keep = keeper(arguments.out, "-".join(keys), results)
+        bench = Bench(Path(folder), together, results, keep, deadline)
+        try:
+            run_bench(bench, contenders, parts, options)
+            for one in contenders if "starts" in parts else ():
+                if bench.left() > START_SECONDS:
+                    bench.start_alone(one, config(1, None), (*options, *ALONE))
+        finally:
+            if arguments.logs:
+                arguments.logs.mkdir(parents=True, exist_ok=True)
+                for log in Path(folder).glob("*.log"):
+                    shutil.copy(log, arguments.logs)
+    found = {"runs": {"": results}}
+    print(f"\n{serve_report.markdown(found)}\n\n{serve_report.details(found)}")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """The README's tables on standard output, and the plot."""
+    results = json.loads(Path(arguments.results).read_text())
+    print(serve_report.markdown(results))
+    if arguments.plot:
+        serve_report.plot(results, Path(arguments.plot))
+
+
+def profile(arguments: argparse.Namespace) -> None:
+    """The bars, and the kernels of three steps side by side."""
+    print(serve_report.details(json.loads(Path(arguments.results).read_text())))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run", help="start, compare and load the servers; write JSON")
+    runner.add_argument("--out", type=Path, required=True)
+    runner.add_argument("--format", choices=PEERS, default="nvfp4")
+    runner.add_argument("--model", choices=MODELS, default="flash", help="whose layer sizes")
+    runner.add_argument("--peers", help="moe backends of vLLM; `default` is its own choice")
+    runner.add_argument("--layers", type=int, help="(default: what fits)")
+    runner.add_argument("--mtp", type=int, default=0, help="tokens that a draft layer proposes")
+    runner.add_argument("--seconds", type=float, default=1200, help="when to stop (1200)")
+    runner.add_argument("--parts", default="decodes,steps,prompts,profile", help=", ".join(PARTS))
+    runner.add_argument("--logs", type=Path, help="a folder to keep the servers' logs in")
+    runner.add_argument("--commit", default=None, help="where there is no git")
+    runner.set_defaults(call=run)
+    for name, call in (("report", report), ("profile", profile)):
+        reader = commands.add_parser(name, help=call.__doc__)
+        reader.add_argument("results")
+        reader.set_defaults(call=call)
+        if name == "report":
+            reader.add_argument("--plot", help="an SVG or PNG to write")
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    if "commit" in arguments and arguments.commit is None:
+        arguments.commit = checkout_commit()
+    arguments.call(arguments)
+
+
+if __name__ == "__main__":
+    main()

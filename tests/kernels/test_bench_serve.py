@@ -1,0 +1,314 @@
+"""bench.serve without servers: what it keeps, the bars' arithmetic, the report, the kernels."""
+
+import copy
+import json
+
+import pytest
+from bench import serve, serve_report
+from bench.random_weights import real_config
+from bench.serve_contenders import Bench
+from bench.serve_load import Clocks, Load, kv_tokens, step_ms, sum_and_count
+from bench.serve_worker import (
+    Kernel,
+    by_name,
+    kernels_of,
+    layer_windows,
+    moe_layers,
+    short_name,
+)
+
+H200_BYTES = 143_771 * 2**20
+
+
+def a_run(faster: float = 1.4, expert_format: str = "nvfp4") -> dict:
+    """Every load twice, of this plugin and two peers, of which Marlin is the better."""
+    times = {"plugin": 1.0, "marlin": faster, "humming": faster * 1.1}
+    loads = [
+        {
+            "contender": name,
+            "load": load.name,
+            "step_ms": 10 * time + more,
+            "median_tpot_ms": 11 * time + more,
+            "median_itl_ms": 12 * time + more,
+            "total_token_throughput": 1000 / (time + more),
+        }
+        for load in (*serve.DECODES, *serve.PROMPTS)
+        for more in (0.0, 0.002)
+        for name, time in times.items()
+    ]
+    steps = {
+        name: {"graph_ms": [3 * time + i * 1e-3 for i in range(20)], "step_ms": [4 * time] * 20}
+        for name, time in times.items()
+    }
+    kernels = [{"name": f"k{i}", "us": 100.0 - i, "launches": 2.0} for i in range(20)]
+    return {
+        "gpu": "NVIDIA H200",
+        "driver": "580.1",
+        "cores": 16,
+        "vllm": "0.32.0",
+        "commit": "0123abc",
+        "model": "flash",
+        "format": expert_format,
+        "mtp": 0,
+        "layers": 8,
+        "servers": [{"contender": n, "ready_s": 90 + t, "kv_tokens": 5} for n, t in times.items()],
+        "loads": loads,
+        "steps": steps,
+        "profile": [
+            {"contender": name, "step": "decode 1", "kernels": kernels[i:], "moe_us": 60.0}
+            for i, name in enumerate(times)
+        ],
+        "starts": [
+            {"contender": n, "layers": 24, "ready_s": 60 + t, "kv_tokens": 1000}
+            for n, t in times.items()
+        ],
+    }
+
+
+def missed(run: dict) -> list[str]:
+    return [bar.name for bar in serve_report.bars(run) if not bar.met]
+
+
+def test_bars_that_are_met():
+    run = a_run()
+    assert not missed(run)
+    assert serve_report.speedup(run, "64 × 32 + 512", "step_ms") == pytest.approx(1.4, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("faster", "names"),
+    [
+        (1.27, ["64 × 32 + 512: engine's step", "256 × 32 + 512: engine's step"]),
+        (1.2, [f"{n} × 32 + 512: {what}" for n in (64, 256) for what in ("engine's step", "TPOT")]),
+    ],
+)
+def test_decode_bars_that_are_missed(faster, names):
+    assert missed(a_run(faster)) == names
+
+
+def test_mxfp4_is_held_against_its_own_bar():
+    limits = {bar.limit for bar in serve_report.bars(a_run(1.0, "mxfp4")) if "×" in bar.limit}
+    assert limits == {"≥ 0.95×"}
+    assert not [name for name in missed(a_run(0.96, "mxfp4")) if "TPOT" in name]
+    assert [name for name in missed(a_run(0.94, "mxfp4")) if "TPOT" in name]
+
+
+def test_batch_1_is_paired_by_repeat():
+    run = a_run()
+    mean, half = serve_report.paired(run, "graph_ms")["marlin"]
+    assert mean == pytest.approx(1.2) and half == pytest.approx(0, abs=1e-9)
+    run["steps"]["marlin"]["graph_ms"] = [
+        ours + 0.048 + (0.01 if i % 2 else -0.01)
+        for i, ours in enumerate(run["steps"]["plugin"]["graph_ms"])
+    ]
+    (graph, step) = serve_report.step_bars(run)
+    assert graph.measured == "6.0 ± 0.6 µs" and step.met
+    run["layers"] = 9
+    assert not next(serve_report.step_bars(run)).met
+
+
+def change_ready(run: dict) -> None:
+    run["starts"][0]["ready_s"] = 61.5
+
+
+def change_tokens(run: dict) -> None:
+    run["starts"][0]["kv_tokens"] = 999
+
+
+def change_prefill(run: dict) -> None:
+    for row in run["loads"]:
+        if row["load"] == "4 × 8000 + 1" and row["contender"] == "humming":
+            row["total_token_throughput"] = 900
+
+
+def change_to_failure(run: dict) -> None:
+    for row in run["loads"]:
+        if row["load"] == "8 × 32 + 512" and row["contender"] == "plugin":
+            del row["median_tpot_ms"]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (change_ready, "ready, beyond the sooner peer"),
+        (change_tokens, "KV tokens, fewer"),
+        (change_prefill, "4 × 8000 + 1: prefill"),
+        (change_to_failure, "8 × 32 + 512: TPOT"),
+    ],
+)
+def test_a_bar_that_is_missed(change, name):
+    run = a_run()
+    change(run)
+    assert missed(run) == [name]
+
+
+def test_the_report_shows_every_load_and_what_failed():
+    failed = copy.deepcopy(a_run())
+    failed["servers"][1] = {"contender": "marlin", "failure": "boom"}
+    failed["loads"] = [row for row in failed["loads"] if row["contender"] != "marlin"]
+    failed |= {"steps": {}, "starts": [], "profile": []}
+    shown = serve_report.markdown({"runs": {"a": a_run(), "b": failed}})
+    assert shown.count("NVFP4, vLLM 0.32.0, V4-Flash's layer sizes, 8 of 43 layers") == 2
+    assert "| 64 × 32 + 512: TPOT, ms | 11.00 | 15.40 | 16.94 | 1.40× |" in shown
+    assert "| 64 × 32 + 512: TPOT, ms | 11.00 | - | 16.94 | 1.54× |" in shown
+    assert "| ready, all at once, s | 91 | failed | 92 |  |" in shown
+    assert "| alone, 24 layers: KV tokens | 1,000 | 1,000 | 1,000 |  |" in shown
+
+
+def test_nothing_measured_meets_nothing():
+    run = a_run() | {"servers": [], "loads": [], "steps": {}, "starts": []}
+    assert not any(bar.met for bar in serve_report.bars(run))
+    runs = {"runs": {"": run}}
+    assert serve_report.markdown(runs) and "| yes |" not in serve_report.details(runs)
+
+
+def test_the_profile_shows_what_takes_most_side_by_side():
+    shown = serve_report.details({"runs": {"": a_run(), "other": a_run() | {"profile": []}}})
+    assert shown.count("| 8 × 32 + 512: TPOT | ≥ 1.15× | 1.40× | yes |") == 2
+    assert "| `k0` | 100 (2) | - | - |" in shown and "| `k2` | 98 (2) | 98 (2) | 98 (2) |" in shown
+    assert "`k12`" not in shown and f"| all others | {sum(100 - i for i in range(12, 20))}" in shown
+    assert f"| in all | {sum(100 - i for i in range(20))} |" in shown
+
+
+def test_the_plot_is_written(tmp_path):
+    serve_report.plot({"runs": {"a": a_run(), "b": a_run(1.1)}}, tmp_path / "serve.svg")
+    assert "Humming" in (tmp_path / "serve.svg").read_text()
+
+
+def test_the_engines_step_is_the_mean_between_two_looks():
+    metrics = """# HELP vllm:inter_token_latency_seconds Histogram
+vllm:inter_token_latency_seconds_bucket{engine="0",le="0.01"} 5.0
+vllm:inter_token_latency_seconds_sum{engine="0",model_name="tiny"} 1.5
+vllm:inter_token_latency_seconds_count{engine="0",model_name="tiny"} 100.0
+"""
+    assert sum_and_count(metrics) == (1.5, 100)
+    assert step_ms((1.0, 50), (1.5, 100)) == pytest.approx(10)
+    assert step_ms((1.5, 100), (1.5, 100)) is None
+
+
+def test_kv_tokens_are_read_from_the_log(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("INFO GPU KV cache size: 1,234,567 tokens, Maximum concurrency\n")
+    assert kv_tokens(log) == 1_234_567
+    log.write_text("")
+    assert kv_tokens(log) is None
+
+
+def test_as_many_layers_as_fit():
+    flash, v41 = (real_config(model, "nvfp4", 4) for model in ("flash", "v41"))
+    fit = [serve.layers_that_fit(flash, servers, H200_BYTES) for servers in (1, 2, 3)]
+    assert fit == [24, 14, 7]
+    assert serve.layers_that_fit(v41, 2, H200_BYTES) == 6
+
+
+def test_runs_of_other_versions_are_kept(tmp_path):
+    path = tmp_path / "serve.json"
+    results: dict = {"loads": []}
+    serve.keeper(path, "a", {"x": 1})()
+    keep = serve.keeper(path, "b", results)
+    keep()
+    results["loads"].append(1)
+    keep()
+    assert json.loads(path.read_text()) == {"runs": {"a": {"x": 1}, "b": {"loads": [1]}}}
+
+
+def test_a_row_has_the_clocks_of_its_own_time(monkeypatch):
+    clocks, row = Clocks(), {}
+    clocks.samples = [(1980.0, 100.0)]
+    with clocks.during(row):
+        clocks.samples += [(1300.0, 690.0), (1200.0, 700.0), (1250.0, 695.0)]
+    assert (row["sm_mhz"], row["watts"]) == (1250, 695) and row["seconds"] < 5
+    monkeypatch.setenv("PATH", "")
+    with Clocks() as clocks, clocks.during(row := {}):
+        pass
+    assert row.keys() == {"seconds"}
+
+
+def test_a_load_is_left_out_when_there_is_no_time_for_it(tmp_path):
+    results: dict = {}
+    config = real_config("flash", "nvfp4", 4)
+    bench = Bench(tmp_path, config | {"vocab_size": 300}, results, lambda: None, deadline=0)
+    bench.servers = {"plugin": None, "marlin": None}
+    load, slow = Load(8, 32, 512), Load(64, 32, 512)
+    results["loads"] = [{"load": slow.name, "seconds": 30.0}]
+    assert bench.expected_seconds(slow) == 60
+    assert 30 < bench.expected_seconds(load) < 60
+    assert not bench.loads([load, slow], 1, None, 0)
+
+
+def test_names_of_kernels():
+    of = {
+        "void at::native::elementwise<4, f<int>(int)>(int, Array<char*, 3>)": "elementwise",
+        "_combine_kernel": "_combine_kernel",
+        "void deep_gemm::sm90_fp8_gemm_1d2d_impl<(unsigned int)0, 4096u>(float*, int)": (
+            "sm90_fp8_gemm_1d2d_impl"
+        ),
+    }
+    assert {name: short_name(name) for name in of} == of
+
+
+def test_kernels_are_summed_by_name_and_step():
+    events = [
+        {"cat": "kernel", "name": "b", "ts": 10, "dur": 2, "args": {"stream": 7}},
+        {"cat": "cpu_op", "name": "x", "ts": 0, "dur": 50},
+        {"cat": "kernel", "name": "a", "ts": 0, "dur": 5, "args": {"stream": 7}},
+        {"cat": "kernel", "name": "b", "ts": 20, "dur": 4, "args": {"stream": 9}},
+    ]
+    kernels = kernels_of(events)
+    assert [kernel.name for kernel in kernels] == ["a", "b", "b"]
+    assert by_name(kernels, 2) == [
+        {"name": "b", "us": 3.0, "launches": 1.0},
+        {"name": "a", "us": 2.5, "launches": 0.5},
+    ]
+
+
+# A layer: gate and routed experts on stream 7, the shared expert on stream 9 until after combine.
+LAYER = [
+    Kernel(0, 5, 7, "mhc_pre_big_fuse_with_norm"),
+    Kernel(6, 8, 7, "LLBf16Dotprod"),
+    Kernel(6, 8, 9, "quant"),
+    Kernel(9, 10, 7, "_router_kernel"),
+    Kernel(9, 19, 9, "deep_gemm"),
+    Kernel(19, 33, 7, "fc1"),
+    Kernel(33, 42, 7, "fc2"),
+    Kernel(42, 44, 7, "_combine_kernel"),
+    Kernel(43, 50, 9, "deep_gemm"),
+    Kernel(51, 52, 7, "vectorized CUDAFunctor_add"),
+    Kernel(53, 59, 7, "mhc_fused"),
+]
+
+
+def test_a_layers_window_is_from_before_the_gate_to_the_sum():
+    later = [k._replace(start=k.start + 100, end=k.end + 100) for k in LAYER]
+    first, second = layer_windows(LAYER + later)
+    assert (first.start, first.end, len(first.kernels)) == (5, 52, 9)
+    assert (second.start, second.end, len(second.kernels)) == (105, 152, 9)
+
+
+def test_a_gate_without_a_sum_after_it_is_no_window():
+    assert layer_windows(LAYER[:-2]) == []
+
+
+def test_a_moe_layers_time_and_kernels():
+    later = [k._replace(start=k.start + 100, end=k.end + 100) for k in LAYER]
+    found = moe_layers(LAYER + later)
+    assert found["moe_us"] == 47 and found["timeline"][0] == [1, 3, 7, "LLBf16Dotprod"]
+    assert moe_layers(LAYER[:2]) == {}
+
+
+def test_the_commands_arguments():
+    parser = serve.build_parser()
+    given = parser.parse_args(["run", "--out", "x.json", "--format", "mxfp4", "--commit", "abc"])
+    assert given.call is serve.run and "starts" not in given.parts
+    assert parser.parse_args(["report", "x.json"]).call is serve.report
+    assert parser.parse_args(["profile", "x.json"]).call is serve.profile
+
+
+def test_what_a_contender_adds():
+    ours, marlin, default = (
+        serve.contender(name, "mxfp4") for name in ("plugin", "marlin", "default")
+    )
+    assert ours.arguments == ('--additional-config={"dsv4_moe": {"formats": "mxfp4"}}',)
+    assert ours.environment == {} and default.arguments == ()
+    assert marlin.arguments == ("--moe-backend=marlin",)
+    assert marlin.environment == {"VLLM_PLUGINS": "dsv4_random_weights"}
