@@ -36,7 +36,7 @@ bench: setup  ## on a GPU: verify, then time, beside vLLM's own backends; keeps 
 
 bench-serve: setup  ## on a GPU: whole servers beside vLLM's experts; FORMAT=mxfp4 for those
 	@cd kernels && ../.venv/bin/python -m bench.serve run --out bench/results/serve.json \
-	  --format $(or $(FORMAT),nvfp4) --parts decodes,steps,prompts,profile,starts
+	  --format $(or $(FORMAT),nvfp4) --parts decodes steps prompts profile starts
 	@cd kernels && ../.venv/bin/python -m bench.serve report bench/results/serve.json \
 	  --plot bench/results/serve.svg
 	@cd kernels && ../.venv/bin/python -m bench.serve profile bench/results/serve.json \

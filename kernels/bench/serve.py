@@ -33,8 +33,8 @@ from bench.serve_load import Clocks, Load
 from vllm_dsv4_moe.commands.tiny import write_json
 
 GIB = 2**30
-KV_BYTES = 6 * GIB
-OTHER_BYTES = 16 * GIB  # of a server beside layers, embedding and head; the KV cache is in it
+KV_BYTES = 4 * GIB
+OTHER_BYTES = 14 * GIB  # of a server beside layers, embedding and head; the KV cache is in it
 LAYER_OVERHEAD = 1.08  # what else than routed experts is in a layer
 MAX_LAYERS = 24
 DECODES = (Load(64, 32, 512), Load(256, 32, 512), Load(8, 32, 512), Load(1, 32, 512))
@@ -150,13 +150,12 @@ def run(arguments: argparse.Namespace) -> None:
     keys = [arguments.model, arguments.format, *["mtp"] * bool(arguments.mtp), results["vllm"]]
     speculative = json.dumps({"method": "mtp", "num_speculative_tokens": arguments.mtp})
     options = (*ARGUMENTS, *[f"--speculative-config={speculative}"] * bool(arguments.mtp))
-    parts = arguments.parts.split(",")
     with TemporaryDirectory() as folder:
         keep = keeper(arguments.out, "-".join(keys), results)
         bench = Bench(Path(folder), together, results, keep, deadline)
         try:
-            run_bench(bench, contenders, parts, options)
-            for one in contenders if "starts" in parts else ():
+            run_bench(bench, contenders, arguments.parts, options)
+            for one in contenders if "starts" in arguments.parts else ():
                 if bench.left() > START_SECONDS:
                     bench.start_alone(one, config(1, None), (*options, *ALONE))
         finally:
@@ -192,7 +191,9 @@ def build_parser() -> argparse.ArgumentParser:
     runner.add_argument("--layers", type=int, help="(default: what fits)")
     runner.add_argument("--mtp", type=int, default=0, help="tokens that a draft layer proposes")
     runner.add_argument("--seconds", type=float, default=1200, help="when to stop (1200)")
-    runner.add_argument("--parts", default="decodes,steps,prompts,profile", help=", ".join(PARTS))
+    runner.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="what to measure (no starts)"
+    )
     runner.add_argument("--logs", type=Path, help="a folder to keep the servers' logs in")
     runner.add_argument("--commit", default=None, help="where there is no git")
     runner.set_defaults(call=run)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,7 @@ class Bench:
         self.site = write_entry_point(folder / "site")
         self.servers: dict[str, Server] = {}
         self.random = random.Random(0)
+        self.lock = threading.Lock()
         self.vocab = config["vocab_size"]
 
     def left(self) -> float:
@@ -117,11 +119,12 @@ class Bench:
 
     def add(self, part: str, row: dict) -> None:
         """Keep a row and say what it is."""
-        self.results.setdefault(part, []).append(row)
-        self.keep()
         said = {k: v for k, v in row.items() if k not in ("arguments", "kernels", "timeline")}
         words = json.dumps(said, ensure_ascii=False)
-        print(f"{self.left():5.0f} s left, {part}: {words[:600]}", flush=True)
+        with self.lock:  # servers start in threads
+            self.results.setdefault(part, []).append(row)
+            self.keep()
+            print(f"{self.left():5.0f} s left, {part}: {words[:600]}", flush=True)
 
     def tokens(self, count: int) -> list[int]:
         return [self.random.randrange(10, self.vocab) for _ in range(count)]

@@ -29,7 +29,8 @@ KEPT = (
     "median_itl_ms",
     "p99_itl_ms",
 )
-WARM_UP_TOKENS = 8
+WARM_UP_TOKENS = 8  # new ones of a request
+WARM_UP_PROMPTS = 32_768  # tokens of all its prompts
 # Flat enough that sampled tokens stay apart, where greedy ones of a random model would repeat.
 TEMPERATURE = "1"
 
@@ -48,7 +49,8 @@ class Load:
 
     def warm_up(self) -> "Load":
         """What compiles the same kernels in less time."""
-        return Load(self.requests, self.prompt, min(self.new, WARM_UP_TOKENS))
+        requests = max(1, min(self.requests, WARM_UP_PROMPTS // self.prompt))
+        return Load(requests, self.prompt, min(self.new, WARM_UP_TOKENS))
 
 
 def bench_serve(server: Server, model: Path, load: Load, seed: int, seconds: float) -> dict:

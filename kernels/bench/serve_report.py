@@ -173,7 +173,7 @@ def server_lines(run: dict, columns: Sequence[str]) -> Iterator[str]:
     yield line("ready, all at once, s", *(ready(rows.get(c)) for c in columns), "")
     yield line("weights, GiB", *(gib("weights_bytes", c) for c in columns), "")
     yield line(
-        "most memory with a KV cache of 6, GiB", *(gib("peak_bytes", c) for c in columns), ""
+        "most memory with a KV cache of 4, GiB", *(gib("peak_bytes", c) for c in columns), ""
     )
     if alone:
         layers = next(iter(alone.values()))["layers"]

@@ -44,6 +44,7 @@ class ServeWorker:
     def bench_memory(self) -> dict:
         return {
             "weights_bytes": self.model_runner.model_memory_usage,
+            "allocated_bytes": torch.cuda.memory_allocated(),
             "peak_bytes": torch.cuda.max_memory_allocated(),
             "reserved_bytes": torch.cuda.max_memory_reserved(),
         }

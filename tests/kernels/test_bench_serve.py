@@ -197,7 +197,7 @@ def test_kv_tokens_are_read_from_the_log(tmp_path):
 def test_as_many_layers_as_fit():
     flash, v41 = (real_config(model, "nvfp4", 4) for model in ("flash", "v41"))
     fit = [serve.layers_that_fit(flash, servers, H200_BYTES) for servers in (1, 2, 3)]
-    assert fit == [24, 14, 7]
+    assert fit == [24, 14, 8]
     assert serve.layers_that_fit(v41, 2, H200_BYTES) == 6
 
 
@@ -210,6 +210,12 @@ def test_runs_of_other_versions_are_kept(tmp_path):
     results["loads"].append(1)
     keep()
     assert json.loads(path.read_text()) == {"runs": {"a": {"x": 1}, "b": {"loads": [1]}}}
+
+
+def test_a_warm_up_is_short():
+    assert Load(256, 32, 512).warm_up() == Load(256, 32, 8)
+    assert Load(64, 8000, 256).warm_up() == Load(4, 8000, 8)
+    assert Load(4, 2048, 1).warm_up() == Load(4, 2048, 1)
 
 
 def test_a_row_has_the_clocks_of_its_own_time(monkeypatch):
