@@ -32,7 +32,7 @@ def soak(
     chance = random.Random(seed)
 
     def request(_) -> tuple[list[int], int | None]:
-        prompt = [chance.randrange(3, vocab) for _ in range(chance.randrange(1, 40))]
+        prompt = [chance.randrange(3, vocab) for _ in range(chance.randrange(1, 9))]
         return prompt, chance.randrange(new) if chance.random() < hang_up else None
 
     given = list(map(request, range(requests)))
