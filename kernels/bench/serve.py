@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from bench import serve_report
 from bench.checkout import checkout_commit
 from bench.random_weights import MODELS, real_config
@@ -140,7 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
     results = facts | {
         "cores": len(os.sched_getaffinity(0)),
         "vllm": importlib.metadata.version("vllm"),
-        "torch": importlib.metadata.version("torch"),
+        "torch": torch.__version__,
         "commit": arguments.commit,
         "model": arguments.model,
         "format": arguments.format,

@@ -37,7 +37,7 @@ def log_probabilities(server) -> list[float]:
 
 
 def test_streams_that_are_hung_up_on_leave_memory_and_log_probabilities(tmp_path, record_property):
-    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", GPU_SIZES)
+    checkpoint = write_tiny_checkpoint(tmp_path / "tiny", GPU_SIZES, "cuda")
     paths = [str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     load = {"new": NEW_TOKENS, "vocab": GPU_SIZES.vocab, "hang_up": 0.4}
