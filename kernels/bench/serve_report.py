@@ -14,7 +14,7 @@ NAMES = {
 }
 MODELS = {"flash": "V4-Flash", "v41": "V4.1-Flash"}
 ALL_LAYERS = {"flash": 43, "v41": 40}
-STUDENT_95 = {19: 2.093, 9: 2.262, 4: 2.776}  # two-sided, by degrees of freedom
+STUDENT_95 = {19: 2.093, 9: 2.262, 4: 2.776, 1: 12.706}  # two-sided, by degrees of freedom
 KERNELS_SHOWN = 12
 # load -> how many times the better peer, by the engine's step and by the client's TPOT
 DECODE_BARS = {"64 × 32 + 512": (1.3, 1.25), "256 × 32 + 512": (1.3, 1.25)}
@@ -66,7 +66,8 @@ def paired(run: dict, metric: str) -> dict[str, tuple[float, float]]:
         ours, theirs = (steps.get(n, {}).get(metric, ()) for n in ("plugin", name))
         differences = [b - a for a, b in zip(ours, theirs, strict=False)]
         if len(differences) > 1:
-            student = STUDENT_95.get(len(differences) - 1, 2.3)
+            freedom = len(differences) - 1
+            student = next(t for degrees, t in STUDENT_95.items() if degrees <= freedom)
             half = student * stdev(differences) / len(differences) ** 0.5
             found[name] = (mean(differences), half)
     return found

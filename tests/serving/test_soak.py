@@ -9,22 +9,23 @@ from tests.support.soak import resident_bytes, soak, wait_until_idle
 from vllm_dsv4_moe.commands.serving import serve
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
 
-REQUESTS = int(os.environ.get("SOAK_REQUESTS", 128))
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", 96))
 CONCURRENCY = 64
 NEW_TOKENS = 4
-CONFIG = TinyConfig(layers=3, hash_layers=1, hidden=256, intermediate=128, experts=16)
+CONFIG = TinyConfig(layers=2, hash_layers=1, hidden=256, intermediate=128, experts=16)
+# oneDNN and vLLM keep what they compile for each shape of a matrix product, 2 to 3 MB for a batch
+# size that is new: here there are few sizes, and oneDNN's own cache is off.
+BATCHED_TOKENS = 16
 ARGUMENTS = (
     "--enforce-eager",
-    "--max-model-len=256",
-    f"--max-num-seqs={CONCURRENCY}",
-    "--max-num-batched-tokens=1024",
+    f"--max-model-len={BATCHED_TOKENS}",
+    f"--max-num-seqs={BATCHED_TOKENS}",
+    f"--max-num-batched-tokens={BATCHED_TOKENS}",
     "--no-enable-prefix-caching",
-    "--num-gpu-blocks-override=1024",
+    "--num-gpu-blocks-override=128",
 )
-# The KV cache's pages are first touched as its 47 MB are used, and allocators keep some of what a
-# burst took; 10,000 requests that leaked 13 KB each are found.
-MEMORY_BYTES = 128 * 2**20
-PROMPT = list(range(5, 60))
+MEMORY_BYTES = 32 * 2**20  # that the second half of the requests may add: 6.7 KB each of 5,000
+PROMPT = list(range(5, 5 + BATCHED_TOKENS - NEW_TOKENS))
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,18 +47,22 @@ def log_probabilities(server) -> list[float]:
 
 def test_many_requests_leave_memory_and_log_probabilities(tmp_path, record_property):
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny", CONFIG)
-    environment = {"VLLM_DSV4_MOE_BACKEND": "reference"}
+    environment = {"VLLM_DSV4_MOE_BACKEND": "reference", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
     load = {"new": NEW_TOKENS, "vocab": CONFIG.vocab, "concurrency": CONCURRENCY}
     with serve(checkpoint, tmp_path / "log", ARGUMENTS, environment) as server:
-        # What is allocated once.
-        came = soak(server, CONCURRENCY, hang_up=0.5, **load)
-        assert 0 < came.count(NEW_TOKENS) < CONCURRENCY
+        started = len(server.log.read_text())
+        for length in range(1, BATCHED_TOKENS):
+            server.complete([5] * length, max_tokens=1)
+        came = soak(server, CONCURRENCY // 2, hang_up=0.5, **load)
+        assert 0 < came.count(NEW_TOKENS) < len(came)
         wait_until_idle(server)
-        values, memory = log_probabilities(server), resident_bytes(server)
-        assert soak(server, REQUESTS, seed=1, **load) == [NEW_TOKENS] * REQUESTS
-        wait_until_idle(server)
-        more = resident_bytes(server) - memory
-        record_property("more_bytes", more)
-        assert more < MEMORY_BYTES
+        values, memory = log_probabilities(server), []
+        for half in (1, 2):
+            came = soak(server, REQUESTS // 2, seed=half, **load)
+            assert came == [NEW_TOKENS] * len(came)
+            wait_until_idle(server)
+            memory.append(resident_bytes(server))
+        record_property("resident_bytes", memory)
+        assert memory[1] - memory[0] <= MEMORY_BYTES, memory
         assert log_probabilities(server) == values
-        assert "Traceback" not in server.log.read_text()
+        assert "Traceback" not in server.log.read_text()[started:]
