@@ -39,7 +39,7 @@ bench-serve: setup  ## on a GPU: whole servers beside vLLM's experts; FORMAT=mxf
 	  --format $(or $(FORMAT),nvfp4) --parts decodes steps prompts profile starts
 	@cd kernels && ../.venv/bin/python -m bench.serve report bench/results/serve.json \
 	  --plot bench/results/serve.svg
-	@cd kernels && ../.venv/bin/python -m bench.serve profile bench/results/serve.json \
+	@cd kernels && ../.venv/bin/python -m bench.serve report bench/results/serve.json --profile \
 	  >bench/results/serve-profile.md
 
 lint: setup

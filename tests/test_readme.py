@@ -28,13 +28,13 @@ REPORTS = {"layer": layer.report, "mxfp4": mxfp4.report, "load": load.report, "s
 @pytest.mark.parametrize("bench", [name for name in REPORTS if (RESULTS / f"{name}.json").exists()])
 def test_a_benchs_tables_are_of_the_kept_numbers(bench, capsys):
     written = README.split(f"<!-- {bench}: begin -->\n")[1].split(f"<!-- {bench}: end -->")[0]
-    REPORTS[bench](SimpleNamespace(results=RESULTS / f"{bench}.json", plot=None))
+    REPORTS[bench](SimpleNamespace(results=RESULTS / f"{bench}.json", plot=None, profile=False))
     assert written == capsys.readouterr().out
 
 
 @pytest.mark.skipif(not (RESULTS / "serve.json").exists(), reason="not measured yet")
 def test_the_profile_is_of_the_kept_numbers(capsys):
-    serve.profile(SimpleNamespace(results=RESULTS / "serve.json"))
+    serve.report(SimpleNamespace(results=RESULTS / "serve.json", plot=None, profile=True))
     assert (RESULTS / "serve-profile.md").read_text() == capsys.readouterr().out
 
 

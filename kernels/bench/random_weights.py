@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ CODE_RMS = 2.9  # of random E2M1 codes
 UE8M0_BIAS = 127
 CHUNK_BYTES = 2**28  # of random values made at a time
 ATTENTION = {"q_lora_rank": 1024, "o_lora_rank": 1024, "o_groups": 8}
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "flash": {"hidden": 4096, "intermediate": 2048, "experts": 256, "hash_layers": 3},
     "v41": {"hidden": 5120, "intermediate": 2304, "experts": 384, "hash_layers": 0},
 }

@@ -2,7 +2,7 @@
 
     python -m bench.serve run --out serve.json --format nvfp4 --seconds 480
     python -m bench.serve report serve.json [--plot serve.svg]
-    python -m bench.serve profile serve.json
+    python -m bench.serve report serve.json --profile
 
 One `vllm serve` a contender, all started at once and all on the same GPU, with as many layers as
 fit (fewer than the model's), random weights (bench.random_weights) and a KV cache of the same size.
@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from bench import serve_report
-from bench.checkout import checkout_commit
+from bench.arguments import call, run_and_report
 from bench.random_weights import MODELS, real_config
 from bench.serve_contenders import Bench, Contender, contender
 from bench.serve_load import Clocks, Load
@@ -169,23 +169,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """The README's tables on standard output, and the plot."""
+    """The README's tables on standard output, and the plot; or bars and kernels of three steps."""
     results = json.loads(Path(arguments.results).read_text())
-    print(serve_report.markdown(results))
+    print((serve_report.details if arguments.profile else serve_report.markdown)(results))
     if arguments.plot:
         serve_report.plot(results, Path(arguments.plot))
 
 
-def profile(arguments: argparse.Namespace) -> None:
-    """The bars, and the kernels of three steps side by side."""
-    print(serve_report.details(json.loads(Path(arguments.results).read_text())))
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run", help="start, compare and load the servers; write JSON")
-    runner.add_argument("--out", type=Path, required=True)
+    parser, runner, reporter = run_and_report(__doc__, run, report)
     runner.add_argument("--format", choices=PEERS, default="nvfp4")
     runner.add_argument("--model", choices=MODELS, default="flash", help="whose layer sizes")
     runner.add_argument("--peers", help="moe backends of vLLM; `default` is its own choice")
@@ -196,23 +188,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="what to measure (no starts)"
     )
     runner.add_argument("--logs", type=Path, help="a folder to keep the servers' logs in")
-    runner.add_argument("--commit", default=None, help="where there is no git")
-    runner.set_defaults(call=run)
-    for name, call in (("report", report), ("profile", profile)):
-        reader = commands.add_parser(name, help=call.__doc__)
-        reader.add_argument("results")
-        reader.set_defaults(call=call)
-        if name == "report":
-            reader.add_argument("--plot", help="an SVG or PNG to write")
+    reporter.add_argument("results")
+    reporter.add_argument("--plot", help="an SVG or PNG to write")
+    reporter.add_argument(
+        "--profile", action="store_true", help="the bars and the kernels of three steps instead"
+    )
     return parser
 
 
-def main() -> None:
-    arguments = build_parser().parse_args()
-    if "commit" in arguments and arguments.commit is None:
-        arguments.commit = checkout_commit()
-    arguments.call(arguments)
-
-
 if __name__ == "__main__":
-    main()
+    call(build_parser())

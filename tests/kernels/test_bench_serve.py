@@ -306,8 +306,8 @@ def test_the_commands_arguments():
     parser = serve.build_parser()
     given = parser.parse_args(["run", "--out", "x.json", "--format", "mxfp4", "--commit", "abc"])
     assert given.call is serve.run and "starts" not in given.parts
-    assert parser.parse_args(["report", "x.json"]).call is serve.report
-    assert parser.parse_args(["profile", "x.json"]).call is serve.profile
+    given = parser.parse_args(["report", "x.json", "--profile"])
+    assert given.call is serve.report and given.profile and given.plot is None
 
 
 def test_what_a_contender_adds():
