@@ -69,9 +69,11 @@ class GpuFolder(Protocol):
         layer: MoeLayer,
         *,
         out: torch.Tensor | QuantizedRows | Fp8Rows,
+        num_tokens: int | None = None,
     ) -> None:
         """x: hidden states, or placed rows, quantised or not -> h, bf16 in W4A16 and where
-        shape.scale_per_row, otherwise QuantizedRows or Fp8Rows."""
+        shape.scale_per_row, otherwise QuantizedRows or Fp8Rows. num_tokens, which choose the tiles,
+        if not as many as have routing weights."""
 
     def fc2(
         self,
@@ -81,8 +83,10 @@ class GpuFolder(Protocol):
         *,
         out: torch.Tensor,
         routing_weights: torch.Tensor | None = None,
+        num_tokens: int | None = None,
     ) -> None:
-        """h -> bf16 rows for `combine`; given in W4A8, routing_weights multiply them."""
+        """h -> bf16 rows for `combine`; given in W4A8, routing_weights multiply them. num_tokens as
+        for fc1."""
 
 
 MODULES = {

@@ -116,6 +116,7 @@ class MoeShape(NamedTuple):
     weight_format: str = "nvfp4"  # or "mxfp4"
     all_tokens_local: bool = False  # the dispatch left out tokens that no local expert has
     fp8: bool = False  # W4A8: E4M3 activations on weights rounded to E4M3
+    batch_rows: int = 0  # if not 0, the dispatch gives x as (local experts, batch_rows, hidden)
 
 
 class ActivationAmax(NamedTuple):

@@ -49,15 +49,18 @@ def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spe
     from dsv4_kernels.rows.expert_layout import scratch_size
     from dsv4_kernels.rows.nvfp4_quantize import scratch_size as quantize_scratch_size
 
-    local = shape.num_local_experts
-    rows = capacity(num_tokens, shape.top_k, local, tile)
+    local, top_k = shape.num_local_experts, shape.top_k
+    rows = capacity(num_tokens, top_k, local, tile)
+    if shape.batch_rows:
+        # Each row is a token's only slot, and FC2 writes the output itself.
+        rows, num_tokens, top_k = local * shape.batch_rows, local * shape.batch_rows, 1
     stays: Spec = {
-        "slot_to_row": ((num_tokens, shape.top_k), torch.int32),
+        "slot_to_row": ((num_tokens, top_k), torch.int32),
         "row_to_slot": ((rows,), torch.int32),
         "counts": ((local,), torch.int32),
         "offsets": ((local + 1,), torch.int32),
         "tile_to_expert": ((rows // tile,), torch.int32),
-        "layout_scratch": ((scratch_size(num_tokens, shape.top_k, local),), torch.int32),
+        "layout_scratch": ((scratch_size(num_tokens, top_k, local),), torch.int32),
     }
     before_fc2: Spec = {}
     h_bf16 = ((rows, shape.intermediate), torch.bfloat16)
@@ -76,7 +79,8 @@ def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spe
         before_fc2["quantize_scratch"] = ((scratch,), torch.uint8)
     else:
         stays["h"] = h_bf16
-    return stays, before_fc2, {"rows": ((rows, shape.hidden), torch.bfloat16)}
+    summed = 0 if shape.batch_rows else rows
+    return stays, before_fc2, {"rows": ((summed, shape.hidden), torch.bfloat16)}
 
 
 def _quantized_spec(name: str, rows: int, width: int, scale_per_row: bool) -> Spec:

@@ -96,9 +96,12 @@ def layer_of(
     limit: float | None = None,
     saturated: torch.Tensor | None = None,
 ) -> MoeLayer:
-    """A layer of the problem's weights, in the kernels' order; of no shape: sm100 asks for none."""
+    """A layer of the problem's weights, in the kernels' order."""
     weights = prepared(problem.weights)
-    return MoeLayer(SM100, None, weights, limit, scales, saturated, torch.zeros(1))
+    tokens, top_k = problem.routing_weights.shape
+    local, sizes = weights.num_local_experts, (weights.hidden, weights.intermediate)
+    shape = MoeShape(local, local, top_k, *sizes, tokens, True)
+    return MoeLayer(SM100, shape, weights, limit, scales, saturated, torch.zeros(1))
 
 
 def quantized_rows(

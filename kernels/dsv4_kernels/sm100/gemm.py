@@ -75,6 +75,7 @@ def fc1(
     layer: MoeLayer,
     *,
     out: QuantizedRows | torch.Tensor,
+    num_tokens: int | None = None,
 ) -> None:
     """h of every row that exists: x (capacity, hidden) -> out (capacity, intermediate).
 
@@ -84,7 +85,7 @@ def fc1(
     weights, scales = layer.weights, layer.activation_scales
     quantize = isinstance(out, QuantizedRows)
     assert quantize == (scales.fc2 is not None), scales
-    gemm = _specialise("fc1", layout, weights, scales.fc1 is None, quantize)
+    gemm = _specialise("fc1", layout, layer, scales.fc1 is None, quantize)
     launch(
         gemm,
         (
@@ -116,11 +117,12 @@ def fc2(
     *,
     out: torch.Tensor,
     routing_weights: torch.Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> None:
     """Rows for `combine`: h (capacity, intermediate) -> out (capacity, hidden) bf16."""
     assert routing_weights is None, "fc1 has multiplied by them"
     weights, scales = layer.weights, layer.activation_scales
-    gemm = _specialise("fc2", layout, weights, scales.fc2 is None, False)
+    gemm = _specialise("fc2", layout, layer, scales.fc2 is None, False)
     launch(
         gemm,
         (
@@ -141,11 +143,12 @@ def fc2(
     )
 
 
-def _specialise(op, layout, weights, scale_per_row, quantize) -> Gemm:
+def _specialise(op, layout, layer, scale_per_row, quantize) -> Gemm:
     """The Gemm of a call; its config is that of the layout's tile."""
     capacity = len(layout.row_to_slot)
     tile = capacity // len(layout.tile_to_expert)
+    weights, batched = layer.weights, layer.shape.batch_rows > 0
     sizes = (weights.intermediate, weights.hidden)
     out_features, k = sizes if op == "fc1" else sizes[::-1]
     local = weights.num_local_experts
-    return Gemm(op, local, out_features, k, CONFIGS[tile], quantize, scale_per_row)
+    return Gemm(op, local, out_features, k, CONFIGS[tile], quantize, scale_per_row, batched)

@@ -25,6 +25,12 @@ def unsupported_reason(shape: MoeShape) -> str | None:
             f"hidden size {shape.hidden} is not a multiple of 128: choose vLLM's own experts with "
             "--moe-backend"
         )
+    if shape.batch_rows % 64:
+        return (
+            f"the dispatch gives each expert room for {shape.batch_rows} rows, which is not a "
+            "multiple of 64: choose a max_num_batched_tokens which is, or another "
+            "--all2all-backend"
+        )
     return None
 
 
@@ -42,14 +48,15 @@ def choose_config(shape: MoeShape, num_tokens: int) -> Config:
     what an expert usually gets; N follows the rows that exist, so a large tile costs padding and
     shared memory only. Up to about 350 rows an expert is bound by reading its weights once (9
     PFLOP/s over 8 TB/s, at 0.5625 bytes a weight); beyond, by the tensor cores, which two CTAs
-    and 256 tokens keep fed with half the shared-memory traffic of one and 128.
+    and 256 tokens keep fed with half the shared-memory traffic of one and 128. An expert's rows in
+    a batch are whole tiles.
     """
     rows = rows_per_expert(shape, num_tokens)
-    if rows <= 40:
+    if rows <= 40 or shape.batch_rows % 128:
         return CONFIGS[64]
     # A pair takes 256 weight rows: 128 gate and 128 up, or 256 of hidden.
     inter, _ = padded_intermediate(shape.intermediate)
-    if rows <= 160 or inter % 128 or shape.hidden % 256:
+    if rows <= 160 or inter % 128 or shape.hidden % 256 or shape.batch_rows % 256:
         return CONFIGS[128]
     return CONFIGS[256]
 
@@ -68,10 +75,10 @@ def gemms(shape: MoeShape, tile: int, fc1_per_row: bool) -> tuple[Gemm, Gemm]:
     """(fc1, fc2) of a layer at one tile; fc1_per_row: whether x has one global scale per row."""
     local, hidden = shape.num_local_experts, shape.hidden
     inner, _ = padded_intermediate(shape.intermediate)
-    per_row, config = shape.scale_per_row, CONFIGS[tile]
+    per_row, config, batched = shape.scale_per_row, CONFIGS[tile], shape.batch_rows > 0
     return (
-        Gemm("fc1", local, inner, hidden, config, not per_row, fc1_per_row),
-        Gemm("fc2", local, hidden, inner, config, False, per_row),
+        Gemm("fc1", local, inner, hidden, config, not per_row, fc1_per_row, batched),
+        Gemm("fc2", local, hidden, inner, config, False, per_row, batched),
     )
 
 

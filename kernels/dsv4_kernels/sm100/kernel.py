@@ -300,6 +300,10 @@ class Dsv4GroupedGemmSm100:
         row = Int32(token_tile * config.tile)
         expert = cute.make_tensor(layout.tile_to_expert, big)[token_tile]
         counts, offsets = (cute.make_tensor(p, big) for p in (layout.counts, layout.offsets))
+        if cutlass.const_expr(self.gemm.batched):
+            # The list has the live tiles' places; each expert has room for offsets[1] rows.
+            row = expert * config.tile
+            expert = row // offsets[1]
         end = counts[expert] + offsets[expert]
         return m_tile, expert, row, cutlass.min(end - row, config.tile)
 

@@ -53,6 +53,7 @@ class Gemm:
     config: Config
     quantize: bool = False  # fc1: NVFP4 out; otherwise bf16
     scale_per_row: bool = False  # the input has one global scale per row, not one in all or expert
+    batched: bool = False  # tile_to_expert and offsets are those of `batched_layout`
 
     @property
     def weight_rows(self) -> int:

@@ -97,6 +97,7 @@ def fc1(
     layer: MoeLayer,
     *,
     out: torch.Tensor | Fp8Rows,
+    num_tokens: int | None = None,
 ) -> None:
     """h of every row that exists: x (num_tokens, hidden) bf16, or (capacity, hidden) where
     `places_rows` says so, -> out (capacity, intermediate) bf16; W4A8: placed Fp8Rows -> Fp8Rows of
@@ -108,7 +109,7 @@ def fc1(
     out = out.codes if isinstance(out, Fp8Rows) else out
     assert x.is_contiguous() and out.is_contiguous() and routing_weights.is_contiguous()
     weights = layer.weights
-    gemm, _ = gemms(layer.shape, len(routing_weights))
+    gemm, _ = gemms(layer.shape, num_tokens or len(routing_weights))
     one_byte = layer.shape.fp8 and layer.limit is not None
     assert out.dtype == (torch.float8_e4m3fn if one_byte else torch.bfloat16), out.dtype
     assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape
@@ -149,6 +150,7 @@ def fc2(
     *,
     out: torch.Tensor,
     routing_weights: torch.Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> None:
     """Rows for `combine`: h (capacity, intermediate) bf16 -> out (capacity, hidden) bf16; W4A8:
     Fp8Rows, of which no scales are read where there is a limit, times routing_weights.
@@ -164,7 +166,7 @@ def fc2(
     assert (routing_weights is not None) == layer.shape.fp8, "W4A8 alone multiplies here"
     if routing_weights is None:
         routing_weights = weights.w2_global_scales  # not read
-    _, gemm = gemms(layer.shape, len(layout.slot_to_row))
+    _, gemm = gemms(layer.shape, num_tokens or len(layout.slot_to_row))
     launch(
         gemm,
         (

@@ -53,7 +53,7 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
 
     fc1 gathers its rows by token rather than reading rows that `place_rows` has permuted: on an
     H200, 3 % less than fc1 and the permutation at 128 rows an expert, 2 % at 48. cp.async has no
-    multicast, so a cluster, which shares rows, needs them permuted.
+    multicast, so a cluster, which shares rows, needs them permuted. A batch's already are.
     """
     rows = rows_per_expert(shape, num_tokens)
     inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
@@ -61,7 +61,7 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
         fc1, fc2 = (_fp8_config(shape, rows, k) for k in (shape.hidden, inter))
         return LayerConfig(False, fc1, fc2)
     fc1, fc2 = _config(rows, 2 * inter, shape.hidden), _config(rows, shape.hidden, inter)
-    return LayerConfig(fc1.cluster == 1, fc1, fc2)
+    return LayerConfig(fc1.cluster == 1 and not shape.batch_rows, fc1, fc2)
 
 
 def _config(rows: float, m: int, k: int) -> Sm90Config:
