@@ -14,9 +14,14 @@ class Dsv4Experts(mk.FusedMoEExpertsModular):
 
     # The arena is a whole number of bf16 elements: vLLM gives the workspace the output's dtype.
     def __init__(
-        self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, layer: MoeLayer
+        self,
+        moe_config: FusedMoEConfig,
+        quant_config: FusedMoEQuantConfig,
+        layer: MoeLayer,
+        max_num_tokens: int | None = None,
+        num_dispatchers: int | None = None,
     ) -> None:
-        super().__init__(moe_config, quant_config)
+        super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
         self.layer = layer
         self.arena = (-(-workspace_bytes(layer.backend, layer.shape) // 2),)
 

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.platforms import current_platform
 
+from vllm_dsv4_moe.batched_experts import Dsv4BatchedExperts
 from vllm_dsv4_moe.expert_params import (
     INPUT_SCALES,
     ExpertSizes,
@@ -57,7 +58,8 @@ class Dsv4Method(FusedMoEMethodBase):
         self.settings = settings
         # Called with format, backend and numerics before a layer is made.
         self.announce = announce
-        self.experts_cls = Dsv4Experts
+        batched = moe_config.moe_parallel_config.use_batched_activation_format
+        self.experts_cls = Dsv4BatchedExperts if batched else Dsv4Experts
         self.router: Dsv4Router | None = None
         config = get_current_vllm_config()
         self.is_dummy = config.load_config.load_format == "dummy"
@@ -169,8 +171,12 @@ class Dsv4Method(FusedMoEMethodBase):
             use_monolithic=False,
         )
         layout = prepare_finalize.activation_format
-        assert layout == mk.FusedMoEActivationFormat.Standard, prepare_finalize
-        experts = Dsv4Experts(self.moe, self.moe_quant_config, moe_layer)
+        assert layout == self.experts_cls.activation_format(), prepare_finalize
+        arguments = (self.moe, self.moe_quant_config, moe_layer)
+        if self.experts_cls is Dsv4BatchedExperts:
+            experts = Dsv4BatchedExperts(*arguments, prepare_finalize.num_dispatchers())
+        else:
+            experts = Dsv4Experts(*arguments)
         self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
         ids_dtype = self.topk_indices_dtype or torch.int32
         WARM_UP(moe_layer, self.router, layer.expert_map, ids_dtype)
@@ -327,7 +333,15 @@ def moe_shape(
         weight_format=weight_format,
         all_tokens_local=config.moe_parallel_config.use_deepep_ht_kernels,
         fp8=mode == "fp8",
+        batch_rows=batch_rows(config),
     )
+
+
+def batch_rows(config: FusedMoEConfig) -> int:
+    """Rows that a dispatch which groups them leaves room for, of each expert: all that any rank
+    may send. 0 for other dispatches."""
+    parallel = config.moe_parallel_config
+    return config.max_num_tokens * parallel.ep_size * parallel.use_batched_activation_format
 
 
 def max_num_tokens(config: FusedMoEConfig) -> int:

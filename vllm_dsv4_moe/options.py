@@ -11,12 +11,15 @@ import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 
-# Tokens arrive as rows of hidden states, each with its own global expert ids.
+# Tokens arrive as rows of hidden states, each with its own global expert ids; those of DeepEP's low
+# latency and nixl grouped by expert.
 ALL2ALL_BACKENDS = (
     "allgather_reducescatter",
     "deepep_high_throughput",
+    "deepep_low_latency",
     "flashinfer_nvlink_one_sided",
     "flashinfer_nvlink_two_sided",
+    "nixl_ep",
 )
 
 
@@ -47,6 +50,14 @@ OPTIONS = (
         "read",
         "tokens arrive as rows with global expert ids; from DeepEP those alone that a local expert "
         "has, by which tiles are chosen. It cannot be installed where the tests run",
+    ),
+    Option(
+        "`--all2all-backend deepep_low_latency`, `nixl_ep`",
+        "works on CPU",
+        "tokens arrive as rows grouped by expert, in the tests from vLLM's own dispatch of that "
+        "format: neither can be installed there. Each expert has room for ranks x "
+        "`--max-num-batched-tokens` rows: keep that small, and on `sm100` a multiple of 64. "
+        "Activation scales are `warmup`'s or `token`'s",
     ),
     Option(
         "the other `--all2all-backend`s", "refused", "they sort or repeat tokens before the layer"

@@ -31,6 +31,15 @@ def activation_scales(layer: Module, settings: Settings) -> ActivationScales:
 
 def _from_source(layer: Module, settings: Settings) -> ActivationScales:
     device = layer.w13_weight.device
+    scaling = layer.routed_scaling_factor
+    if layer.moe_config.moe_parallel_config.use_batched_activation_format:
+        if settings.activation_scale in ("checkpoint", "file"):
+            raise ValueError(
+                f"activation_scale {settings.activation_scale} is of products that have their "
+                "routing weight, which this --all2all-backend applies after W2: use the warmup or "
+                "token policy for activation scales"
+            )
+        scaling = 1.0
     if settings.activation_scale == "checkpoint":
         return activation_scale.checkpoint(
             layer.w13_input_scale.data, layer.w2_input_scale.data, layer.local_num_experts
@@ -47,6 +56,6 @@ def _from_source(layer: Module, settings: Settings) -> ActivationScales:
         return activation_scale.warmup(
             expert_weights(layer),
             limit=layer.swiglu_limit,
-            scaling=layer.routed_scaling_factor,
+            scaling=scaling,
             headroom=int(settings.headroom),
         )

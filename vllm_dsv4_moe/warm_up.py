@@ -8,6 +8,7 @@ every variant. The tokens go to no expert, so the GEMMs (compiled by prepare_lay
 from typing import TYPE_CHECKING
 
 import torch
+from dsv4_kernels.batched import batched_moe
 from dsv4_kernels.moe import moe, workspace_bytes
 from dsv4_kernels.route.gate_route import make_scratch
 from dsv4_kernels.types import MoeLayer, Routing
@@ -44,15 +45,21 @@ class WarmUp:
             return
         self.done.add(key)
         shape, device = layer.shape, layer.weights.w13.device
-        size = (shape.max_num_tokens, shape.hidden)
+        size: tuple[int, ...] = (shape.max_num_tokens, shape.hidden)
+        if shape.batch_rows:
+            size = (shape.num_local_experts, shape.batch_rows, shape.hidden)
         x = torch.zeros(size, dtype=torch.bfloat16, device=device)
-        out = torch.empty_like(x)
+        counts = torch.zeros(shape.num_local_experts, dtype=torch.int32, device=device)
+        out = x if shape.batch_rows else torch.empty_like(x)
         workspace = torch.empty(
             workspace_bytes(layer.backend, shape), dtype=torch.uint8, device=device
         )
         for count in token_counts(shape.max_num_tokens):
             if router is not None:
                 launch_router(router, count, ids_dtype, device)
+            if shape.batch_rows:
+                batched_moe(x, counts, count, layer, workspace, out=out)
+                continue
             routing = Routing(
                 torch.zeros((count, shape.top_k), device=device),
                 torch.full((count, shape.top_k), -1, dtype=ids_dtype, device=device),

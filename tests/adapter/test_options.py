@@ -99,8 +99,7 @@ REPLACED = {"naive", "pplx", "flashinfer_all2allv"}
 
 
 # Those that sort or repeat tokens, or do not say what they hand over.
-SORTING = {"deepep_low_latency", "deepep_v2", "mori_high_throughput", "mori_low_latency", "moonep"}
-SORTING |= {"nixl_ep", "passthrough"}
+SORTING = {"deepep_v2", "mori_high_throughput", "mori_low_latency", "moonep", "passthrough"}
 
 
 @pytest.mark.parametrize("name", sorted(set(all2all_backends()) - REPLACED))
@@ -132,6 +131,9 @@ SHOWN_BY = {
     ),
     "`--all2all-backend allgather_reducescatter`": (
         "serving/test_serve.py::test_two_expert_parallel_processes_give_the_single_process_output"
+    ),
+    "`--all2all-backend deepep_low_latency`": (
+        "adapter/test_batched_experts.py::test_ranks_add_up_to_plain_torch"
     ),
     "`--enable-dbo`": (
         "adapter/test_micro_batches.py::test_two_micro_batches_give_what_each_gives_alone"

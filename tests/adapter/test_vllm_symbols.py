@@ -44,7 +44,9 @@ SIGNATURES = {
         "self hidden_states w1 w2 topk_weights topk_ids activation global_num_experts expert_map"
         " apply_router_weight_on_input shared_experts shared_experts_input"
     ),
-    f"{FUSED_MOE}.modular_kernel.FusedMoEExperts.__init__": "self moe_config quant_config",
+    f"{FUSED_MOE}.modular_kernel.FusedMoEExperts.__init__": (
+        "self moe_config quant_config max_num_tokens num_dispatchers"
+    ),
     f"{FUSED_MOE}.modular_kernel.FusedMoEExpertsModular.workspace_shapes": (
         "self M N K topk global_num_experts local_num_experts expert_tokens_meta activation"
     ),
@@ -90,7 +92,8 @@ ATTRIBUTES = {
         " pcp_size is_sequence_parallel moe_backend swiglu_limit is_lora_enabled"
     ),
     f"{FUSED_MOE}.config.FusedMoEParallelConfig": (
-        "tp_size all2all_backend use_all2all_kernels use_deepep_ht_kernels enable_eplb"
+        "tp_size ep_size all2all_backend use_all2all_kernels use_deepep_ht_kernels"
+        " use_batched_activation_format enable_eplb"
     ),
     f"{FUSED_MOE}.router.gate_linear.GateLinear": (
         "bias is_unquantized out_dtype allow_ll_bf16_gemm"
@@ -119,8 +122,11 @@ ATTRIBUTES = {
         " _supports_parallel_config"
     ),
     f"{FUSED_MOE}.modular_kernel.FusedMoEKernel": "fused_experts",
-    f"{FUSED_MOE}.modular_kernel.FusedMoEActivationFormat": "Standard",
-    f"{FUSED_MOE}.modular_kernel.FusedMoEPrepareAndFinalizeModular": "activation_format",
+    f"{FUSED_MOE}.modular_kernel.FusedMoEActivationFormat": "Standard BatchedExperts",
+    f"{FUSED_MOE}.modular_kernel.FusedMoEPrepareAndFinalizeModular": (
+        "activation_format num_dispatchers"
+    ),
+    f"{FUSED_MOE}.modular_kernel.ExpertTokensMetadata": "expert_num_tokens",
     f"{FUSED_MOE}.activation.MoEActivation": "SILU",
     "vllm.models.deepseek_v4.quant_config.DeepseekV4FP8Config": (
         "expert_dtype moe_quant_algo ignored_layers packed_modules_mapping"

@@ -133,14 +133,14 @@ def test_token_counts_are_powers_of_two_and_the_most():
     assert token_counts(96) == [1, 2, 4, 8, 16, 32, 64, 96]
 
 
-def layer_of(backend, quantize: bool) -> tuple[MoeLayer, list]:
+def layer_of(backend, quantize: bool, batch_rows: int = 0) -> tuple[MoeLayer, list]:
     """A layer whose GEMMs only say at how many tokens they were called."""
-    shape = MoeShape(16, 8, 2, 64, 32, 40, quantize)
+    shape = MoeShape(16, 8, 2, 64, 32, 40, quantize, batch_rows=batch_rows)
     calls: list = []
 
-    def gemm(x, *args, out):
+    def gemm(x, *args, out, num_tokens=None, **_):
         layout = next(a for a in args if isinstance(a, ExpertLayout))
-        calls.append(len(layout.slot_to_row))
+        calls.append(num_tokens or len(layout.slot_to_row))
 
     weights = ExpertWeights(*(torch.zeros(8, 64, 32) for _ in range(6)))
     scales = ActivationScales(torch.ones(1), torch.ones(8)) if quantize else None
@@ -154,10 +154,13 @@ def layer_of(backend, quantize: bool) -> tuple[MoeLayer, list]:
     return MoeLayer(backend, shape, weights, 10.0, scales, torch.zeros(1), torch.zeros(1)), calls
 
 
+@pytest.mark.parametrize("batch_rows", [0, 24])
 @pytest.mark.parametrize("backend, quantize", [(SM90, False), (SM100, True)], ids=["sm90", "sm100"])
-def test_layers_of_one_shape_are_run_once_at_each_size(monkeypatch, backend, quantize, variants):
+def test_layers_of_one_shape_are_run_once_at_each_size(
+    monkeypatch, backend, quantize, batch_rows, variants
+):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    layer, calls = layer_of(backend, quantize)
+    layer, calls = layer_of(backend, quantize, batch_rows)
     expert_map = torch.zeros(16, dtype=torch.int32)
     warm_up = WarmUp()
     for _ in range(3):

@@ -153,6 +153,22 @@ def test_dual_batch_overlap_doubles_the_arena():
     assert two.arena == 2 * one.arena == one.arena + one.left - two.left
 
 
+@pytest.mark.parametrize("all2all", ["deepep_low_latency", "nixl_ep"])
+def test_room_for_rows_in_groups_and_their_output_are_counted(all2all):
+    """128 tokens of each of 8 ranks may all go to one expert, whichever."""
+    deployment = Deployment(RELEASES["nvidia/DeepSeek-V4-Pro-NVFP4"], Settings(), 128)
+    deployment = dataclasses.replace(
+        deployment, data_parallel=8, is_expert_parallel=True, all2all_backend=all2all
+    )
+    shape = MoeShape(384, 48, 6, 7168, 3072, 1024, True, batch_rows=1024)
+    output = 48 * 1024 * 7168 * 2
+    arena = rank_memory(deployment, *GPUS["b200"]).arena
+    assert arena == workspace_bytes(SM100, shape) + output
+    # x and h of every row that there is room for, at 9/16 of a byte, and x's scales once more.
+    packed = 48 * 1024 * (7168 + 3072) * 9 // 16
+    assert packed <= workspace_bytes(SM100, shape) < packed * 1.1
+
+
 def test_layers_that_vllm_runs_have_no_arena():
     memory = rank_memory(v41_on_two_h200s(settings=Settings()), *GPUS["h200"])
     assert memory.arena == 0 and memory.weights.experts > 130 * GIB

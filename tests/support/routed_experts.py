@@ -17,12 +17,14 @@ def routed_experts(
     *,
     ep=(1, 0),
     tp=(1, 0),
+    all2all="allgather_reducescatter",
     redundant=0,
     placement="linear",
     device="cpu",
     **settings,
 ):
-    """Parameters are not loaded. ep and tp are (size, rank)."""
+    """Parameters are not loaded. ep and tp are (size, rank); ep's ranks are data-parallel ones too
+    where all2all is not vLLM's default."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -34,9 +36,10 @@ def routed_experts(
 
     from vllm_dsv4_moe.moe_method import METHODS
 
+    dp = (1, 0) if all2all == "allgather_reducescatter" else ep
     parallel = FusedMoEParallelConfig(
-        *(tp[0], 1, 1, ep[0]), *(tp[1], 0, 0, ep[1]), sp_size=1, use_ep=ep[0] > 1,
-        all2all_backend="allgather_reducescatter", enable_eplb=redundant > 0,
+        *(tp[0], 1, dp[0], ep[0]), *(tp[1], 0, dp[1], ep[1]), sp_size=1, use_ep=ep[0] > 1,
+        all2all_backend=all2all, enable_eplb=redundant > 0,
     )  # fmt: skip
     num_experts = sizes.experts + redundant
     manager = ExpertMapManager(

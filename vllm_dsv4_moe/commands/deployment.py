@@ -84,8 +84,10 @@ class Deployment:
             no_limit = text_config(self.config).get("swiglu_limit") is None
             shape = shape._replace(quantize_activations=False, fp8=True, scale_per_row=no_limit)
         dispatches = self.is_expert_parallel and self.data_parallel > 1
+        groups = dispatches and self.all2all_backend in ("deepep_low_latency", "nixl_ep")
         return shape._replace(
-            all_tokens_local=dispatches and self.all2all_backend == "deepep_high_throughput"
+            all_tokens_local=dispatches and self.all2all_backend == "deepep_high_throughput",
+            batch_rows=self.max_num_batched_tokens * self.ranks if groups else 0,
         )
 
 

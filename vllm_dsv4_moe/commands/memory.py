@@ -92,7 +92,11 @@ def rank_memory(deployment: Deployment, gpu: int, arch: str) -> RankMemory:
     layers, drafts = deployment.shapes(arch)
 
     def arena(shape: "MoeShape | None") -> int:
-        return workspace_bytes(backend, shape) * deployment.micro_batches if shape else 0
+        if shape is None:
+            return 0
+        # Rows in groups are as many in the output, which lies in the arena then.
+        output = 2 * shape.num_local_experts * shape.batch_rows * shape.hidden
+        return (workspace_bytes(backend, shape) + output) * deployment.micro_batches
 
     def padded(experts: int, shape: "MoeShape | None") -> int:
         if shape is None:
