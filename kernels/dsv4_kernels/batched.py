@@ -67,12 +67,12 @@ def _run_kernels(
     buffers = arena.carve(workspace, layer.shape, tile, num_tokens)
     layout = batched_layout(counts, tile, out=buffers.layout)
     given: dict[str, Any] = {"live": layout.row_to_slot, "saturated": layer.saturated}
-    scratch = {"swizzled": True, "scratch": buffers.quantize_scratch}
+    nvfp4: dict[str, Any] = {"swizzled": True, "scratch": buffers.quantize_scratch}
     x: torch.Tensor | QuantizedRows | Fp8Rows = rows
     if isinstance(buffers.x, Fp8Rows):
         x = fp8_quantize(rows, **given, out=buffers.x)
     elif layer.activation_scales is not None:
-        x = nvfp4_quantize(rows, layer.activation_scales.fc1, **given, **scratch, out=buffers.x)
+        x = nvfp4_quantize(rows, layer.activation_scales.fc1, **given, **nvfp4, out=buffers.x)
     h = buffers.h if buffers.h_bf16 is None else buffers.h_bf16
     assert backend.fc1 is not None and backend.fc2 is not None, backend.name
     backend.fc1(x, ones, layout, layer, out=h, num_tokens=num_tokens)
@@ -80,7 +80,7 @@ def _run_kernels(
         h = fp8_quantize(buffers.h_bf16, **given, ordered=True, out=buffers.h)
     elif buffers.h_bf16 is not None:
         assert isinstance(buffers.h, QuantizedRows), type(buffers.h)
-        h = nvfp4_quantize(buffers.h_bf16, None, **given, **scratch, out=buffers.h)
+        h = nvfp4_quantize(buffers.h_bf16, None, **given, **nvfp4, out=buffers.h)
     slot_weights = ones if layer.shape.fp8 else None
     backend.fc2(h, layout, layer, out=out, routing_weights=slot_weights, num_tokens=num_tokens)
 

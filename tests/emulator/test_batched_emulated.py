@@ -15,8 +15,9 @@ from tests.support.sm90_problems import aligned
 
 EXPERTS, LOCAL, TOP_K, HIDDEN, INTERMEDIATE = 32, 5, 3, 256, 128
 LIMIT = 10.0
-# Relative L2: sums in another order move a bf16 value, or a code of h, now and then.
-TOLERANCE = {"sm90": 2.0**-8, "sm100": 2e-3}
+# Relative L2: sums in another order move a bf16 value, or a code of h, now and then. In W4A8 h has
+# one scale, and the oracle's a scale a row.
+TOLERANCE = {"bf16": 2.0**-8, "fp8": 2.0**-7, "nvfp4": 2e-3}
 
 
 def make_weights(shape: MoeShape) -> ExpertWeights:
@@ -98,8 +99,9 @@ def test_equals_the_oracle(monkeypatch, name, changes, rows, counts, tokens):
     assert expected.abs().max() > 0.1
     assert out.isfinite().all()
     error = (out - expected).norm(dim=1) / expected.norm(dim=1)
-    assert error.max() < 10 * TOLERANCE[name], error.max()
-    assert (out - expected).norm() / expected.norm() < TOLERANCE[name]
+    tolerance = TOLERANCE["fp8" if shape.fp8 else "bf16" if name == "sm90" else "nvfp4"]
+    assert error.max() < 10 * tolerance, error.max()
+    assert (out - expected).norm() / expected.norm() < tolerance
     assert int(layer.saturated) == int(oracle.saturated)
 
 

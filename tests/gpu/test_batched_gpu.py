@@ -15,11 +15,13 @@ ROOM = 1024  # rows of an expert: of 128 tokens on each of 8 ranks
 SHAPE = FLASH._replace(max_num_tokens=ROOM, batch_rows=ROOM)
 
 
-@pytest.fixture(scope="module")
-def layers() -> tuple[MoeLayer, MoeLayer]:
+@pytest.fixture(scope="module", params=["bf16 or nvfp4", "fp8"])
+def layers(request) -> tuple[MoeLayer, MoeLayer]:
     """The backend's, and the oracle's."""
     capability = torch.cuda.get_device_capability()
-    shape = SHAPE._replace(quantize_activations=capability[0] == 10)
+    shape = SHAPE._replace(quantize_activations=capability[0] == 10, fp8=request.param == "fp8")
+    if shape.fp8 and capability != (9, 0):
+        pytest.skip("fp8 is sm90's")
     backend = choose_backend("auto", shape, capability)
     return make_layer(backend, shape), make_layer(BACKENDS["reference"], shape)
 
@@ -61,7 +63,8 @@ def test_the_layer_is_the_oracle(layers, num_tokens, skew):
     expected = run(oracle, x, counts, num_tokens)
     assert y.isfinite().all()
     error = (y.float() - expected.float()).norm(dim=1)
-    bound = TOLERANCE[layer.shape.quantize_activations] * expected.float().norm(dim=1)
+    mode = "nvfp4" if layer.shape.quantize_activations else "fp8" if layer.shape.fp8 else "bf16"
+    bound = TOLERANCE[mode] * expected.float().norm(dim=1)
     assert (error <= bound).all(), (error / bound.clamp(min=1e-30)).max()
 
 
