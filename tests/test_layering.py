@@ -23,7 +23,15 @@ FILES = {
 # What ops stand on, besides the contract itself: programmatic launch, device code of routing and of
 # NVFP4, compiled kernels.
 SHARED = {"types", "pdl", "route.routing", "rows.nvfp4_blocks", "compiled", "trusted_folder"}
-ABOVE_OPS = {"moe", "batched", "backends", "padding", "workspace", "compile_processes"}
+ABOVE_OPS = {
+    "moe",
+    "batched",
+    "backends",
+    "padding",
+    "packed_tokens",
+    "workspace",
+    "compile_processes",
+}
 ARCHITECTURES = {"sm90", "sm100"}
 # Everything else that the kernels may import is Python's own.
 KERNEL_LIBRARIES = {"torch", "triton", "cutlass", "cuda"}

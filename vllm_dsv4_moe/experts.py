@@ -67,8 +67,9 @@ class Dsv4Experts(mk.FusedMoEExpertsModular):
         """The arena is the second workspace, because the output may lie in the first.
 
         It has the size of the most tokens whatever M is: the first call makes it, none grows it.
+        K is the width of what was dispatched, which may be packed tokens.
         """
-        return (0,), self.arena, (M, K)
+        return (0,), self.arena, (M, self.layer.shape.hidden)
 
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()

@@ -34,6 +34,7 @@ from vllm_dsv4_moe.expert_params import (
 )
 from vllm_dsv4_moe.experts import Dsv4Experts
 from vllm_dsv4_moe.kernel_cache import COMPILATION, num_local_ranks
+from vllm_dsv4_moe.packed_dispatch import PackedDispatch, packed_where_gathered
 from vllm_dsv4_moe.router import Dsv4Router
 from vllm_dsv4_moe.saturation import SATURATION
 from vllm_dsv4_moe.scale_policy import activation_scales
@@ -172,6 +173,8 @@ class Dsv4Method(FusedMoEMethodBase):
         )
         layout = prepare_finalize.activation_format
         assert layout == self.experts_cls.activation_format(), prepare_finalize
+        prepare_finalize = packed_where_gathered(prepare_finalize, moe_layer)
+        packs = isinstance(prepare_finalize, PackedDispatch)
         arguments = (self.moe, self.moe_quant_config, moe_layer)
         if self.experts_cls is Dsv4BatchedExperts:
             experts = Dsv4BatchedExperts(*arguments, prepare_finalize.num_dispatchers())
@@ -179,10 +182,10 @@ class Dsv4Method(FusedMoEMethodBase):
             experts = Dsv4Experts(*arguments)
         self.moe_kernel = mk.FusedMoEKernel(prepare_finalize, experts)
         ids_dtype = self.topk_indices_dtype or torch.int32
-        WARM_UP(moe_layer, self.router, layer.expert_map, ids_dtype)
+        WARM_UP(moe_layer, self.router, layer.expert_map, ids_dtype, packs)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
-        """What vLLM needs to know: activations travel between ranks as they are, in bf16."""
+        """What vLLM needs to know: it quantises no activations."""
         return FusedMoEQuantConfig.make(None, weight_dtype=self.weight_format)
 
     def apply(

@@ -43,7 +43,10 @@ OPTIONS = (
     Option("`--pipeline-parallel-size`", "read", "hash layers are the first rank's"),
     Option("load balancing of data-parallel ranks", "read", "nothing of it reaches a layer"),
     Option(
-        "`--all2all-backend allgather_reducescatter`", "works on CPU", "the default, on two ranks"
+        "`--all2all-backend allgather_reducescatter`",
+        "works on CPU",
+        "the default, on two ranks; in W4A4 tokens are quantised before they travel, in 0.28 times "
+        "the bytes of bf16",
     ),
     Option(
         "`--all2all-backend deepep_high_throughput`, `flashinfer_nvlink_*`",

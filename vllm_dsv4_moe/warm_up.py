@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from dsv4_kernels.batched import batched_moe
 from dsv4_kernels.moe import moe, workspace_bytes
+from dsv4_kernels.packed_tokens import pack_tokens
 from dsv4_kernels.route.gate_route import make_scratch
 from dsv4_kernels.types import MoeLayer, Routing
 
@@ -35,12 +36,15 @@ class WarmUp:
         router: "Dsv4Router | None",
         expert_map: torch.Tensor | None,
         ids_dtype: torch.dtype,
+        packs: bool = False,
     ) -> None:
-        """router None where vLLM's own stays; ids_dtype is what vLLM's dispatch wants."""
+        """router None where vLLM's own stays; ids_dtype is what vLLM's dispatch wants; packs where
+        tokens are packed before it."""
         routes = None
         if router is not None:
             routes = (router.table is None, router.uses_token_ids, router.gate is None)
-        key = (layer.backend.name, layer.shape, layer.limit, routes, expert_map is None, ids_dtype)
+        of_layer = (layer.backend.name, layer.shape, layer.limit)
+        key = (*of_layer, routes, expert_map is None, ids_dtype, packs)
         if key in self.done or layer.backend.fc1 is None:
             return
         self.done.add(key)
@@ -64,7 +68,8 @@ class WarmUp:
                 torch.zeros((count, shape.top_k), device=device),
                 torch.full((count, shape.top_k), -1, dtype=ids_dtype, device=device),
             )
-            moe(x[:count], routing, layer, workspace, expert_map=expert_map, out=out[:count])
+            tokens = pack_tokens(x[:count], routing.ids, layer) if packs else x[:count]
+            moe(tokens, routing, layer, workspace, expert_map=expert_map, out=out[:count])
         torch.cuda.synchronize(device)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from dsv4_kernels.compiled import Kernel
+from dsv4_kernels.packed_tokens import is_packed, unpack_tokens
 from dsv4_kernels.types import (
     MXFP4_BLOCK,
     NVFP4_BLOCK,
@@ -108,6 +109,8 @@ class Backend:
     prepare_weights: Callable[[ExpertWeights, torch.Tensor, bool], ExpertWeights]
     tile: Callable[[MoeShape, int], int]  # 0 where there is no workspace at all
     run: Callable[..., None] | None = None
+    # What stands for `rows.nvfp4_quantize` where tokens are quantised before they travel.
+    quantize: Callable[..., None] | None = None
     fc1: Callable[..., None] | None = None
     fc2: Callable[..., None] | None = None
     padded_intermediate: Callable[..., tuple[int, int]] = lambda size, fp8=False: (size, size)
@@ -131,7 +134,7 @@ def _run_reference(
         scales = ActivationScales(None, torch.full_like(layer.weights.w2_global_scales, h_scale))
     out.copy_(
         reference.moe(
-            hidden_states,
+            unpack_tokens(hidden_states, layer) if is_packed(hidden_states) else hidden_states,
             routing,
             layer.weights,
             expert_map=expert_map,
@@ -142,6 +145,25 @@ def _run_reference(
             amax=layer.amax,
         )
     )
+
+
+def _quantize_reference(
+    x: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    *,
+    live: torch.Tensor,
+    saturated: torch.Tensor,
+    out: QuantizedRows,
+) -> None:
+    """Rows of x with a live column, to the parts of out, where the layer's scale is already."""
+    from dsv4_kernels import reference
+
+    used = (live >= 0).any(1)
+    rows, overflow = reference.nvfp4_quantize(x[used], global_scale)
+    saturated.add_(overflow)
+    for part, values in zip(out, rows, strict=True):
+        if part is not global_scale:
+            part[used] = values
 
 
 def _unsupported_weights(shape: MoeShape) -> str | None:
@@ -190,6 +212,7 @@ REFERENCE = Backend(
     prepare_weights=lambda weights, rounding, fp8: weights,
     tile=lambda shape, num_tokens: 0,
     run=_run_reference,
+    quantize=_quantize_reference,
 )
 SM90 = _of_folder("sm90", 9)
 SM100 = _of_folder("sm100", 10)

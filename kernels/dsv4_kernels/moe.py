@@ -6,10 +6,10 @@
     h = routing.weights[t, j] * silu(min(W1_e x[t], L)) * clamp(W3_e x[t], -L, L)
 
 The bracketed steps exist in W4A4 and W4A8 only; W4A8's routing weight multiplies W2_e h instead, in
-FC2. `run_kernels` is these calls in order; `moe` is what a
-model calls. Everything between the two ends lives in a workspace that all layers share, cut up by
-`workspace.py`. Nothing here synchronises, allocates or looks at a value on the device, the
-`reference` backend excepted.
+FC2. W4A4's tokens of other ranks come quantised (`packed_tokens`), and are placed. `run_kernels` is
+these calls in order; `moe` is what a model calls. Everything between the two ends lives in a
+workspace that all layers share, cut up by `workspace.py`. Nothing here synchronises, allocates or
+looks at a value on the device, the `reference` backend excepted.
 """
 
 from dataclasses import replace
@@ -18,6 +18,7 @@ import torch
 
 from dsv4_kernels import workspace as arena
 from dsv4_kernels.backends import REFERENCE, Backend
+from dsv4_kernels.packed_tokens import is_packed, row_bytes, unpack_tokens
 from dsv4_kernels.padding import padded_shape, padded_weights
 from dsv4_kernels.types import (
     ActivationAmax,
@@ -42,10 +43,11 @@ def moe(
 ) -> torch.Tensor:
     """The layer on this rank's experts: what the other ranks own takes no row and adds nothing.
 
-    hidden_states (num_tokens, hidden) bf16; routing with global ids; workspace uint8, at least
-    `workspace_bytes` of it; expert_map (num_experts,) int32 from global to local ids, -1 for
-    foreign experts, None when all are local; out (num_tokens, hidden) bf16, also returned, must
-    not overlap the workspace. ValueError for more tokens than the layer was sized for.
+    hidden_states (num_tokens, hidden) bf16, or what `pack_tokens` made of them; routing with global
+    ids; workspace uint8, at least `workspace_bytes` of it; expert_map (num_experts,) int32 from
+    global to local ids, -1 for foreign experts, None when all are local; out (num_tokens, hidden)
+    bf16, also returned, must not overlap the workspace. ValueError for more tokens than the layer
+    was sized for.
     """
     num_tokens = len(hidden_states)
     _check_call(hidden_states, routing, layer, expert_map, out)
@@ -68,6 +70,7 @@ def run_kernels(
     from dsv4_kernels.rows.expert_layout import expert_layout
     from dsv4_kernels.rows.fp8_quantize import fp8_quantize
     from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
+    from dsv4_kernels.rows.place_codes import place_codes
     from dsv4_kernels.rows.place_rows import place_rows
 
     backend, shape, num_tokens = layer.backend, layer.shape, len(hidden_states)
@@ -86,6 +89,10 @@ def run_kernels(
         saturated = layer.saturated
         assert isinstance(buffers.x, Fp8Rows), type(buffers.x)
         x = fp8_quantize(hidden_states, layout.slot_to_row, saturated=saturated, out=buffers.x)
+    elif is_packed(hidden_states):
+        assert isinstance(buffers.x, QuantizedRows), type(buffers.x)
+        tokens = unpack_tokens(hidden_states, layer)
+        x = place_codes(tokens, layout.slot_to_row, out=buffers.x)
     elif layer.activation_scales is not None:
         assert isinstance(buffers.x, QuantizedRows), type(buffers.x)
         x = nvfp4_quantize(
@@ -187,9 +194,11 @@ def _check_call(
             f"{num_tokens} tokens in one call, and the MoE buffers were sized for "
             f"{shape.max_num_tokens}: raise max_num_batched_tokens"
         )
-    assert hidden_states.shape == (num_tokens, shape.hidden), hidden_states.shape
-    assert hidden_states.dtype == torch.bfloat16, hidden_states.dtype
-    assert out.shape == hidden_states.shape and out.dtype == torch.bfloat16, (out.shape, out.dtype)
+    width = row_bytes(layer) if is_packed(hidden_states) else shape.hidden
+    assert hidden_states.shape == (num_tokens, width), hidden_states.shape
+    assert hidden_states.dtype in (torch.bfloat16, torch.uint8), hidden_states.dtype
+    assert out.shape == (num_tokens, shape.hidden), out.shape
+    assert out.dtype == torch.bfloat16, out.dtype
     assert routing.ids.shape == (num_tokens, shape.top_k), routing.ids.shape
     assert routing.weights.shape == routing.ids.shape, routing.weights.shape
     assert routing.weights.dtype == torch.float32, routing.weights.dtype

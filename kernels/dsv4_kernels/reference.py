@@ -327,7 +327,7 @@ def fc2(h: torch.Tensor, weights: ExpertWeights, expert: int, fp8: bool = False)
 
 
 def moe(
-    hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor | QuantizedRows,
     routing: Routing,
     weights: ExpertWeights,
     *,
@@ -349,7 +349,13 @@ def moe(
     With fp8 both GEMMs' inputs, and the weights, are E4M3 (W4A8): x with a scale a row, and W2's
     input with activation_scales.fc2 of its expert or, where there are none, with a scale a row. The
     routing weight then multiplies W2's sums, and `saturated` grows by values.
+
+    hidden_states may be NVFP4 rows already: x is what they stand for.
     """
+    is_quantized = isinstance(hidden_states, QuantizedRows)
+    if isinstance(hidden_states, QuantizedRows):
+        codes, block_scales, gs = hidden_states
+        hidden_states = nvfp4_dequantize(codes, block_scales, gs.reshape(-1, 1))
     assert not fp8 or activation_scales is None or activation_scales.fc1 is None
     layout = expert_layout(routing.ids, weights.num_local_experts, expert_map, tile=1)
     rows = torch.zeros(
@@ -387,7 +393,7 @@ def moe(
             if activation_scales.fc2 is not None:
                 fc2_scale = activation_scales.fc2[expert : expert + 1]
         tokens = hidden_states[slots // routing.ids.shape[1]]
-        x = round_input(tokens, fc1_scale)
+        x = tokens if is_quantized else round_input(tokens, fc1_scale)
         slot_weights = routing.weights.flatten()[slots]
         before, after = slot_weights, None
         if fp8:
@@ -398,4 +404,4 @@ def moe(
             amax.fc2[expert] = torch.maximum(amax.fc2[expert], h.float().abs().amax())
         y = fc2(round_input(h, fc2_scale), weights, expert, fp8)
         rows[start : start + count] = (y if after is None else y * after).bfloat16()
-    return combine(rows, layout.slot_to_row).to(hidden_states.dtype)
+    return combine(rows, layout.slot_to_row)

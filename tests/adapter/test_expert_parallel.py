@@ -14,7 +14,7 @@ from dsv4_kernels import reference
 
 from tests.support.layers import relative_error
 from tests.support.plain_moe import PlainMoe
-from tests.support.routed_experts import load_experts, routed_experts
+from tests.support.routed_experts import loaded_experts
 from vllm_dsv4_moe.commands.tiny import TinyConfig
 
 CONFIG = TinyConfig(layers=1, hash_layers=0, hidden=64, intermediate=32, experts=12, heads=4)
@@ -33,13 +33,7 @@ def tensors(checkpoint):
 
 def rank_layer(vllm_config, tensors, ep_size, ep_rank, **options):
     """One rank's layer with this plugin's method, loaded and processed."""
-    from vllm.config import set_current_vllm_config
-
-    layer = routed_experts(vllm_config, CONFIG, ep=(ep_size, ep_rank), **options)
-    with set_current_vllm_config(vllm_config):
-        load_experts(layer, tensors.items())
-        layer.quant_method.process_weights_after_loading(layer)
-    return layer
+    return loaded_experts(vllm_config, CONFIG, tensors, ep=(ep_size, ep_rank), **options)
 
 
 def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from tests.support.vllm_sources import ROOT, sources
 
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 ROUTED_EXPERTS = f"{FUSED_MOE}.routed_experts.RoutedExperts"
+NAIVE = f"{FUSED_MOE}.prepare_finalize.naive_dp_ep.MoEPrepareAndFinalizeNaiveDPEPModular"
 MOE_CONFIG = f"{FUSED_MOE}.config.FusedMoEConfig"
 
 # What the plugin calls, and what it overrides and so is called with: the parameters it relies on,
@@ -58,6 +59,11 @@ SIGNATURES = {
     f"{FUSED_MOE}.modular_kernel.FusedMoEExpertsModular.finalize_weight_and_reduce_impl": "self",
     f"{FUSED_MOE}.all2all_utils.maybe_make_prepare_finalize": (
         "moe quant_config routing_tables allow_new_interface use_monolithic"
+    ),
+    f"{NAIVE}.__init__": "self is_sequence_parallel num_dispatchers",
+    f"{NAIVE}.prepare": (
+        "self a1 topk_weights topk_ids num_experts expert_map apply_router_weight_on_input"
+        " quant_config defer_input_quant"
     ),
     f"{FUSED_MOE}.config.FusedMoEQuantConfig.make": "quant_dtype weight_dtype",
     f"{ROUTED_EXPERTS}.weight_loader": (
@@ -127,6 +133,7 @@ ATTRIBUTES = {
         "activation_format num_dispatchers"
     ),
     f"{FUSED_MOE}.modular_kernel.ExpertTokensMetadata": "expert_num_tokens",
+    NAIVE: "is_sequence_parallel num_dispatchers",
     f"{FUSED_MOE}.activation.MoEActivation": "SILU",
     "vllm.models.deepseek_v4.quant_config.DeepseekV4FP8Config": (
         "expert_dtype moe_quant_algo ignored_layers packed_modules_mapping"
@@ -268,6 +275,7 @@ OVERRIDDEN = (
     f"{FUSED_MOE}.fused_moe_method_base.FusedMoEMethodBase.create_weights",
     f"{FUSED_MOE}.modular_kernel.FusedMoEExpertsModular.apply",
     f"{FUSED_MOE}.modular_kernel.FusedMoEExpertsModular.workspace_shapes",
+    f"{NAIVE}.prepare",
 )
 
 

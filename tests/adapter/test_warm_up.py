@@ -6,8 +6,15 @@ from unittest import mock
 import pytest
 import torch
 from dsv4_kernels.backends import SM90, SM100
+from dsv4_kernels.packed_tokens import pack_tokens, unpack_tokens
 from dsv4_kernels.route import gate_route, router_topk
-from dsv4_kernels.rows import combine, expert_layout, nvfp4_quantize, place_rows
+from dsv4_kernels.rows import (
+    combine,
+    expert_layout,
+    nvfp4_quantize,
+    place_codes,
+    place_rows,
+)
 from dsv4_kernels.types import ActivationScales, ExpertLayout, ExpertWeights, MoeLayer, MoeShape
 
 from vllm_dsv4_moe.warm_up import WarmUp, launch_router, token_counts
@@ -17,6 +24,7 @@ OPS = {
     "expert_layout": (expert_layout, ("_count_kernel", "_layout_kernel")),
     "combine": (combine, ("_combine_kernel",)),
     "place_rows": (place_rows, ("_place_kernel",)),
+    "place_codes": (place_codes, ("_place_codes_kernel",)),
     "nvfp4_quantize": (nvfp4_quantize, ("_quantize_kernel", "_swizzle_kernel")),
     "router_topk": (router_topk, ("_router_kernel",)),
     "gate_route": (gate_route, ("_gate_route_kernel",)),
@@ -61,7 +69,7 @@ def variants(monkeypatch) -> set:
 
 def call_ops(num_tokens: int, top_k: int, num_local: int, tile: int) -> None:
     """Each op at that size, on tensors that hold nothing: a recorder does not look."""
-    hidden, experts = 32, min(512, 4 * num_local)
+    hidden, experts = 64, min(512, 4 * num_local)
     ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device="meta")
     x = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device="meta")
     expert_map = torch.empty(experts, dtype=torch.int32, device="meta")
@@ -70,7 +78,12 @@ def call_ops(num_tokens: int, top_k: int, num_local: int, tile: int) -> None:
     combine.combine(rows, layout.slot_to_row, out=x)
     place_rows.place_rows(x, layout.slot_to_row, out=rows)
     for scale in (torch.empty(1, device="meta"), None):
-        nvfp4_quantize.nvfp4_quantize(x, scale, layout, swizzled=True)
+        placed = nvfp4_quantize.nvfp4_quantize(x, scale, layout, swizzled=True)
+        shape = MoeShape(experts, num_local, top_k, hidden, 32, MOST, True)
+        scales = ActivationScales(scale, None)
+        layer = MoeLayer(SM100, shape, None, 10.0, scales, ids[0, :1].long(), None)
+        tokens = unpack_tokens(pack_tokens(x, ids, layer), layer)
+        place_codes.place_codes(tokens, layout.slot_to_row, out=placed)
     nvfp4_quantize.nvfp4_quantize(rows, None, live=layout.row_to_slot, swizzled=True)
     logits = torch.empty((num_tokens, experts), device="meta")
     router_topk.router_topk(logits, top_k, bias=logits[0])
@@ -89,7 +102,7 @@ def test_powers_of_two_reach_every_variant(variants, top_k, num_local):
     for num_tokens in token_counts(MOST):
         call_ops(num_tokens, top_k, num_local, tile=8)
     reached = set(variants)
-    assert len({name for name, *_ in reached}) == 8
+    assert len({name for name, *_ in reached}) == 9
     for num_tokens in range(1, MOST + 1, 13):
         call_ops(num_tokens, top_k, num_local, tile=8)
     assert variants == reached
@@ -168,6 +181,18 @@ def test_layers_of_one_shape_are_run_once_at_each_size(
     assert calls == [count for count in (1, 2, 4, 8, 16, 32, 40) for _ in ("fc1", "fc2")]
     warm_up(layer, None, expert_map, torch.int64)
     assert len(calls) == 28
+
+
+def test_where_tokens_are_packed_so_are_the_warm_ups(monkeypatch, variants):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    layer, calls = layer_of(SM100, quantize=True)
+    expert_map, warm_up = torch.zeros(16, dtype=torch.int32), WarmUp()
+    warm_up(layer, None, expert_map, torch.int32)
+    launched = {name for name, *_ in variants}
+    assert "_place_codes_kernel" not in launched
+    warm_up(layer, None, expert_map, torch.int32, packs=True)
+    assert len(calls) == 28
+    assert {name for name, *_ in variants} == launched | {"_place_codes_kernel"}
 
 
 def test_layers_whose_routers_launch_other_kernels_are_run_each(monkeypatch, variants):

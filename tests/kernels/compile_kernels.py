@@ -12,15 +12,25 @@ import sys
 import torch
 import triton
 from dsv4_kernels import pdl
+from dsv4_kernels.backends import SM100
+from dsv4_kernels.packed_tokens import pack_tokens, unpack_tokens
 from dsv4_kernels.route.gate_route import gate_route
 from dsv4_kernels.route.router_topk import router_topk
 from dsv4_kernels.rows.combine import combine
 from dsv4_kernels.rows.expert_layout import expert_layout
 from dsv4_kernels.rows.fp8_quantize import fp8_quantize
 from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
+from dsv4_kernels.rows.place_codes import place_codes
 from dsv4_kernels.rows.place_rows import place_rows
 from dsv4_kernels.sm90.weights import prepare_weights
-from dsv4_kernels.types import ExpertWeights, Fp8Rows, ImageBias
+from dsv4_kernels.types import (
+    ActivationScales,
+    ExpertWeights,
+    Fp8Rows,
+    ImageBias,
+    MoeLayer,
+    MoeShape,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
@@ -79,8 +89,13 @@ def launch_everything() -> None:
     hashed = {"table": table, "token_ids": token_ids[:64], "hash_weights": "uniform"}
     gate_route(x[:64], gate, TOP_K, image_bias=image_bias, **hashed)
     saturated = torch.zeros(1, dtype=torch.int64)
+    shape = MoeShape(EXPERTS, EXPERTS, TOP_K, HIDDEN, 64, len(x), True)
     for scale in (None, torch.ones(1)):
-        nvfp4_quantize(x, scale, layout, swizzled=True, saturated=saturated)
+        placed = nvfp4_quantize(x, scale, layout, swizzled=True, saturated=saturated)
+        scales = ActivationScales(scale, None)
+        layer = MoeLayer(SM100, shape, zero_weights(), 10.0, scales, saturated, torch.zeros(1))
+        tokens = unpack_tokens(pack_tokens(x, ids, layer), layer)
+        place_codes(tokens, layout.slot_to_row, out=placed)
     nvfp4_quantize(x, torch.ones(len(x)), saturated=saturated)
     few = expert_layout(ids[:8], EXPERTS, None, tile=128)
     nvfp4_quantize(x[:8], torch.ones(1), few, swizzled=True)
@@ -96,7 +111,12 @@ def launch_everything() -> None:
         prepare_weights(zero_weights(block, dtype), torch.zeros(1))
 
 
-def zero_weights(block: int, scale_dtype: torch.dtype, hidden: int = 256, intermediate: int = 64):
+def zero_weights(
+    block: int = 16,
+    scale_dtype: torch.dtype = torch.float8_e4m3fn,
+    hidden: int = 256,
+    intermediate: int = 64,
+):
     def matrix(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         scales = torch.zeros(1, rows, k // block, dtype=scale_dtype)
         return torch.zeros(1, rows, k // 2, dtype=torch.uint8), scales

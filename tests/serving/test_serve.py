@@ -319,8 +319,8 @@ def warmed_up(checkpoint: Path, layer: int) -> PlainMoe:
 def test_two_expert_parallel_processes_give_the_single_process_output(
     checkpoint, tmp_path, parallel
 ):
-    """TP 2 with warm-up's scales, which do not depend on the ranks. DP 2 with each token's own, and
-    with the gate inside the router."""
+    """TP 2 with warm-up's scales, which do not depend on the ranks. DP 2 with each token's own,
+    quantised before it travels, and with the gate inside the router."""
     if parallel == "-tp=2":
         probe, policy = "record", "warmup"
         layers = [warmed_up(checkpoint, n) for n in range(CONFIG.layers)]
@@ -341,5 +341,7 @@ def test_two_expert_parallel_processes_give_the_single_process_output(
     # A data-parallel process without a request of its own runs padding along.
     assert any(call["padding"].any() for call in recording.calls) == (parallel == "-dp=2")
     assert max(layer_errors(recording.calls, layers)) <= PARALLEL_TOLERANCE
+    packed = "quantised before they travel between ranks: 160 bytes each" in server.log.read_text()
+    assert packed == (parallel == "-dp=2")
     gated = "one launch gates and routes 1 to 64 tokens in hash" in server.log.read_text()
     assert gated == (parallel == "-dp=2")

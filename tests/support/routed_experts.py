@@ -1,6 +1,6 @@
 """vLLM's RoutedExperts of one rank with this plugin's method, without the model around it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 import torch
@@ -17,13 +17,14 @@ def routed_experts(
     *,
     ep=(1, 0),
     tp=(1, 0),
+    dp=None,
     all2all="allgather_reducescatter",
     redundant=0,
     placement="linear",
     device="cpu",
     **settings,
 ):
-    """Parameters are not loaded. ep and tp are (size, rank); ep's ranks are data-parallel ones too
+    """Parameters are not loaded. ep, tp and dp are (size, rank); ep's ranks are data-parallel ones too
     where all2all is not vLLM's default."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
@@ -36,7 +37,7 @@ def routed_experts(
 
     from vllm_dsv4_moe.moe_method import METHODS
 
-    dp = (1, 0) if all2all == "allgather_reducescatter" else ep
+    dp = dp or ((1, 0) if all2all == "allgather_reducescatter" else ep)
     parallel = FusedMoEParallelConfig(
         *(tp[0], 1, dp[0], ep[0]), *(tp[1], 0, dp[1], ep[1]), sp_size=1, use_ep=ep[0] > 1,
         all2all_backend=all2all, enable_eplb=redundant > 0,
@@ -86,3 +87,14 @@ def load_experts(layer, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
             if weight_name in name:
                 param = getattr(layer, name.replace(weight_name, param_name).split(".")[-1])
                 param.weight_loader(param, tensor, name, shard, expert, return_success=True)
+
+
+def loaded_experts(vllm_config, sizes: TinyConfig, tensors: Mapping[str, torch.Tensor], **options):
+    """RoutedExperts with a layer's tensors, processed."""
+    from vllm.config import set_current_vllm_config
+
+    layer = routed_experts(vllm_config, sizes, **options)
+    with set_current_vllm_config(vllm_config):
+        load_experts(layer, tensors.items())
+        layer.quant_method.process_weights_after_loading(layer)
+    return layer

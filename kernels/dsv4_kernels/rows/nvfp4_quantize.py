@@ -118,15 +118,21 @@ def _any_row(row_ptr, gs, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS
 
 
 @triton.jit
-def _store_codes(codes_ptr, row, codes, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
+def _store_codes(row_ptr, codes, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr):
     for i in tl.static_range(len(codes)):
         block = i * BLOCKS + tl.arange(0, BLOCKS)
-        tl.store(codes_ptr + row * NUM_BLOCKS + block, codes[i], mask=block < NUM_BLOCKS)
+        tl.store(row_ptr + block, codes[i], mask=block < NUM_BLOCKS)
 
 
 @triton.jit
 def _store_scales(
-    scales_ptr, row, scales, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, ORDER: tl.constexpr
+    scales_ptr,
+    row,
+    scales,
+    COLUMNS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
     for i in tl.static_range(len(scales)):
         block = i * BLOCKS + tl.arange(0, BLOCKS)
@@ -134,7 +140,7 @@ def _store_scales(
             place = (row // 128) * (COLUMNS * 128) + row % 32 * 16 + row % 128 // 32 * 4
             place = place + block // 4 * 512 + block % 4
         else:
-            place = row * COLUMNS + block
+            place = row * STRIDE + block
         tl.store(scales_ptr + place, scales[i].to(tl.uint8), mask=block < COLUMNS)
 
 
@@ -150,7 +156,11 @@ def _quantize_kernel(
     saturated_ptr,
     NUM_BLOCKS: tl.constexpr,  # K // 16
     SCALE_COLUMNS: tl.constexpr,  # of a row of block scales, padding included
+    CODES_STRIDE: tl.constexpr,  # of rows, like the next two
+    SCALES_STRIDE: tl.constexpr,  # of block scales that are not swizzled
+    GS_STRIDE: tl.constexpr,
     TOP_K: tl.constexpr,
+    LIVE: tl.constexpr,  # columns of live
     BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,  # of BLOCKS, in a row of block scales
     POLICY: tl.constexpr,
@@ -168,7 +178,10 @@ def _quantize_kernel(
         for i in tl.static_range(TOP_K):
             num_rows += (tl.load(slot_to_row_ptr + token * TOP_K + i) >= 0).to(tl.int32)
     elif live_ptr is not None:
-        num_rows = (tl.load(live_ptr + token) >= 0).to(tl.int32)
+        num_rows = 0
+        for i in tl.static_range(LIVE):
+            is_live = (tl.load(live_ptr + token * LIVE + i) >= 0).to(tl.int32)
+            num_rows = tl.maximum(num_rows, is_live)
     if num_rows > 0:
         # Phase 2: load the row.
         words = ()
@@ -197,17 +210,19 @@ def _quantize_kernel(
 
         # Phase 4: write row by row: chunk by chunk took 5 % longer on an H200.
         if ORDER == _TOKENS:
-            _store_scales(scales_ptr, token, scales, SCALE_COLUMNS, BLOCKS, ORDER)
+            _store_scales(scales_ptr, token, scales, SCALE_COLUMNS, SCALES_STRIDE, BLOCKS, ORDER)
         for slot in range(TOP_K):
             row = token
             if slot_to_row_ptr is not None:
                 row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
             if row >= 0:
                 if POLICY == _OWN:
-                    tl.store(gs_out_ptr + row, gs)
-                _store_codes(codes_ptr, row, codes, NUM_BLOCKS, BLOCKS)
+                    tl.store(gs_out_ptr + row * GS_STRIDE, gs)
+                _store_codes(codes_ptr + row * CODES_STRIDE, codes, NUM_BLOCKS, BLOCKS)
                 if ORDER != _TOKENS:
-                    _store_scales(scales_ptr, row, scales, SCALE_COLUMNS, BLOCKS, ORDER)
+                    _store_scales(
+                        scales_ptr, row, scales, SCALE_COLUMNS, SCALES_STRIDE, BLOCKS, ORDER
+                    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -308,13 +323,14 @@ def nvfp4_quantize(
 
     x (num_tokens, K) bf16, contiguous, K a multiple of 16. With a layout, token t's codes and
     scales go to every row slot_to_row[t, j] >= 0, and rows that no slot has are left as they are;
-    without, row i goes to row i, unless live (num_tokens,) int32 is negative there: row_to_slot as
-    live quantises rows that are in their place and skips the padding. global_scale float32, finite
-    and positive: (1,) or, without a layout, (num_tokens,); None for each row's own, which is then
-    written to out.global_scales (rows,). saturated, a (1,) int64, grows by the blocks, of written
-    rows, that did not fit. out is (rows, K // 2) uint8 codes and E4M3 block scales of
-    block_scales_shape; scratch uint8, scratch_size bytes for swizzled scales; both made here if
-    None.
+    without, row i goes to row i, unless all of live[i] is negative, live (num_tokens,) or
+    (num_tokens, any): row_to_slot as live quantises rows that are in their place and skips the
+    padding, and expert ids skip tokens that have none. global_scale float32, finite and positive:
+    (1,) or, without a layout, (num_tokens,); None for each row's own, which is then written to
+    out.global_scales (rows,). saturated, a (1,) int64, grows by the blocks, of written rows, that
+    did not fit. out is (rows, K // 2) uint8 codes and E4M3 block scales of block_scales_shape, not
+    swizzled maybe parts of longer rows; scratch uint8, scratch_size bytes for swizzled scales; both
+    made here if None.
     """
     num_tokens, K = x.shape
     assert x.dtype == torch.bfloat16 and x.is_contiguous(), (x.dtype, x.stride())
@@ -326,34 +342,42 @@ def nvfp4_quantize(
     scales_shape = block_scales_shape(rows, K, swizzled)
     assert out.codes.shape == (rows, K // 2), (out.codes.shape, rows, K)
     assert out.block_scales.shape == scales_shape, (out.block_scales.shape, scales_shape)
-    assert out.codes.is_contiguous() and out.block_scales.is_contiguous()
-    assert live is None or (layout is None and live.shape == (num_tokens,)), live.shape
+    assert out.codes.stride(1) == out.block_scales.stride(1) == 1, out.codes.stride()
+    assert not swizzled or out.block_scales.is_contiguous(), out.block_scales.stride()
+    assert live is None or (layout is None and len(live) == num_tokens), live.shape
+    assert live is None or live.is_contiguous(), live.stride()
     assert policy != OWN or out.global_scales.shape == (rows,), out.global_scales.shape
     if num_tokens == 0:
         return out
     has_pdl = supports_pdl(x)
     top_k = 1 if layout is None else layout.slot_to_row.shape[1]
     config = choose_config(scales_shape[1], num_tokens)
+    codes = out.codes.view(torch.int64)
     order, scales = SWIZZLED if swizzled else ROWS, out.block_scales.view(torch.uint8)
+    scales_stride = scales.stride(0)
     row_to_slot = live if layout is None else layout.row_to_slot
     swizzles = swizzled and config.swizzles and row_to_slot is not None
     if swizzles:
         if scratch is None:
             scratch = torch.empty(scratch_size(num_tokens, K), dtype=torch.uint8, device=x.device)
         assert scratch.numel() >= scratch_size(num_tokens, K), scratch.shape
-        order, scales = TOKENS, scratch
+        order, scales, scales_stride = TOKENS, scratch, scales_shape[1]
     _quantize_kernel[(num_tokens,)](
         x.view(torch.int32),
         layout.slot_to_row if layout else None,
         live,
         global_scale,
-        out.codes.view(torch.int64),
+        codes,
         scales,
         out.global_scales,
         saturated,
         NUM_BLOCKS=K // NVFP4_BLOCK,
         SCALE_COLUMNS=scales_shape[1],
+        CODES_STRIDE=codes.stride(0),
+        SCALES_STRIDE=scales_stride,
+        GS_STRIDE=out.global_scales.stride(0),
         TOP_K=top_k,
+        LIVE=1 if live is None else live[0].numel(),
         BLOCKS=config.blocks,
         CHUNKS=triton.cdiv(scales_shape[1], config.blocks),
         POLICY=policy,
