@@ -24,7 +24,7 @@ def routed_experts(
     device="cpu",
     **settings,
 ):
-    """Parameters are not loaded. ep, tp and dp are (size, rank); ep's ranks are data-parallel ones too
+    """Parameters are not loaded. ep, tp and dp are (size, rank); ep's ranks are dp's as well
     where all2all is not vLLM's default."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
