@@ -22,7 +22,13 @@ def test_settings_are_the_codes():
 
 
 RESULTS = ROOT / "kernels/bench/results"
-REPORTS = {"layer": layer.report, "mxfp4": mxfp4.report, "load": load.report, "serve": serve.report}
+REPORTS = {
+    "layer": layer.report,
+    "mxfp4": mxfp4.report,
+    "w4a8": mxfp4.report,
+    "load": load.report,
+    "serve": serve.report,
+}
 
 
 @pytest.mark.parametrize("bench", [name for name in REPORTS if (RESULTS / f"{name}.json").exists()])

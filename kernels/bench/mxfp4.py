@@ -48,9 +48,17 @@ TOKENS = (1, 6, 8, 32, 48, 128, 512, 2048, 8192)
 FP8_TOLERANCE = 4 * TOLERANCE
 BF16_PEERS = ("marlin", "humming")
 DEFAULT_PEER = "humming_fp8"
-
-
 OURS = {"sm90": False, "sm90_fp8": True}
+COLUMNS = {
+    "sm90": "sm90",
+    "sm90_fp8": "sm90 W4A8",
+    "marlin": "Marlin",
+    "humming": "Humming",
+    "humming_fp8": "Humming FP8",
+}
+# W4A8 beside the default peer, by number of tokens; with fewer, at most 2 us more than bf16.
+W4A8_BARS = {48: 1.0, 128: 1.0, 512: 1.0, 2048: 1.4, 8192: 1.6}
+W4A8_WITH_BARS = WITH_BARS[:2]
 
 
 def make_ours(fp8: bool, shape: MoeShape, weights: ExpertWeights) -> MakeCall:
@@ -134,6 +142,22 @@ def bars(cells: dict) -> list[tuple[str, float, float]]:
             found.append((f"{what}: floor", mine["floor_us"] / mine["us"], 1 / 1.15))
         if mine and peer:
             found.append((f"{what}: fp8", peer["us"] / mine["us"], 1.0))
+    return found + w4a8_bars(cells)
+
+
+def w4a8_bars(cells: dict) -> list[tuple[str, float, float]]:
+    found = []
+    for title in W4A8_WITH_BARS:
+        for tokens in TOKENS:
+            names = ("sm90_fp8", "sm90", DEFAULT_PEER)
+            mine, bf16, peer = (cells.get((title, tokens, name)) for name in names)
+            what = f"{title}, {tokens}: W4A8"
+            if mine and bf16 and tokens not in W4A8_BARS:
+                found.append((f"{what} beside bf16 + 2 us", (bf16["us"] + 2) / mine["us"], 1.0))
+            if mine and peer and tokens in W4A8_BARS:
+                found.append((what, peer["us"] / mine["us"], W4A8_BARS[tokens]))
+            if mine and peer and peer["error"] > 0:
+                found.append((f"{what}'s error", peer["error"] / mine["error"], 1 / 1.05))
     return found
 
 
@@ -143,15 +167,27 @@ def report(arguments: argparse.Namespace) -> None:
     results = json.loads(Path(arguments.results).read_text())
     cells = {(r["model"], r["tokens"], r["backend"]): r for r in results["rows"] if "us" in r}
     print(f"Microseconds a layer, {results['gpu']}, commit {results['commit']}; × is over floor.\n")
-    print("| | tokens | floor | sm90 | Marlin | Humming | Humming FP8 | than bf16 | than FP8 |")
-    print("|---" * 9 + "|")
+    measured = {row["backend"] for row in results["rows"]}
+    names = [name for name in COLUMNS if name in measured]
+    ratios = {
+        title: (mine, [peer for peer in peers if peer in names])
+        for title, mine, peers in (
+            ("than bf16", "sm90", BF16_PEERS),
+            ("than FP8", "sm90", (DEFAULT_PEER,)),
+            ("W4A8 than FP8", "sm90_fp8", (DEFAULT_PEER,)),
+        )
+        if mine in names and any(peer in names for peer in peers)
+    }
+    header = ["tokens", "floor", *(COLUMNS[name] for name in names), *ratios]
+    print(f"| | {' | '.join(header)} |")
+    print("|---" * (len(header) + 1) + "|")
     for title, tokens in dict.fromkeys((model, tokens) for model, tokens, _ in cells):
-        row = [cells.get((title, tokens, name)) for name in MEASURED]
-        floor = next(cell["floor_us"] for cell in row if cell)
-        shown = [f"{c['us']:.0f} ({c['us'] / floor:.2f}×)" if c else "-" for c in row]
-        mine, *bf16, fp8 = (cell["us"] if cell else None for cell in row)
-        others = min(filter(None, bf16), default=None), fp8
-        shown += [f"{other / mine:.2f}×" if other and mine else "-" for other in others]
+        row = {name: cells.get((title, tokens, name)) for name in names}
+        floor = next(cell["floor_us"] for cell in row.values() if cell)
+        shown = [f"{c['us']:.0f} ({c['us'] / floor:.2f}×)" if c else "-" for c in row.values()]
+        for mine, peers in ratios.values():
+            others = [row[peer]["us"] for peer in peers if row[peer]]
+            shown.append(f"{min(others) / row[mine]['us']:.2f}×" if others and row[mine] else "-")
         print(f"| {title} | {tokens} | {floor:.0f} | {' | '.join(shown)} |")
     found = bars(cells)
     missed = [each for each in found if each[1] < each[2]]

@@ -67,6 +67,23 @@ def test_bars_are_those_of_the_shapes_and_numbers_of_tokens_that_have_one():
     ]
 
 
+def test_w4a8_has_bars_beside_bf16_and_beside_the_default_peer():
+    us = {"sm90": 10.0, "sm90_fp8": 11.0, "humming_fp8": 22.0}
+    errors = {"sm90": 0.001, "sm90_fp8": 0.5, "humming_fp8": 0.25}
+    title = list(mxfp4.SHAPES)[0]
+    cells = {
+        (title, tokens, name): {"us": us[name], "error": errors[name]}
+        for tokens in (32, 2048)
+        for name in us
+    }
+    assert mxfp4.w4a8_bars(cells) == [
+        (f"{title}, 32: W4A8 beside bf16 + 2 us", 12 / 11, 1.0),
+        (f"{title}, 32: W4A8's error", 0.5, 1 / 1.05),
+        (f"{title}, 2048: W4A8", 2.0, 1.4),
+        (f"{title}, 2048: W4A8's error", 0.5, 1 / 1.05),
+    ]
+
+
 def test_parts_of_a_wider_tensor_begin_where_its_halves_do():
     source = torch.arange(1, 9).view(1, 4, 2)
     target = torch.full((1, 8, 3), 99)
