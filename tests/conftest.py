@@ -3,9 +3,11 @@
 `--silicon tests/emulator/test_emulator_*` runs the emulator's snippets on the GPU as well.
 """
 
+import gc
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,16 @@ import pytest
 # Without a GPU, Triton's kernels run in its interpreter; Triton looks when it is first imported.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def give_back_gpu_memory():
+    """Several processes test on one GPU, beside servers: a module leaves none in torch's cache."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench.inputs import LIMIT, random_weights
+from cutlass import cute
 from dsv4_kernels import compile_processes, compiled
 from dsv4_kernels.backends import SM90
 from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
@@ -85,7 +86,7 @@ def right() -> torch.Tensor:
 
 
 def test_objects_run_and_nothing_is_compiled(filled, right, monkeypatch):
-    monkeypatch.setattr(gemm.cute, "compile", lambda *a, **k: pytest.fail("it compiled"))
+    monkeypatch.setattr(cute, "compile", lambda *a, **k: pytest.fail("it compiled"))
     started = start(filled, monkeypatch)
     assert (started.infos, started.warnings) == (0, [])
     assert started.out.equal(right)

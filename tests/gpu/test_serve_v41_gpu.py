@@ -17,7 +17,7 @@ from vllm_dsv4_moe.commands.serving import SMALL_ARGUMENTS, serve
 from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
 from vllm_dsv4_moe.commands.tiny_config import IMAGE_TOKEN_ID, V41_DEFAULTS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("servers-v41")]
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("servers")]
 
 # V4.1-Flash's intermediate size at TP8.
 MODEL = dataclasses.replace(
