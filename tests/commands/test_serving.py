@@ -73,7 +73,7 @@ def test_stop_ends_children_that_ignore_the_first_signal(tmp_path, monkeypatch):
     process.stdout.close()
     assert serving._group_runs(process.pid)
     started = time.monotonic()
-    serving._stop(process)
+    serving.stop(process)
     assert time.monotonic() - started < 10
     assert not serving._group_runs(process.pid)
 

@@ -346,6 +346,6 @@ def test_faults_in_the_sm90_kernel_of_a_cluster(monkeypatch, keep_sm90_choice):
 
 
 def test_faults_under_starved_lanes_of_the_sm90_kernel(monkeypatch):
-    problem = sm90_problems.Problem("starved", 3, 2, 2, 192, 128)
+    problem = sm90_problems.Problem("starved", 3, 2, 2, 320, 128)
     upper_lanes = 20  # after its 20 warps
     check_all(sm90_kernel(monkeypatch, problem, [("starved", upper_lanes)]), SM90_STARVED_FAULTS)
