@@ -13,8 +13,8 @@ check: setup lint  ## lint, types, layering, unit tests: no server, no emulator,
 	@$(PYTEST) -q -m "not gpu and not slow" -n 2 --dist loadfile \
 	  tests/test_layering.py tests/test_readme.py tests/kernels tests/adapter tests/commands
 
-test: setup lint  ## everything that needs no GPU
-	@$(PYTEST) -m "not gpu" -n 2 --dist loadfile
+test: setup lint  ## everything that needs no GPU, but for what a workflow runs once a week
+	@$(PYTEST) -m "not gpu and not weekly" -n 2 --dist loadfile
 
 emulator: setup  ## the PTX emulator's own tests, and the kernels in it: a part of test
 	@$(PYTEST) -m "not gpu" -n 2 --dist loadfile tests/emulator

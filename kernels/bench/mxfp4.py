@@ -182,12 +182,13 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"| | {' | '.join(header)} |")
     print("|---" * (len(header) + 1) + "|")
     for title, tokens in dict.fromkeys((model, tokens) for model, tokens, _ in cells):
-        row = {name: cells.get((title, tokens, name)) for name in names}
-        floor = next(cell["floor_us"] for cell in row.values() if cell)
-        shown = [f"{c['us']:.0f} ({c['us'] / floor:.2f}×)" if c else "-" for c in row.values()]
+        row = {n: cells[title, tokens, n] for n in names if (title, tokens, n) in cells}
+        floor = next(iter(row.values()))["floor_us"]
+        us = {name: cell["us"] for name, cell in row.items()}
+        shown = [f"{us[n]:.0f} ({us[n] / floor:.2f}×)" if n in us else "-" for n in names]
         for mine, peers in ratios.values():
-            others = [row[peer]["us"] for peer in peers if row[peer]]
-            shown.append(f"{min(others) / row[mine]['us']:.2f}×" if others and row[mine] else "-")
+            others = [us[peer] for peer in peers if peer in us]
+            shown.append(f"{min(others) / us[mine]:.2f}×" if others and mine in us else "-")
         print(f"| {title} | {tokens} | {floor:.0f} | {' | '.join(shown)} |")
     found = bars(cells)
     missed = [each for each in found if each[1] < each[2]]

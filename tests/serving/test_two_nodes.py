@@ -24,7 +24,7 @@ from tests.support.plain_moe import PlainMoe
 from vllm_dsv4_moe.commands.serving import free_port, start, stop
 from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
 
-pytestmark = [*test_serve.pytestmark, pytest.mark.slow]
+pytestmark = [*test_serve.pytestmark, pytest.mark.weekly]
 (FILE,) = (path for path in DEPLOYMENTS if path.stem == "pro-2x8xh200")
 SETTINGS = {"activation_scale": "token"}
 # vLLM compiles a helper of distributed engines, for which gcc alone will not do.
