@@ -142,6 +142,7 @@ def test_every_slot_has_a_program(num_slots, expert_block):
     assert config.parts == 1 or config.steps == 1
 
 
+@pytest.mark.slow
 def test_everything_is_made_when_nothing_is_given():
     ids = random_ids(700, 60, 6)
     ours = expert_layout(ids.to(DEVICE), 60, None, 16)

@@ -117,7 +117,10 @@ def check_placed(num_tokens: int, policy: str, hidden: int) -> None:
     assert (placed.codes != 0xAA).any()
 
 
-@pytest.mark.parametrize("num_tokens, hidden", [(1, 1152), (21, 1152), (140, 64)])
+@pytest.mark.parametrize(
+    "num_tokens, hidden",
+    [(1, 1152), (21, 1152), pytest.param(140, 64, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_placed_codes_equal_those_quantised_after(num_tokens, policy, hidden):
     check_placed(num_tokens, policy, hidden)

@@ -61,6 +61,7 @@ def test_the_shuffle_is_the_oracles_byte_for_byte(shape):
 SCALE_BYTES = {"31-powers": (104, 134), "40-powers": (100, 139), "all": (0, 254)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_bytes", SCALE_BYTES.values(), ids=SCALE_BYTES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_shuffle_of_mxfp4_is_the_oracles_byte_for_byte(shape, scale_bytes):
