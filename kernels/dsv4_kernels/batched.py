@@ -9,11 +9,11 @@ weight multiplies when the rows are back at their tokens: FC1 has a weight of on
 """
 
 import functools
-from typing import Any
 
 import torch
 
 from dsv4_kernels import workspace as arena
+from dsv4_kernels.moe import run_gemms
 from dsv4_kernels.types import Fp8Rows, MoeLayer, QuantizedRows, Routing
 
 
@@ -62,27 +62,24 @@ def _run_kernels(
     from dsv4_kernels.rows.fp8_quantize import fp8_quantize
     from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
 
-    backend = layer.backend
-    tile = backend.tile(layer.shape, num_tokens)
+    tile = layer.backend.tile(layer.shape, num_tokens)
     buffers = arena.carve(workspace, layer.shape, tile, num_tokens)
     layout = batched_layout(counts, tile, out=buffers.layout)
-    given: dict[str, Any] = {"live": layout.row_to_slot, "saturated": layer.saturated}
-    nvfp4: dict[str, Any] = {"swizzled": True, "scratch": buffers.quantize_scratch}
+    live, saturated = layout.row_to_slot, layer.saturated
     x: torch.Tensor | QuantizedRows | Fp8Rows = rows
     if isinstance(buffers.x, Fp8Rows):
-        x = fp8_quantize(rows, **given, out=buffers.x)
+        x = fp8_quantize(rows, live=live, saturated=saturated, out=buffers.x)
     elif layer.activation_scales is not None:
-        x = nvfp4_quantize(rows, layer.activation_scales.fc1, **given, **nvfp4, out=buffers.x)
-    h = buffers.h if buffers.h_bf16 is None else buffers.h_bf16
-    assert backend.fc1 is not None and backend.fc2 is not None, backend.name
-    backend.fc1(x, ones, layout, layer, out=h, num_tokens=num_tokens)
-    if buffers.h_bf16 is not None and isinstance(buffers.h, Fp8Rows):
-        h = fp8_quantize(buffers.h_bf16, **given, ordered=True, out=buffers.h)
-    elif buffers.h_bf16 is not None:
-        assert isinstance(buffers.h, QuantizedRows), type(buffers.h)
-        h = nvfp4_quantize(buffers.h_bf16, None, **given, **nvfp4, out=buffers.h)
-    slot_weights = ones if layer.shape.fp8 else None
-    backend.fc2(h, layout, layer, out=out, routing_weights=slot_weights, num_tokens=num_tokens)
+        x = nvfp4_quantize(
+            rows,
+            layer.activation_scales.fc1,
+            live=live,
+            swizzled=True,
+            saturated=saturated,
+            scratch=buffers.quantize_scratch,
+            out=buffers.x,
+        )
+    run_gemms(x, ones, layout, layer, buffers, out=out, num_tokens=num_tokens)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from dsv4_kernels.padding import padded_shape, padded_weights
 from dsv4_kernels.types import (
     ActivationAmax,
     ActivationScales,
+    ExpertLayout,
     ExpertWeights,
     Fp8Rows,
     MoeLayer,
@@ -107,10 +108,29 @@ def run_kernels(
     elif backend.places_rows(shape, num_tokens):
         # FC2 writes these rows when FC1 has read them.
         x = place_rows(hidden_states, layout.slot_to_row, out=buffers.rows)
+    run_gemms(x, routing.weights, layout, layer, buffers, out=buffers.rows)
+    combine(buffers.rows, layout.slot_to_row, out=out)
+
+
+def run_gemms(
+    x: torch.Tensor | QuantizedRows | Fp8Rows,
+    routing_weights: torch.Tensor,
+    layout: ExpertLayout,
+    layer: MoeLayer,
+    buffers: arena.Buffers,
+    *,
+    out: torch.Tensor,
+    num_tokens: int | None = None,
+) -> None:
+    """FC1 and FC2, and between them h's quantisation where each row has its own scale. num_tokens
+    as for the backend's fc1."""
+    from dsv4_kernels.rows.fp8_quantize import fp8_quantize
+    from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
+
+    backend = layer.backend
     h = buffers.h if buffers.h_bf16 is None else buffers.h_bf16
     assert backend.fc1 is not None and backend.fc2 is not None, backend.name
-    backend.fc1(x, routing.weights, layout, layer, out=h)
-    slot_weights = {"routing_weights": routing.weights} if shape.fp8 else {}
+    backend.fc1(x, routing_weights, layout, layer, out=h, num_tokens=num_tokens)
     if buffers.h_bf16 is not None and isinstance(buffers.h, Fp8Rows):
         live, saturated = layout.row_to_slot, layer.saturated
         h = fp8_quantize(h, live=live, ordered=True, saturated=saturated, out=buffers.h)
@@ -125,8 +145,8 @@ def run_kernels(
             scratch=buffers.quantize_scratch,
             out=buffers.h,
         )
-    backend.fc2(h, layout, layer, out=buffers.rows, **slot_weights)
-    combine(buffers.rows, layout.slot_to_row, out=out)
+    slot_weights = routing_weights if layer.shape.fp8 else None
+    backend.fc2(h, layout, layer, out=out, routing_weights=slot_weights, num_tokens=num_tokens)
 
 
 def prepare_layer(

@@ -172,7 +172,7 @@ def groups(layout):
             yield expert, slice(starts[expert], starts[expert] + count)
 
 
-def oracle_fc1(x, routing_weights, layout, layer, *, out) -> None:
+def oracle_fc1(x, routing_weights, layout, layer, *, out, num_tokens=None) -> None:
     scales, top_k = layer.activation_scales, routing_weights.shape[1]
     for expert, used in groups(layout):
         slots = layout.row_to_slot[used].long()
@@ -193,7 +193,8 @@ def oracle_fc1(x, routing_weights, layout, layer, *, out) -> None:
         out.block_scales.view(torch.uint8).copy_(swizzle(whole))
 
 
-def oracle_fc2(h, layout, layer, *, out) -> None:
+def oracle_fc2(h, layout, layer, *, out, routing_weights=None, num_tokens=None) -> None:
+    assert routing_weights is None, "W4A8 has another oracle"
     scales = layer.activation_scales
     for expert, used in groups(layout):
         if scales is None:
