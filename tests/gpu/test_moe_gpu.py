@@ -10,7 +10,7 @@ from dsv4_kernels import activation_scale, moe
 from dsv4_kernels.backends import BACKENDS, Backend, choose_backend
 from dsv4_kernels.types import MoeLayer, MoeShape
 
-from tests.support.layers import random_call, run, workspace_of
+from tests.support.layers import lazy, random_call, run, workspace_of
 
 pytestmark = pytest.mark.gpu
 
@@ -67,7 +67,7 @@ def make_layer(backend: Backend, shape: MoeShape) -> MoeLayer:
     scales = None
     if shape.quantize_activations:
         scales = activation_scale.warmup(weights, limit=LIMIT, scaling=SCALING)
-    return moe.prepare_layer(backend, shape, weights, limit=LIMIT, activation_scales=scales)
+    return moe.prepare_layer(lazy(backend), shape, weights, limit=LIMIT, activation_scales=scales)
 
 
 def a_call(num_tokens: int, layer: MoeLayer, seed: int, skew: str = "even"):

@@ -1,13 +1,12 @@
 """The sm90 grouped GEMMs: what they are compiled as without a GPU, and what they compute on one."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from bench.inputs import expert_map, random_weights
 from dsv4_kernels import backends, reference
-from dsv4_kernels.backends import BACKENDS, Backend
+from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.moe import moe, prepare_layer
 from dsv4_kernels.sm90.gemm import MOST_PARTIALS, all_gemms, compile_gemm, gemms
 from dsv4_kernels.sm90.heuristic import choose_config, unsupported_reason
@@ -15,7 +14,7 @@ from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm, Sm90Config
 from dsv4_kernels.types import ExpertWeights, MoeLayer, MoeShape
 
-from tests.support.layers import random_call, relative_error, run, workspace_of
+from tests.support.layers import lazy, random_call, relative_error, run, workspace_of
 from tests.support.mxfp4_weights import every_scale, exact, multiplied
 
 FLASH = MoeShape(256, 256, 6, 4096, 2048, 8192, False)
@@ -118,9 +117,7 @@ def test_compiles_without_a_gpu(op, num_tokens):
     assert compile_gemm.cache_info().misses == before
 
 
-def random_layer(
-    shape: MoeShape, seed: int, limit: float | None = 10.0, backend: Backend = BACKENDS["sm90"]
-):
+def random_layer(shape: MoeShape, seed: int, limit: float | None = 10.0):
     """(a copy of the weights as the checkpoint has them, the layer)"""
     # From 2^-3 to 2^5 with 0, 2^-9 and 448; of MXFP4 from 2^-11 to 2^4, and 30 powers below.
     scales = ((116, 131), (101,)) if shape.weight_format == "mxfp4" else ((32, 95), (0, 1, 0x7E))
@@ -128,6 +125,7 @@ def random_layer(
         shape, seed=seed, scale_bytes=scales[0], odd_bytes=scales[1], gain=2.0**-9
     )
     kept = ExpertWeights(*(tensor.clone() for tensor in weights))
+    backend = lazy(BACKENDS["sm90"])
     layer = prepare_layer(backend, shape, weights, limit=limit, activation_scales=None)
     return kept, layer
 
@@ -194,15 +192,13 @@ def test_full_sizes_match_the_oracle(shape, num_tokens):
 # Modulo the largest tile_k, 256, and V4.1-Flash's under tensor parallelism.
 SIZES = [("nvfp4", size) for size in range(16, 257, 16)]
 SIZES += [("mxfp4", size) for size in (*range(32, 257, 32), 288, 576, 640, 1152)]
-# Only what a test launches is compiled.
-LAZY = replace(BACKENDS["sm90"], compile_layer=None)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("weight_format", "size"), SIZES, ids=[f"{f}-{n}" for f, n in SIZES])
 def test_every_intermediate_size_matches_the_oracle(weight_format, size):
     shape = MoeShape(4, 4, 2, 256, size, 8, False, weight_format=weight_format)
-    check_layer(*random_layer(shape, 3, backend=LAZY), 5)
+    check_layer(*random_layer(shape, 3), 5)
 
 
 @pytest.mark.gpu
@@ -210,7 +206,7 @@ def test_every_intermediate_size_matches_the_oracle(weight_format, size):
 @pytest.mark.parametrize("size", [288, 576], ids=["tp8", "tp4"])
 def test_v41_tensor_parallel_sizes_match_the_oracle(size, num_tokens):
     shape = MoeShape(8, 8, 6, 5120, size, 256, False, weight_format="mxfp4")
-    check_layer(*random_layer(shape, 3, backend=LAZY), num_tokens)
+    check_layer(*random_layer(shape, 3), num_tokens)
 
 
 def check_layer(weights: ExpertWeights, layer: MoeLayer, num_tokens: int) -> None:
@@ -257,7 +253,7 @@ def test_graph_replays_equal_eager_and_nothing_compiles():
 @pytest.mark.gpu
 def test_shuffling_needs_at_most_one_expert_more():
     shape = FLASH._replace(num_local_experts=16, num_experts=16, max_num_tokens=1)
-    random_layer(shape, 7)  # compiles and allocates what is not the shuffle's
+    random_layer(shape, 7)  # allocates what is not the shuffle's
     torch.cuda.empty_cache()
     weights, layer = random_layer(shape, 8)
     one_expert = sum(tensor[0].nbytes for tensor in weights)

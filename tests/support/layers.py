@@ -1,8 +1,16 @@
 """Calls of a whole layer on random tokens, wherever its weights are: GPU, emulator or oracle."""
 
+from dataclasses import replace
+
 import torch
 from dsv4_kernels import moe
+from dsv4_kernels.backends import Backend
 from dsv4_kernels.types import MoeLayer, MoeShape, Routing
+
+
+def lazy(backend: Backend) -> Backend:
+    """Which compiles what a call launches, instead of all that any call may: two dozen kernels."""
+    return replace(backend, compile_layer=None)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
