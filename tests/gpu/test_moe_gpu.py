@@ -51,10 +51,15 @@ SHAPES = {
     ),
 }
 LIMIT, SCALING = 10.0, 1.5
-# Relative L2, from what may fall on either side of a rounding point: of bf16 rows and activations
-# in W4A16, of E2M1 codes (a step of a sixth to a half) in W4A4. In W4A8 of E4M3 (a step of an
-# eighth) by sums that WGMMA keeps to 13 bits, 0.2 %: sqrt(0.002 * 0.09) is 1.3 %.
-TOLERANCE = {"bf16": 2.0**-8, "nvfp4": 2.0**-6, "fp8": 2.0**-5}
+# Relative L2 of the median token and of any, from what may fall on either side of a rounding
+# point: of bf16 rows and activations in W4A16, of E2M1 codes (a step of a sixth to a half) in W4A4.
+# In W4A8 of E4M3 by sums that WGMMA keeps to 13 bits, 0.2 %: sqrt(0.002 * 0.09) is 1.3 %; but one
+# value can be most of a token's h, and its step is an eighth.
+TOLERANCES = {
+    "bf16": (2.0**-8, 2.0**-8),
+    "nvfp4": (2.0**-6, 2.0**-6),
+    "fp8": (2.0**-5, 2.0**-3),
+}
 
 
 def make_layer(backend: Backend, shape: MoeShape) -> MoeLayer:
@@ -74,6 +79,15 @@ def a_call(num_tokens: int, layer: MoeLayer, seed: int, skew: str = "even"):
     """Hidden states and routing, on the rank of `layers`."""
     first = 3 * layer.shape.num_local_experts
     return random_call(num_tokens, layer.shape, seed, skew, first=first, device="cuda")
+
+
+def check_rows(y: torch.Tensor, expected: torch.Tensor, shape: MoeShape) -> None:
+    mode = "nvfp4" if shape.quantize_activations else "fp8" if shape.fp8 else "bf16"
+    typical, largest = TOLERANCES[mode]
+    norm = expected.float().norm(dim=1)
+    errors = (y.float() - expected.float()).norm(dim=1) / norm.clamp(min=1e-30)
+    assert (errors <= largest).all(), errors.max()
+    assert not (errors[norm > 0].median() > typical), errors[norm > 0].median()
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
@@ -98,10 +112,7 @@ def test_the_layer_is_the_oracle(layers, num_tokens, skew):
     assert y.isfinite().all()
     empty = (expert_map[routing.ids.clamp(min=0).long()] < 0).logical_or(routing.ids < 0).all(1)
     assert (y[empty] == 0).all()
-    error = (y.float() - expected.float()).norm(dim=1)
-    mode = "nvfp4" if layer.shape.quantize_activations else "fp8" if layer.shape.fp8 else "bf16"
-    bound = TOLERANCE[mode] * expected.float().norm(dim=1)
-    assert (error <= bound).all(), (error / bound.clamp(min=1e-30)).max()
+    check_rows(y, expected, layer.shape)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 32, 500])
@@ -166,8 +177,7 @@ def test_tokens_of_any_size_saturate_nothing_in_fp8(layers, factor):
     x = x * factor
     y, expected = run(layer, x, routing, expert_map), run(oracle, x, routing, expert_map)
     assert y.isfinite().all() and layer.saturated == 0
-    error = (y.float() - expected.float()).norm()
-    assert error <= TOLERANCE["fp8"] * expected.float().norm()
+    check_rows(y, expected, layer.shape)
 
 
 def test_a_call_allocates_nothing_and_does_not_wait(layers):
