@@ -77,10 +77,11 @@ OPTIONS = (
         "the layer is inside vLLM's custom op; the `reference` backend wants `--enforce-eager`",
     ),
     Option(
-        "multi-token prediction, DSpark",
-        "read",
-        "their MXFP4 experts are taken where `formats` has `mxfp4`, and are vLLM's otherwise",
+        "multi-token prediction",
+        "works on H200",
+        "a draft's MXFP4 experts are taken where `formats` has `mxfp4`, and are vLLM's otherwise",
     ),
+    Option("DSpark", "read", "as multi-token prediction; every layer of the draft"),
     Option(
         "chunked prefill, mixed batches",
         "works on CPU",

@@ -138,6 +138,9 @@ SHOWN_BY = {
     "`--enable-dbo`": (
         "adapter/test_micro_batches.py::test_two_micro_batches_give_what_each_gives_alone"
     ),
+    "multi-token prediction": (
+        "gpu/test_serve_gpu.py::test_mxfp4_drafts_beside_nvfp4_experts_are_ours_too"
+    ),
     "CUDA graphs": "gpu/test_serve_gpu.py::test_agrees_with_the_reference_backend",
     "chunked prefill": (
         "serving/test_serve.py"
