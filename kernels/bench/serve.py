@@ -47,6 +47,7 @@ PROMPTS = (
     Load(64, 8000, 256),
 )
 PEERS = {"nvfp4": "marlin,humming", "mxfp4": "default"}
+OURS = {"nvfp4": ("plugin",), "mxfp4": ("plugin", "plugin_fp8")}
 ARGUMENTS = (
     "--load-format=dummy",
     "--max-model-len=8448",
@@ -129,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
     deadline = time.monotonic() + arguments.seconds
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
     peers = (arguments.peers or PEERS[arguments.format]).split(",")
-    contenders = [contender(name, arguments.format) for name in ("plugin", *peers)]
+    contenders = [contender(name, arguments.format) for name in (*OURS[arguments.format], *peers)]
     facts = gpu_facts()
 
     def config(servers: int, layers: int | None) -> dict:

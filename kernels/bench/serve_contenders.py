@@ -16,6 +16,7 @@ from statistics import mean
 
 from bench.random_weights import PLUGIN_NAME, write_entry_point, write_model
 from bench.serve_load import Clocks, Load, inter_token_seconds, kv_tokens, measure, rpc, step_ms
+from bench.serve_report import OURS
 
 from vllm_dsv4_moe.commands.serving import Server, ServerError, serve
 
@@ -37,9 +38,11 @@ class Contender:
 
 
 def contender(name: str, expert_format: str) -> Contender:
-    if name == "plugin":
-        settings = json.dumps({"dsv4_moe": {"formats": expert_format}})
-        return Contender(name, (f"--additional-config={settings}",))
+    if name in OURS:
+        settings = {"formats": expert_format}
+        if name == "plugin_fp8":
+            settings["activations"] = "fp8"
+        return Contender(name, (f"--additional-config={json.dumps({'dsv4_moe': settings})}",))
     own = () if name == "default" else (f"--moe-backend={name}",)
     return Contender(name, own, {"VLLM_PLUGINS": PLUGIN_NAME})
 

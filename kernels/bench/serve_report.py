@@ -8,10 +8,12 @@ from typing import NamedTuple
 GIB = 2**30
 NAMES = {
     "plugin": "this plugin",
+    "plugin_fp8": "this plugin, W4A8",
     "marlin": "Marlin",
     "humming": "Humming",
     "default": "vLLM's default",
 }
+OURS = ("plugin", "plugin_fp8")
 MODELS = {"flash": "V4-Flash", "v41": "V4.1-Flash"}
 ALL_LAYERS = {"flash": 43, "v41": 40}
 STUDENT_95 = {19: 2.093, 9: 2.262, 4: 2.776, 1: 12.706}  # two-sided, by degrees of freedom
@@ -24,6 +26,7 @@ PREFILL_BARS = ("4 × 2048 + 1", "16 × 2048 + 1", "4 × 8000 + 1")
 ITL_BAR, THROUGHPUT_BAR, PREFILL_BAR = 1.1, 1.12, 1.12
 GRAPH_US_A_LAYER = 6.0
 MXFP4_BAR = 0.95  # of vLLM's default, whose experts multiply in FP8
+FP8_PREFILL_BAR, FP8_TPOT_BAR = 1.2, 1.0  # of the same, where this plugin's do, too
 
 
 class Bar(NamedTuple):
@@ -35,7 +38,12 @@ class Bar(NamedTuple):
 
 def peers(run: dict) -> list[str]:
     names = [row["contender"] for row in run.get("servers", ())]
-    return [name for name in NAMES if name in names and name != "plugin"]
+    return [name for name in NAMES if name in names and name not in OURS]
+
+
+def columns_of(run: dict) -> list[str]:
+    names = [row["contender"] for row in run.get("servers", ())]
+    return [name for name in NAMES if name in names]
 
 
 def value(run: dict, contender: str, load: str, metric: str) -> float | None:
@@ -48,9 +56,9 @@ def value(run: dict, contender: str, load: str, metric: str) -> float | None:
     return median(found) if found else None
 
 
-def speedup(run: dict, load: str, metric: str) -> float | None:
-    """How many times the better peer this plugin is; throughputs are better when larger."""
-    ours = value(run, "plugin", load, metric)
+def speedup(run: dict, load: str, metric: str, contender: str = "plugin") -> float | None:
+    """How many times the better peer it is; throughputs are better when larger."""
+    ours = value(run, contender, load, metric)
     theirs = [v for name in peers(run) if (v := value(run, name, load, metric)) is not None]
     if ours is None or not theirs:
         return None
@@ -91,6 +99,20 @@ def bars(run: dict) -> Iterator[Bar]:
     for load in PREFILL_BARS:
         yield at_least(f"{load}: prefill", PREFILL_BAR, load, "total_token_throughput")
     yield from server_bars(run)
+    if "plugin_fp8" in columns_of(run):
+        yield from fp8_bars(run)
+
+
+def fp8_bars(run: dict) -> Iterator[Bar]:
+    loads = dict.fromkeys(row["load"] for row in run.get("loads", ()))
+    for load in loads:
+        prefill = load in PREFILL_BARS
+        limit = FP8_PREFILL_BAR if prefill else FP8_TPOT_BAR
+        metric = "total_token_throughput" if prefill else "median_tpot_ms"
+        found = speedup(run, load, metric, "plugin_fp8")
+        what = "prefill" if prefill else "TPOT"
+        met = found is not None and found >= limit
+        yield Bar(f"W4A8, {load}: {what}", f"≥ {limit}×", times(found), met)
 
 
 def step_bars(run: dict) -> Iterator[Bar]:
@@ -142,14 +164,15 @@ def title(run: dict) -> str:
 def run_lines(run: dict) -> Iterator[str]:
     yield title(run)
     yield ""
-    columns = ["plugin", *peers(run)]
+    columns = columns_of(run)
     yield line("requests × prompt + new tokens", *(NAMES[c] for c in columns), "over the better")
     yield "|---" * (2 + len(columns)) + "|"
     loads = list(dict.fromkeys(row["load"] for row in run.get("loads", ())))
     for load in sorted(loads, key=lambda name: [int(n) for n in name.split() if n.isdigit()][::-1]):
         for metric, what in metrics_of(load):
             cells = [number(value(run, c, load, metric)) for c in columns]
-            yield line(f"{load}: {what}", *cells, times(speedup(run, load, metric)))
+            over = [times(speedup(run, load, metric, c)) for c in columns if c in OURS]
+            yield line(f"{load}: {what}", *cells, " / ".join(over))
     yield from server_lines(run, columns)
 
 
@@ -204,7 +227,7 @@ def bar_lines(run: dict) -> Iterator[str]:
 
 def profile_lines(run: dict) -> Iterator[str]:
     """Microseconds a step, and launches."""
-    columns = ["plugin", *peers(run)]
+    columns = columns_of(run)
     if run.get("profile"):
         yield from ("", "Microseconds a step, all streams' summed (launches):")
     for step in dict.fromkeys(row["step"] for row in run.get("profile", ())):
@@ -265,7 +288,7 @@ def plot(results: dict, path: Path) -> None:
     runs = list(results["runs"].values())
     figure, panels = pyplot.subplots(2, len(runs), figsize=(5 * len(runs), 7), squeeze=False)
     for (above, below), run in zip(panels.T, runs, strict=True):
-        names = ["plugin", *peers(run)]
+        names = columns_of(run)
         decodes = {n: f"{n} × 32 + 512" for n in (1, 8, 64, 256)}
         for name in names:
             points = [

@@ -302,6 +302,31 @@ def test_a_moe_layers_time_and_kernels():
     assert moe_layers(LAYER[:2]) == {}
 
 
+@pytest.mark.parametrize(("time", "met"), [(0.8, True), (0.9, False)])
+def test_w4a8_is_a_column_and_has_its_own_bars(time, met):
+    run = a_run(faster=1.0, expert_format="mxfp4")
+    rows = [row for row in run["loads"] if row["contender"] == "plugin"]
+    of_w4a8 = [
+        row
+        | {
+            "contender": "plugin_fp8",
+            "median_tpot_ms": 11 * time,
+            "total_token_throughput": 1000 / time,
+        }
+        for row in rows
+    ]
+    run["loads"] += of_w4a8
+    run["servers"].insert(1, {"contender": "plugin_fp8", "ready_s": 90, "kv_tokens": 5})
+    found = {bar.name: bar for bar in serve_report.bars(run) if bar.name.startswith("W4A8")}
+    assert len(found) == len(serve.DECODES) + len(serve.PROMPTS)
+    assert found["W4A8, 64 × 32 + 512: TPOT"].met
+    assert found["W4A8, 4 × 8000 + 1: prefill"].met == met
+    table = serve_report.markdown({"runs": {"": run}})
+    assert "| this plugin | this plugin, W4A8 | Marlin |" in table
+    (row,) = (row for row in table.splitlines() if row.startswith("| 8 × 32 + 512: TPOT"))
+    assert row.endswith(f"| 1.00× / {1 / time:.2f}× |")
+
+
 def test_the_commands_arguments():
     parser = serve.build_parser()
     given = parser.parse_args(["run", "--out", "x.json", "--format", "mxfp4", "--commit", "abc"])
@@ -316,5 +341,7 @@ def test_what_a_contender_adds():
     )
     assert ours.arguments == ('--additional-config={"dsv4_moe": {"formats": "mxfp4"}}',)
     assert ours.environment == {} and default.arguments == ()
+    (w4a8,) = serve.contender("plugin_fp8", "mxfp4").arguments
+    assert w4a8.endswith('{"formats": "mxfp4", "activations": "fp8"}}')
     assert marlin.arguments == ("--moe-backend=marlin",)
     assert marlin.environment == {"VLLM_PLUGINS": "dsv4_random_weights"}
