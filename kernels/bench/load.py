@@ -5,8 +5,9 @@
 
 Experts of V4-Flash's sizes, all else small: 4 layers that this bench writes as safetensors, and 16
 layers of `--load-format dummy`. Every load is a process of its own (bench.load_model) with vLLM's
-own worker, which begins with no object of a CuTe DSL kernel where the row says cold. Triton's
-kernels are compiled by the first load alone. The checkpoint's files are in the page cache.
+own worker, which begins with no object of a CuTe DSL kernel where the row says cold. All import
+vLLM first, at once, and load in turn; the first alone compiles Triton's kernels. The checkpoint's
+files are in the page cache.
 Those are the rows. compiles: `dsv4-moe compile` twice, the first time into an empty cache. starts:
 whole servers, each backend in turn; the first start of each also fills caches of vLLM's own.
 """
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import load_report
 from bench.arguments import call, run_and_report
@@ -47,6 +48,34 @@ NOT_OURS = {"VLLM_PLUGINS": ""}
 PARTS = ("rows", "compiles", "starts")
 
 
+class Process(NamedTuple):
+    module: str
+    started: subprocess.Popen
+    log: Path
+    at: float  # of time.perf_counter()
+
+    def wait_for(self, path: Path) -> None:
+        """Until it has made the file, or ended, or took too long for that."""
+        while not path.exists() and self.started.poll() is None:
+            if time.perf_counter() - self.at > PROCESS_SECONDS:
+                return
+            time.sleep(0.05)
+
+    def end(self) -> float:
+        """Give it a line, and its seconds once it has ended; RuntimeError with the end of its log
+        if it failed."""
+        try:
+            self.started.communicate(b"\n", PROCESS_SECONDS)
+        finally:
+            self.started.kill()
+        seconds = time.perf_counter() - self.at
+        if self.started.returncode:
+            raise RuntimeError(
+                f"{self.module} ended with {self.started.returncode}\n{log_tail(self.log)}"
+            )
+        return seconds
+
+
 class Bench:
     """The folders of one run: checkpoints, caches and logs."""
 
@@ -54,6 +83,8 @@ class Bench:
         self.folder = folder
         self.checkpoints = {"real": folder / "real", "dummy": folder / "dummy"}
         self.environment = {"TRITON_CACHE_DIR": str(folder / "triton")}
+        self.processes = 0
+        self.ready: list[Callable[[], None]] = []  # each waits until a process is
 
     def write_checkpoints(self, sizes: TinyConfig, dummy_layers: int, device: str) -> None:
         write_tiny_checkpoint(self.checkpoints["real"], sizes, device)
@@ -67,34 +98,41 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         return {**self.environment, "VLLM_CACHE_ROOT": str(folder)}
 
-    def process(self, module: str, *arguments: object, environment: dict[str, str]) -> float:
-        """Seconds of `python -m module`; RuntimeError with the end of its log if it fails."""
-        log = self.folder / "log"
-        command = [sys.executable, "-m", module, *map(str, arguments)]
-        start = time.perf_counter()
+    def process(self, module: str, *arguments: object, environment: dict[str, str]) -> "Process":
+        """`python -m module`, started."""
+        self.processes += 1
+        log = self.folder / f"{self.processes}.log"
         with log.open("wb") as output:
-            done = subprocess.run(
-                command,
+            started = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
                 cwd=Path(__file__).parents[1],  # where `-m` finds the benches
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=server_environment(environment),
-                timeout=PROCESS_SECONDS,
             )
-        seconds = time.perf_counter() - start
-        if done.returncode:
-            raise RuntimeError(f"{module} ended with {done.returncode}\n{log_tail(log)}")
-        return seconds
+        return Process(module, started, log, time.perf_counter())
 
-    def load(self, weights: str, backend: str, cache: str) -> dict:
-        out = self.folder / "row.json"
+    def loading(self, weights: str, backend: str, cache: str) -> Callable[[], dict]:
+        """A process that will load; the call that has it do so, when it is ready."""
         load_format = "dummy" if weights == "dummy" else "auto"
         environment = self.cache(cache) | ({} if backend == PLUGIN else NOT_OURS)
+        out = self.folder / f"row-{self.processes}.json"
         arguments = ("--load-format", load_format, "--backend", backend)
         checkpoint = self.checkpoints[weights]
-        self.process("bench.load_model", checkpoint, out, *arguments, environment=environment)
-        return json.loads(out.read_text())
+        process = self.process(
+            "bench.load_model", checkpoint, out, *arguments, environment=environment
+        )
+        self.ready.append(lambda: process.wait_for(out.with_suffix(".ready")))
+
+        def load() -> dict:
+            # No other process imports anything while one loads.
+            while self.ready:
+                self.ready.pop()()
+            process.end()
+            return json.loads(out.read_text())
+
+        return load
 
     def compile(self, arch: str, model: str) -> dict:
         """`dsv4-moe compile` as a whole process, and how many objects it wrote."""
@@ -102,7 +140,9 @@ class Bench:
         cache = Path(environment["VLLM_CACHE_ROOT"])
         before = objects_in(cache)
         arguments = ("compile", "--arch", arch, "--model", model)
-        seconds = self.process("vllm_dsv4_moe.commands.cli", *arguments, environment=environment)
+        seconds = self.process(
+            "vllm_dsv4_moe.commands.cli", *arguments, environment=environment
+        ).end()
         new = objects_in(cache).items() - before.items()
         return {"seconds": seconds, "new_objects": len(new)}
 
@@ -122,14 +162,14 @@ Case = tuple[dict, Callable[[], dict]]  # what its row says of it, and how to me
 def loads(bench: Bench) -> Iterator[Case]:
     def one(weights: str, backend: str, objects: str, triton: str, cache: str) -> Case:
         facts = {"weights": weights, "backend": backend, "objects": objects, "triton": triton}
-        return facts, lambda: bench.load(weights, backend, cache)
+        return facts, bench.loading(weights, backend, cache)
 
-    yield one("real", PLUGIN, "cold", "cold", "first")
+    cases = [one("real", PLUGIN, "cold", "cold", "first")]
     for weights in ("real", "dummy"):
-        yield one(weights, PLUGIN, "cold", "warm", weights)
-        yield one(weights, PLUGIN, "warm", "warm", weights)
-        for peer in BACKENDS[1:]:
-            yield one(weights, peer, "", "", peer)
+        cases.append(one(weights, PLUGIN, "cold", "warm", weights))
+        cases.append(one(weights, PLUGIN, "warm", "warm", weights))
+        cases += [one(weights, peer, "", "", peer) for peer in BACKENDS[1:]]
+    yield from cases
 
 
 def compiles(bench: Bench) -> Iterator[Case]:

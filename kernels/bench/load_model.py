@@ -2,6 +2,7 @@
 
     python -m bench.load_model CHECKPOINT OUT.json [--load-format dummy] [--backend marlin]
 
+It imports vLLM, makes OUT.ready, and loads when standard input has a line; without one it ends.
 Nothing is profiled, captured or served. Of this plugin it counts: build (making the layers'
 methods, where compiling may begin), prepare (checks and the weights' layout), compile (waiting for
 processes that compile), objects (loading what they made, or compiling here), and warm_up (launching
@@ -13,7 +14,9 @@ import argparse
 import functools
 import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,13 +63,13 @@ def objects_in(folder: Path) -> dict[Path, float]:
     return {path: path.stat().st_mtime for path in folder.rglob("*.o")}
 
 
-def load(checkpoint: Path, load_format: str, backend: str) -> dict:
-    """Load it; the measurements, in seconds and bytes."""
+def load(
+    checkpoint: Path, load_format: str, backend: str, is_wanted: Callable[[], bool]
+) -> dict | None:
+    """Load it once it is wanted; the measurements, in seconds and bytes."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    cache = Path(os.environ["VLLM_CACHE_ROOT"])
-    there = objects_in(cache)
     watch = Stopwatch()
     if backend == PLUGIN:
         watch_plugin(watch)
@@ -82,6 +85,10 @@ def load(checkpoint: Path, load_format: str, backend: str) -> dict:
         enforce_eager=True,
         kernel_config={"moe_backend": "auto" if backend == PLUGIN else backend},
     ).create_engine_config()
+    if not is_wanted():
+        return None
+    cache = Path(os.environ["VLLM_CACHE_ROOT"])
+    there = objects_in(cache)
     start = time.perf_counter()
     UniProcExecutor(config)
     load_s = time.perf_counter() - start
@@ -124,8 +131,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    row = load(arguments.checkpoint, arguments.load_format, arguments.backend)
-    arguments.out.write_text(json.dumps(row) + "\n")
+
+    def is_wanted() -> bool:
+        arguments.out.with_suffix(".ready").touch()
+        return bool(sys.stdin.readline())
+
+    row = load(arguments.checkpoint, arguments.load_format, arguments.backend, is_wanted)
+    if row is not None:
+        arguments.out.write_text(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """bench.load without a GPU: what is timed, the bars' arithmetic, and the report."""
 
+import ast
 import copy
 import json
 import sys
@@ -229,7 +230,8 @@ def test_nothing_measured_meets_nothing():
 
 
 def test_the_command_has_the_loads_that_the_bars_need():
-    cases = [facts for facts, _ in load.loads(None)]
+    bench = SimpleNamespace(loading=lambda *_: None)
+    cases = [facts for facts, _ in load.loads(bench)]
     assert len(cases) == 9 and cases[0]["triton"] == "cold"
     wanted = [(row["weights"], row["backend"], row["objects"]) for row in some_results()["rows"]]
     assert [(c["weights"], c["backend"], c["objects"]) for c in cases[1:]] == wanted
@@ -239,6 +241,33 @@ def test_a_process_that_fails_is_a_row_with_the_end_of_its_log(tmp_path):
     bench = load.Bench(tmp_path)
     row = load.measured({"run": 1}, lambda: bench.compile("sm_999", "flash"))
     assert row["run"] == 1 and "invalid choice: 'sm_999'" in row["failure"]
+
+
+def test_processes_load_in_turn_when_all_are_ready(tmp_path):
+    """Each is a script that keeps when it was ready, and when it was given its line."""
+    script = """if True:
+        import sys, time
+        from pathlib import Path
+        time.sleep(float(sys.argv[2]))
+        out = Path(sys.argv[1])
+        out.with_suffix(".ready").write_text(str(time.time()))
+        given = sys.stdin.readline()
+        out.write_text(repr([given, time.time()]))
+    """
+    (tmp_path / "a_script.py").write_text(script)
+    bench = load.Bench(tmp_path)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    outs = [tmp_path / f"{seconds}.json" for seconds in ("0.0", "0.5")]
+    processes = [bench.process("a_script", out, out.stem, environment=environment) for out in outs]
+    for process, out in zip(processes, outs, strict=True):
+        process.wait_for(out.with_suffix(".ready"))
+    ready = max(float(out.with_suffix(".ready").read_text()) for out in outs)
+    for process, out in zip(processes, outs, strict=True):
+        assert not out.exists()
+        assert process.end() > 0
+        given, begun = ast.literal_eval(out.read_text())
+        assert given == "\n" and begun >= ready
+        ready = begun
 
 
 def test_the_commands_arguments():
@@ -281,7 +310,7 @@ def test_a_rehearsed_run_is_kept_and_reported(monkeypatch, tmp_path, capsys):
         row = next(rows)
         return {key: row[key] for key in measured}
 
-    monkeypatch.setattr(load.Bench, "load", one)
+    monkeypatch.setattr(load.Bench, "loading", lambda *_: one)
     out = tmp_path / "load.json"
     parser = load.build_parser()
     for parts in ("rows", "compiles"):

@@ -15,8 +15,8 @@ def test_tiny_models_load_and_their_layers_are_timed(tmp_path):
     bench = load.Bench(tmp_path)
     sizes = TinyConfig(layers=3, hash_layers=1, hidden=128, intermediate=64, experts=8, heads=4)
     bench.write_checkpoints(sizes, 2, "cpu")
-    real = bench.load("real", "plugin", "cache")
-    dummy = bench.load("dummy", "plugin", "cache")
+    loads = [bench.loading(weights, "plugin", "cache") for weights in ("real", "dummy")]
+    real, dummy = (load() for load in loads)
     assert (len(real["layers"]), len(dummy["layers"])) == (3, 2)
     for row in (real, dummy):
         assert row["reading_s"] > 0 and row["new_objects"] == 0 and row["compile_s"] is None
