@@ -24,8 +24,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("servers")]
 MODEL = GPU_SIZES  # of the demo
 PROMPTS = ("Hello world", "The quick brown fox jumps over the lazy dog", "0123456789" * 12, "a")
 NOT_OURS = {"VLLM_PLUGINS": ""}
+Servers = dict[str, tuple[list[str], dict[str, str]]]  # arguments and environment
 # The expert backend is the difference; the rest is what every GPU host has.
-SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
+SERVERS: Servers = {
     "ours": ([], {}),
     "ours_fp8": ([], {}),
     "ours_bf16_reference": (
@@ -45,12 +46,10 @@ SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
         {"VLLM_DSV4_MOE_FORMATS": "nvfp4,mxfp4"},
     ),
 }
-# What a server's checkpoint has else than MODEL; linears in FP8 are as published.
+# What a server's checkpoint has else than MODEL, and MXFP4 experts where the server's name begins
+# so; linears in FP8 are as published.
 CHECKPOINTS: dict[str, dict] = {
     "ours_fp8": {"linear": "fp8"},
-    "mxfp4": {"expert_format": "mxfp4"},
-    "mxfp4_reference": {"expert_format": "mxfp4"},
-    "mxfp4_marlin": {"expert_format": "mxfp4"},
     "drafts": {"mtp": 1},
 }
 CACHE = f"--kv-cache-memory-bytes={2 << 30}"
@@ -58,27 +57,35 @@ CACHE = f"--kv-cache-memory-bytes={2 << 30}"
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
+    yield from ask_all(SERVERS, tmp_path_factory.mktemp("serve_gpu"))
+
+
+def ask_all(servers: Servers, folder: Path):
     """Server's name -> (log-probability of every prompt token, greedy tokens, log).
 
     All servers start at once, since starting takes most of their time.
     """
-    folder = tmp_path_factory.mktemp("serve_gpu")
-    for name in SERVERS:
-        sizes = dataclasses.replace(MODEL, **CHECKPOINTS.get(name, {}))
+    for name in servers:
+        sizes = dataclasses.replace(MODEL, **changes(name))
         if not (folder / _folder(name)).exists():
             write_tiny_checkpoint(folder / _folder(name), sizes, "cuda")
-    with ThreadPoolExecutor(len(SERVERS)) as pool:
-        asked = {name: pool.submit(ask, name, folder) for name in SERVERS}
+    with ThreadPoolExecutor(len(servers)) as pool:
+        asked = {name: pool.submit(ask, name, *servers[name], folder) for name in servers}
         yield lambda name: asked[name].result()
+
+
+def changes(name: str) -> dict:
+    return CHECKPOINTS.get(name, {"expert_format": "mxfp4"} if name.startswith("mxfp4") else {})
 
 
 def _folder(name: str) -> str:
     """Of a server's checkpoint, shared by those that serve the same."""
-    return "-".join(f"{key}-{value}" for key, value in CHECKPOINTS.get(name, {}).items()) or "nvfp4"
+    return "-".join(f"{key}-{value}" for key, value in changes(name).items()) or "nvfp4"
 
 
-def ask(name: str, folder: Path) -> tuple[list[float], list[list[int]], str]:
-    extra, environment = SERVERS[name]
+def ask(
+    name: str, extra: list[str], environment: dict[str, str], folder: Path
+) -> tuple[list[float], list[list[int]], str]:
     log = folder / f"{name}.log"
     # With a cache of given size no server measures how much memory the others left.
     arguments = [*SMALL_ARGUMENTS, "--gpu-memory-utilization=0.1", CACHE, *extra]
