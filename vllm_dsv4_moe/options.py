@@ -45,8 +45,8 @@ OPTIONS = (
     Option(
         "`--all2all-backend allgather_reducescatter`",
         "works on CPU",
-        "the default, on two ranks; in W4A4 tokens are quantised before they travel, in 0.28 times "
-        "the bytes of bf16",
+        "the default, on two ranks; tokens that are quantised are so before they travel: in 0.28 "
+        "(W4A4) and 0.50 (W4A8) times the bytes of bf16",
     ),
     Option(
         "`--all2all-backend deepep_high_throughput`, `flashinfer_nvlink_*`",

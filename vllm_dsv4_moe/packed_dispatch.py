@@ -1,7 +1,7 @@
-"""vLLM's all-gather of tokens between ranks, of tokens quantised before it (W4A4)."""
+"""vLLM's all-gather of tokens between ranks, of tokens quantised before it."""
 
 import torch
-from dsv4_kernels.packed_tokens import pack_tokens, row_bytes
+from dsv4_kernels.packed_tokens import pack_tokens, packs, row_bytes
 from dsv4_kernels.types import MoeLayer
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEPrepareAndFinalize
@@ -33,7 +33,7 @@ def packed_where_gathered(
 ) -> FusedMoEPrepareAndFinalize:
     """prepare_finalize, or PackedDispatch in its place where tokens are gathered and quantised."""
     is_gather = type(prepare_finalize) is MoEPrepareAndFinalizeNaiveDPEPModular
-    if not (is_gather and layer.shape.quantize_activations):
+    if not (is_gather and packs(layer.shape)):
         return prepare_finalize
     logger.info_once(
         "dsv4-moe: tokens are quantised before they travel between ranks: %d bytes each, for %d",

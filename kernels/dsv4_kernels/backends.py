@@ -109,7 +109,7 @@ class Backend:
     prepare_weights: Callable[[ExpertWeights, torch.Tensor, bool], ExpertWeights]
     tile: Callable[[MoeShape, int], int]  # 0 where there is no workspace at all
     run: Callable[..., None] | None = None
-    # What stands for `rows.nvfp4_quantize` where tokens are quantised before they travel.
+    # What stands for `rows`' quantisers where tokens are quantised before they travel.
     quantize: Callable[..., None] | None = None
     fc1: Callable[..., None] | None = None
     fc2: Callable[..., None] | None = None
@@ -153,13 +153,18 @@ def _quantize_reference(
     *,
     live: torch.Tensor,
     saturated: torch.Tensor,
-    out: QuantizedRows,
+    out: QuantizedRows | Fp8Rows,
 ) -> None:
     """Rows of x with a live column, to the parts of out, where the layer's scale is already."""
     from dsv4_kernels import reference
 
     used = (live >= 0).any(1)
-    rows, overflow = reference.nvfp4_quantize(x[used], global_scale)
+    rows: Fp8Rows | QuantizedRows
+    if isinstance(out, Fp8Rows):
+        codes, scales, overflow = reference.fp8_quantize(x[used], None)
+        rows = Fp8Rows(codes, scales)
+    else:
+        rows, overflow = reference.nvfp4_quantize(x[used], global_scale)
     saturated.add_(overflow)
     for part, values in zip(out, rows, strict=True):
         if part is not global_scale:

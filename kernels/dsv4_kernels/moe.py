@@ -6,7 +6,7 @@
     h = routing.weights[t, j] * silu(min(W1_e x[t], L)) * clamp(W3_e x[t], -L, L)
 
 The bracketed steps exist in W4A4 and W4A8 only; W4A8's routing weight multiplies W2_e h instead, in
-FC2. W4A4's tokens of other ranks come quantised (`packed_tokens`), and are placed. `run_kernels` is
+FC2. Tokens of other ranks come quantised then (`packed_tokens`), and are placed. `run_kernels` is
 these calls in order; `moe` is what a model calls. Everything between the two ends lives in a
 workspace that all layers share, cut up by `workspace.py`. Nothing here synchronises, allocates or
 looks at a value on the device, the `reference` backend excepted.
@@ -86,14 +86,17 @@ def run_kernels(
         scratch=buffers.layout_scratch,
     )
     x: torch.Tensor | QuantizedRows | Fp8Rows = hidden_states
-    if shape.fp8:
+    tokens = unpack_tokens(hidden_states, layer) if is_packed(hidden_states) else hidden_states
+    if isinstance(tokens, Fp8Rows):
+        assert isinstance(buffers.x, Fp8Rows), type(buffers.x)
+        x = place_rows(tokens, layout.slot_to_row, out=buffers.x)
+    elif isinstance(tokens, QuantizedRows):
+        assert isinstance(buffers.x, QuantizedRows), type(buffers.x)
+        x = place_codes(tokens, layout.slot_to_row, out=buffers.x)
+    elif shape.fp8:
         saturated = layer.saturated
         assert isinstance(buffers.x, Fp8Rows), type(buffers.x)
         x = fp8_quantize(hidden_states, layout.slot_to_row, saturated=saturated, out=buffers.x)
-    elif is_packed(hidden_states):
-        assert isinstance(buffers.x, QuantizedRows), type(buffers.x)
-        tokens = unpack_tokens(hidden_states, layer)
-        x = place_codes(tokens, layout.slot_to_row, out=buffers.x)
     elif layer.activation_scales is not None:
         assert isinstance(buffers.x, QuantizedRows), type(buffers.x)
         x = nvfp4_quantize(

@@ -19,6 +19,7 @@ from dsv4_kernels.types import (
     ActivationScales,
     ExpertLayout,
     ExpertWeights,
+    Fp8Rows,
     ImageBias,
     QuantizedRows,
     Routing,
@@ -327,7 +328,7 @@ def fc2(h: torch.Tensor, weights: ExpertWeights, expert: int, fp8: bool = False)
 
 
 def moe(
-    hidden_states: torch.Tensor | QuantizedRows,
+    hidden_states: torch.Tensor | QuantizedRows | Fp8Rows,
     routing: Routing,
     weights: ExpertWeights,
     *,
@@ -350,10 +351,13 @@ def moe(
     input with activation_scales.fc2 of its expert or, where there are none, with a scale a row. The
     routing weight then multiplies W2's sums, and `saturated` grows by values.
 
-    hidden_states may be NVFP4 rows already: x is what they stand for.
+    hidden_states may be NVFP4 or E4M3 rows already, these with columns in order: x is what they
+    stand for.
     """
-    is_quantized = isinstance(hidden_states, QuantizedRows)
-    if isinstance(hidden_states, QuantizedRows):
+    is_quantized = not isinstance(hidden_states, torch.Tensor)
+    if isinstance(hidden_states, Fp8Rows):
+        hidden_states = hidden_states.codes.float() * hidden_states.scales[:, None]
+    elif isinstance(hidden_states, QuantizedRows):
         codes, block_scales, gs = hidden_states
         hidden_states = nvfp4_dequantize(codes, block_scales, gs.reshape(-1, 1))
     assert not fp8 or activation_scales is None or activation_scales.fc1 is None

@@ -1,5 +1,5 @@
-"""W4A4 tokens between data-parallel ranks, through vLLM's own prepare and finalize: quantised on
-their own rank, gathered as bytes, with the output of tokens gathered in bf16."""
+"""W4A4 and W4A8 tokens between data-parallel ranks, through vLLM's own prepare and finalize:
+quantised on their own rank, gathered as bytes, with the output of tokens gathered in bf16."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from dsv4_kernels import reference
 from dsv4_kernels.packed_tokens import unpack_tokens
+from dsv4_kernels.types import Fp8Rows
 from vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep import (
     MoEPrepareAndFinalizeNaiveDPEPModular,
 )
@@ -22,6 +23,12 @@ from vllm_dsv4_moe.packed_dispatch import PackedDispatch
 
 CONFIG = TinyConfig(layers=1, hash_layers=0, hidden=64, intermediate=32, experts=12, heads=4)
 TOKENS = (24, 16)  # of the two ranks
+# Settings, and the bytes of a token that travels.
+MODES = {
+    "warmup": ({"activation_scale": "warmup"}, 48),
+    "token": ({"activation_scale": "token"}, 64),
+    "fp8": ({"activations": "fp8"}, 80),
+}
 # Two ranks' parts of a layer are rounded to bf16 before they are added.
 TOLERANCE = 2.0**-7
 
@@ -63,30 +70,28 @@ def dispatched_in_bf16(layers: list) -> None:
 
 
 @pytest.mark.parametrize("is_expert_parallel", [True, False], ids=["ep", "tp"])
-@pytest.mark.parametrize("policy", ["warmup", "token"])
+@pytest.mark.parametrize("settings, row_bytes", MODES.values(), ids=MODES)
 def test_tokens_travel_packed_and_the_output_is_that_of_bf16(
-    load, ranks, policy, is_expert_parallel
+    load, ranks, settings, row_bytes, is_expert_parallel
 ):
     """Without expert parallelism every rank has its part of every expert."""
     kind = "ep" if is_expert_parallel else "tp"
-    layers = [load(**{kind: (2, rank)}, dp=(2, rank), activation_scale=policy) for rank in range(2)]
+    layers = [load(**{kind: (2, rank)}, dp=(2, rank), **settings) for rank in range(2)]
     kernels = [layer.quant_method.moe_kernel for layer in layers]
     assert all(isinstance(kernel.prepare_finalize, PackedDispatch) for kernel in kernels)
     packed = outputs(ranks, layers)
     (travelled,) = ranks.travelled
     assert travelled.dtype == torch.uint8
-    assert travelled.shape == (sum(TOKENS), 48 if policy == "warmup" else 64)
-
+    assert travelled.shape == (sum(TOKENS), row_bytes)
     moe_layer = kernels[0].fused_experts.layer
-    rows, (expected, _) = (
-        unpack_tokens(travelled, moe_layer),
-        reference.nvfp4_quantize(tokens()[0][1:], moe_layer.activation_scales.fc1),
-    )
-    assert torch.equal(rows.codes[1:], expected.codes)
-    scales = (part.block_scales.view(torch.uint8) for part in (rows, expected))
-    assert torch.equal(next(scales)[1:], next(scales))
-    if policy == "token":
-        assert torch.equal(rows.global_scales[1:], expected.global_scales)
+    rows, x = unpack_tokens(travelled, moe_layer), tokens()[0][1:]
+    if isinstance(rows, Fp8Rows):
+        expected = Fp8Rows(*reference.fp8_quantize(x, None)[:2])
+    else:
+        expected, _ = reference.nvfp4_quantize(x, moe_layer.activation_scales.fc1)
+    for name, part, quantised in zip(rows._fields, rows, expected, strict=True):
+        mine = part if name == "global_scales" and len(part) == 1 else part[1:]
+        assert torch.equal(mine.contiguous().view(torch.uint8), quantised.view(torch.uint8)), name
     assert all(kernel.fused_experts.layer.saturated.item() == 0 for kernel in kernels)
 
     dispatched_in_bf16(layers)
@@ -95,7 +100,7 @@ def test_tokens_travel_packed_and_the_output_is_that_of_bf16(
     for ours, expected in zip(packed, unpacked, strict=True):
         assert torch.equal(ours, expected)
 
-    whole = load(activation_scale=policy).forward_modular(*tokens()).float()
+    whole = load(**settings).forward_modular(*tokens()).float()
     assert (packed[0][0] == 0).all()
     error = relative_error(torch.cat(packed).float(), whole)
     # Each rank's part of a product is quantised with scales of its own without expert parallelism.

@@ -11,11 +11,19 @@ from dsv4_kernels.route import gate_route, router_topk
 from dsv4_kernels.rows import (
     combine,
     expert_layout,
+    fp8_quantize,
     nvfp4_quantize,
     place_codes,
     place_rows,
 )
-from dsv4_kernels.types import ActivationScales, ExpertLayout, ExpertWeights, MoeLayer, MoeShape
+from dsv4_kernels.types import (
+    ActivationScales,
+    ExpertLayout,
+    ExpertWeights,
+    Fp8Rows,
+    MoeLayer,
+    MoeShape,
+)
 
 from vllm_dsv4_moe.warm_up import WarmUp, launch_router, token_counts
 
@@ -25,6 +33,7 @@ OPS = {
     "combine": (combine, ("_combine_kernel",)),
     "place_rows": (place_rows, ("_place_kernel",)),
     "place_codes": (place_codes, ("_place_codes_kernel",)),
+    "fp8_quantize": (fp8_quantize, ("_quantize_kernel",)),
     "nvfp4_quantize": (nvfp4_quantize, ("_quantize_kernel", "_swizzle_kernel")),
     "router_topk": (router_topk, ("_router_kernel",)),
     "gate_route": (gate_route, ("_gate_route_kernel",)),
@@ -85,6 +94,12 @@ def call_ops(num_tokens: int, top_k: int, num_local: int, tile: int) -> None:
         tokens = unpack_tokens(pack_tokens(x, ids, layer), layer)
         place_codes.place_codes(tokens, layout.slot_to_row, out=placed)
     nvfp4_quantize.nvfp4_quantize(rows, None, live=layout.row_to_slot, swizzled=True)
+    fp8_rows = Fp8Rows(rows.to(torch.float8_e4m3fn), rows[:, 0].float())
+    fp8_quantize.fp8_quantize(x, layout.slot_to_row, out=fp8_rows)
+    shape = shape._replace(quantize_activations=False, fp8=True)
+    layer = MoeLayer(SM90, shape, None, 10.0, None, ids[0, :1].long(), None)
+    tokens = unpack_tokens(pack_tokens(x, ids, layer), layer)
+    place_rows.place_rows(tokens, layout.slot_to_row, out=fp8_rows)
     logits = torch.empty((num_tokens, experts), device="meta")
     router_topk.router_topk(logits, top_k, bias=logits[0])
     table = torch.empty((512, top_k), dtype=torch.int32, device="meta")
@@ -146,9 +161,11 @@ def test_token_counts_are_powers_of_two_and_the_most():
     assert token_counts(96) == [1, 2, 4, 8, 16, 32, 64, 96]
 
 
-def layer_of(backend, quantize: bool, batch_rows: int = 0) -> tuple[MoeLayer, list]:
+def layer_of(
+    backend, quantize: bool, batch_rows: int = 0, fp8: bool = False
+) -> tuple[MoeLayer, list]:
     """A layer whose GEMMs only say at how many tokens they were called."""
-    shape = MoeShape(16, 8, 2, 64, 32, 40, quantize, batch_rows=batch_rows)
+    shape = MoeShape(16, 8, 2, 64, 32, 40, quantize, batch_rows=batch_rows, fp8=fp8)
     calls: list = []
 
     def gemm(x, *args, out, num_tokens=None, **_):
@@ -183,16 +200,21 @@ def test_layers_of_one_shape_are_run_once_at_each_size(
     assert len(calls) == 28
 
 
-def test_where_tokens_are_packed_so_are_the_warm_ups(monkeypatch, variants):
+@pytest.mark.parametrize(
+    "backend, placed_by",
+    [(SM100, "_place_codes_kernel"), (SM90, "_place_kernel")],
+    ids=["w4a4", "w4a8"],
+)
+def test_where_tokens_are_packed_so_are_the_warm_ups(monkeypatch, variants, backend, placed_by):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    layer, calls = layer_of(SM100, quantize=True)
+    layer, calls = layer_of(backend, quantize=backend is SM100, fp8=backend is SM90)
     expert_map, warm_up = torch.zeros(16, dtype=torch.int32), WarmUp()
     warm_up(layer, None, expert_map, torch.int32)
     launched = {name for name, *_ in variants}
-    assert "_place_codes_kernel" not in launched
+    assert placed_by not in launched
     warm_up(layer, None, expert_map, torch.int32, packs=True)
     assert len(calls) == 28
-    assert {name for name, *_ in variants} == launched | {"_place_codes_kernel"}
+    assert {name for name, *_ in variants} == launched | {placed_by}
 
 
 def test_layers_whose_routers_launch_other_kernels_are_run_each(monkeypatch, variants):

@@ -8,6 +8,7 @@ import torch
 from bench.inputs import expert_map, random_weights
 from dsv4_kernels import activation_scale, moe
 from dsv4_kernels.backends import BACKENDS, Backend, choose_backend
+from dsv4_kernels.packed_tokens import pack_tokens, packs
 from dsv4_kernels.types import MoeLayer, MoeShape
 
 from tests.support.layers import lazy, random_call, run, workspace_of
@@ -124,6 +125,19 @@ def test_two_runs_are_bit_equal_whatever_the_arena_held(layers, num_tokens):
     run(layer, *a_call(layer.shape.max_num_tokens, layer, 2), expert_map, workspace)
     assert run(layer, x, routing, expert_map, workspace).equal(first)
     assert run(layer, x, routing, expert_map).equal(first)
+
+
+@pytest.mark.parametrize("skew", ["even", "padding"])
+@pytest.mark.parametrize("num_tokens", [1, 32, 2048])
+def test_packed_tokens_give_the_same_bits(layers, num_tokens, skew):
+    layer, _, expert_map = layers
+    if not packs(layer.shape):
+        pytest.skip("of layers that quantise activations")
+    x, routing = a_call(num_tokens, layer, 3, skew)
+    expected, out = run(layer, x, routing, expert_map), torch.full_like(x, torch.nan)
+    packed = pack_tokens(x, routing.ids, layer)
+    moe.moe(packed, routing, layer, workspace_of(layer), expert_map=expert_map, out=out)
+    assert out.equal(expected)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 32, 512])

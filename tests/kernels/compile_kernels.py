@@ -12,7 +12,7 @@ import sys
 import torch
 import triton
 from dsv4_kernels import pdl
-from dsv4_kernels.backends import SM100
+from dsv4_kernels.backends import SM90, SM100
 from dsv4_kernels.packed_tokens import pack_tokens, unpack_tokens
 from dsv4_kernels.route.gate_route import gate_route
 from dsv4_kernels.route.router_topk import router_topk
@@ -107,6 +107,11 @@ def launch_everything() -> None:
     fp8_rows = Fp8Rows(rows.to(torch.float8_e4m3fn), torch.zeros(len(rows)))
     fp8_quantize(x, layout.slot_to_row, saturated=saturated, out=fp8_rows)
     fp8_quantize(rows, live=layout.row_to_slot, saturated=saturated, out=fp8_rows)
+    shape = shape._replace(quantize_activations=False, fp8=True)
+    layer = MoeLayer(SM90, shape, zero_weights(), 10.0, None, saturated, torch.zeros(1))
+    for num_tokens in (1, 8192):
+        tokens = unpack_tokens(pack_tokens(x[:num_tokens], ids[:num_tokens], layer), layer)
+        place_rows(tokens, layout.slot_to_row[:num_tokens], out=fp8_rows)
     for block, dtype in ((16, torch.float8_e4m3fn), (32, torch.uint8)):
         prepare_weights(zero_weights(block, dtype), torch.zeros(1))
 

@@ -34,13 +34,16 @@ def _e4m3(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _row_of(slot_to_row_ptr, live_ptr, token, slot, TOP_K: tl.constexpr):
+def _row_of(slot_to_row_ptr, live_ptr, token, slot, TOP_K: tl.constexpr, LIVE: tl.constexpr):
     """Where a token's slot goes, int64; -1 for nowhere."""
     row = token
     if slot_to_row_ptr is not None:
         row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
     elif live_ptr is not None:
-        row = tl.where(tl.load(live_ptr + token) >= 0, token, -1)
+        last = tl.load(live_ptr + token * LIVE)
+        for i in tl.static_range(1, LIVE):
+            last = tl.maximum(last, tl.load(live_ptr + token * LIVE + i))
+        row = tl.where(last >= 0, token, -1)
     return row
 
 
@@ -53,7 +56,10 @@ def _quantize_kernel(
     scales_ptr,
     saturated_ptr,
     K: tl.constexpr,
+    CODES_STRIDE: tl.constexpr,  # of rows, like the next
+    SCALES_STRIDE: tl.constexpr,
     TOP_K: tl.constexpr,
+    LIVE: tl.constexpr,  # columns of live
     BLOCK: tl.constexpr,
     ORDERED: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -64,7 +70,7 @@ def _quantize_kernel(
     rows = ()
     last = tl.full([], -1, tl.int64)
     for slot in tl.static_range(TOP_K):
-        row = _row_of(slot_to_row_ptr, live_ptr, token, slot, TOP_K)
+        row = _row_of(slot_to_row_ptr, live_ptr, token, slot, TOP_K, LIVE)
         rows = rows + (row,)  # type: ignore[assignment]
         last = tl.maximum(last, row)
     if last >= 0:
@@ -86,8 +92,9 @@ def _quantize_kernel(
         num_rows = 0
         for slot in tl.static_range(TOP_K):
             if rows[slot] >= 0:
-                tl.store(codes_ptr + rows[slot] * K + column, codes, mask=column < K)
-                tl.store(scales_ptr + rows[slot], scale)
+                codes_row = codes_ptr + rows[slot] * CODES_STRIDE
+                tl.store(codes_row + column, codes, mask=column < K)
+                tl.store(scales_ptr + rows[slot] * SCALES_STRIDE, scale)
                 num_rows += 1
         if saturated_ptr is not None:
             infinite = tl.sum((tl.abs(x) == float("inf")).to(tl.int32), axis=0)
@@ -108,19 +115,22 @@ def fp8_quantize(
 
     x (num_tokens, K) bf16, contiguous, K a multiple of 64. With slot_to_row (num_tokens, top_k)
     int32, token t goes to every row slot_to_row[t, j] >= 0, and rows that no slot has are left as
-    they are; without, row i goes to row i, unless live (num_tokens,) int32 is negative there:
-    row_to_slot as live quantises rows that are in their place and skips the padding. ordered: x's
-    columns are in the order of Fp8Rows already. saturated, a
-    (1,) int64, grows by the infinities of written rows, which become a signed 448; NaN stays NaN.
+    they are; without, row i goes to row i, unless all of live[i] is negative, live (num_tokens,) or
+    (num_tokens, any): row_to_slot as live quantises rows that are in their place and skips the
+    padding, and expert ids skip tokens that have none. ordered: x's columns are in the order of
+    Fp8Rows already. saturated, a (1,) int64, grows by the infinities of written rows, which become
+    a signed 448; NaN stays NaN. out's parts may be of longer rows.
     """
     num_tokens, K = x.shape
     assert x.dtype == torch.bfloat16 and x.is_contiguous(), (x.dtype, x.stride())
     assert K % 64 == 0, f"K {K} is not a multiple of 64"
-    assert out.codes.dtype == torch.float8_e4m3fn and out.codes.is_contiguous(), out.codes.dtype
+    assert out.codes.dtype == torch.float8_e4m3fn, out.codes.dtype
+    assert out.codes.stride(1) == 1, out.codes.stride()
     assert out.codes.shape == (*out.scales.shape, K), (out.codes.shape, out.scales.shape, K)
     assert slot_to_row is None or (live is None and len(slot_to_row) == num_tokens)
     assert slot_to_row is not None or len(out.codes) == num_tokens, (out.codes.shape, num_tokens)
-    assert live is None or live.shape == (num_tokens,), (live.shape, num_tokens)
+    assert live is None or len(live) == num_tokens, (live.shape, num_tokens)
+    assert live is None or live.is_contiguous(), live.stride()
     if num_tokens == 0:
         return out
     block = triton.next_power_of_2(K)
@@ -132,7 +142,10 @@ def fp8_quantize(
         out.scales,
         saturated,
         K=K,
+        CODES_STRIDE=out.codes.stride(0),
+        SCALES_STRIDE=out.scales.stride(0),
         TOP_K=1 if slot_to_row is None else slot_to_row.shape[1],
+        LIVE=1 if live is None else live[0].numel(),
         BLOCK=block,
         ORDERED=ordered,
         INTERPRETED=x.device.type == "cpu",
