@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -14,39 +14,63 @@ MakeCall = Callable[[Inputs], Call]
 
 
 _CONTEXT = SimpleNamespace(config=None, entered=None)
+ALONE = (0, 1)  # rank, and how many ranks share the experts and have tokens of their own
 
 
-def vllm_context():
-    """vLLM's configuration and its one-process group, made once and kept."""
+class Peer(NamedTuple):
+    method: Any  # vLLM's, with a moe_kernel
+    module: Any  # its RoutedExperts
+    hidden: int  # the width that the method rounded up to; tokens are padded to it
+
+
+def vllm_context(ranks: tuple[int, int] = ALONE, device: str = "cuda"):
+    """vLLM's configuration and its groups, made once and kept. More ranks than one find each other
+    by the environment variables that torchrun sets."""
     if _CONTEXT.config is None:
-        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
         from vllm.distributed import init_distributed_environment, initialize_model_parallel
         from vllm.v1.worker.workspace import init_workspace_manager
 
-        _CONTEXT.config = VllmConfig()
+        rank, num_ranks = ranks
+        address, backend = "tcp://127.0.0.1:29511", "nccl" if device == "cuda" else "gloo"
+        parallel = ParallelConfig()
+        if num_ranks > 1:
+            address = "env://"
+            parallel = ParallelConfig(
+                data_parallel_size=num_ranks,
+                enable_expert_parallel=True,
+                distributed_executor_backend="external_launcher",
+            )
+        _CONTEXT.config = VllmConfig(parallel_config=parallel)
         _CONTEXT.entered = set_current_vllm_config(_CONTEXT.config)
         _CONTEXT.entered.__enter__()
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:29511", 0)
+        init_distributed_environment(num_ranks, rank, address, rank, backend)
         initialize_model_parallel(1, 1)
-        init_workspace_manager(torch.device("cuda"))
+        init_workspace_manager(torch.device(device))
     return _CONTEXT.config
 
 
 def nvfp4_peer(name: str, shape: MoeShape, weights: ExpertWeights) -> MakeCall:
+    return calls_of(nvfp4_method(name, shape, weights), shape)
+
+
+def nvfp4_method(
+    name: str, shape: MoeShape, weights: ExpertWeights, ranks: tuple[int, int] = ALONE
+) -> Peer:
     """The NVFP4 method with that backend; weights of equal gate and up scales."""
     from vllm.model_executor.layers.quantization.modelopt import (
         ModelOptNvFp4Config,
         ModelOptNvFp4FusedMoE,
     )
 
-    context = vllm_context()
+    vllm_context(ranks)
     quant = ModelOptNvFp4Config(
         is_checkpoint_nvfp4_serialized=True,
         kv_cache_quant_algo=None,
         exclude_modules=[],
         group_size=16,
     )
-    config = moe_config(name, shape)
+    config = moe_config(name, shape, ranks)
     method = ModelOptNvFp4FusedMoE(quant, config)
     module = expert_module(method, config, shape, shape.hidden, shape.intermediate)
     for key, codes, scales in (
@@ -59,19 +83,30 @@ def nvfp4_peer(name: str, shape: MoeShape, weights: ExpertWeights) -> MakeCall:
     module.w13_weight_scale_2.data.copy_(weights.w13_global_scales)
     module.w2_weight_scale_2.data.copy_(weights.w2_global_scales)
     method.process_weights_after_loading(module)
-    return calls_of(method, module, shape, context)
+    return Peer(method, module, shape.hidden)
 
 
 def mxfp4_peer(
     name: str, shape: MoeShape, weights: ExpertWeights, *, fp8_activations: bool = False
 ) -> MakeCall:
+    return calls_of(mxfp4_method(name, shape, weights, fp8_activations=fp8_activations), shape)
+
+
+def mxfp4_method(
+    name: str,
+    shape: MoeShape,
+    weights: ExpertWeights,
+    ranks: tuple[int, int] = ALONE,
+    *,
+    fp8_activations: bool = False,
+) -> Peer:
     """The MXFP4 method with that backend, over sizes that it may round up."""
     from vllm.model_executor.layers.fused_moe.oracle import mxfp4 as oracle
     from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4MoEMethod
     from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp8Dynamic
 
-    context = vllm_context()
-    config = moe_config(name, shape)
+    vllm_context(ranks)
+    config = moe_config(name, shape, ranks)
     # It asks for the model's configuration, and there is no model.
     asks = mock.patch.object(oracle, "_user_moe_activation_override", return_value=None)
     with asks:
@@ -90,7 +125,7 @@ def mxfp4_peer(
             copy_padded(scales, getattr(module, f"{key}_weight_scale").data, parts)
         method.process_weights_after_loading(module)
     print(f"{name}: {method.mxfp4_backend}, {method.experts_cls.__name__}", flush=True)
-    return calls_of(method, module, shape, context, hidden)
+    return Peer(method, module, hidden)
 
 
 def copy_padded(source: torch.Tensor, target: torch.Tensor, parts: int) -> None:
@@ -103,8 +138,9 @@ def copy_padded(source: torch.Tensor, target: torch.Tensor, parts: int) -> None:
         into.copy_(source[:, part * rows : (part + 1) * rows])
 
 
-def moe_config(name: str, shape: MoeShape):
-    """vLLM's description of the layer, on one rank of as many as share the experts."""
+def moe_config(name: str, shape: MoeShape, ranks: tuple[int, int] = ALONE, device: str = "cuda"):
+    """vLLM's description of the layer, on one rank of as many as share the experts. ALONE, it has
+    all tokens."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import (
         FusedMoEConfig,
@@ -113,15 +149,16 @@ def moe_config(name: str, shape: MoeShape):
     )
 
     local = shape.num_local_experts
+    rank, num_ranks = ranks
     parallel = FusedMoEParallelConfig(
         tp_size=1,
         pcp_size=1,
-        dp_size=1,
+        dp_size=num_ranks,
         ep_size=shape.num_experts // local,
         tp_rank=0,
         pcp_rank=0,
-        dp_rank=0,
-        ep_rank=0,
+        dp_rank=rank,
+        ep_rank=rank,
         sp_size=1,
         use_ep=local != shape.num_experts,
         all2all_backend="allgather_reducescatter",
@@ -135,7 +172,7 @@ def moe_config(name: str, shape: MoeShape):
         num_local_experts=local,
         num_logical_experts=shape.num_experts,
         activation=MoEActivation.SILU,
-        device=torch.device("cuda"),
+        device=torch.device(device),
         routing_method=RoutingMethodType.DeepSeekV3,
         moe_parallel_config=parallel,
         in_dtype=torch.bfloat16,
@@ -187,14 +224,13 @@ def expert_module(method: Any, config: Any, shape: MoeShape, hidden: int, inter:
     return module
 
 
-def calls_of(
-    method: Any, module: Any, shape: MoeShape, context: Any, hidden: int | None = None
-) -> MakeCall:
-    """hidden: the width that the method rounded up to; tokens are padded to it in the call."""
+def calls_of(peer: Peer, shape: MoeShape) -> MakeCall:
     from vllm.forward_context import set_forward_context
 
+    method, module, hidden = peer
+    context = vllm_context()
     mapping = expert_map(shape.num_experts, shape.num_local_experts)
-    padding = (hidden or shape.hidden) - shape.hidden
+    padding = hidden - shape.hidden
 
     def call(inputs: Inputs) -> Call:
         def run() -> torch.Tensor:

@@ -63,7 +63,8 @@ def copy_bandwidth() -> float:
 
 def write_results(path: Path, rows: list[dict], commit: str, **facts) -> None:
     """JSON of a bench's rows with what they were measured on."""
-    where = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    where = {"gpu": gpu, "torch": torch.__version__, "commit": commit}
     path.write_text(json.dumps({**where, **facts, "rows": rows}, indent=1) + "\n")
 
 

@@ -1,10 +1,11 @@
 """Benches whose own checks of their backends run at small sizes, on a Hopper GPU."""
 
 import json
+import sys
 
 import pytest
 import torch
-from bench import inputs, layer, mxfp4, overlap
+from bench import expert_parallel, inputs, layer, mxfp4, overlap
 from dsv4_kernels import compiled
 from dsv4_kernels.types import MoeShape
 from safetensors.torch import load_file
@@ -45,6 +46,30 @@ def test_the_shared_expert_beside_the_routed_ones_changes_no_sum():
     rows = overlap.bench_tokens(SHAPE, make_call, 8)
     assert len(rows) == len(overlap.LEFT_FREE) * len(overlap.PRIORITIES)
     assert all(row["forked"] > 0 for row in rows)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_that_ranks_share_are_right_and_timed(monkeypatch, tmp_path, ranks):
+    """One exchanges nothing. Ours and vLLM's default, in processes of their own."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip("needs two GPUs")
+    monkeypatch.setitem(expert_parallel.SIZES, "flash", (16, 2, 4096, 2048))
+    monkeypatch.setattr(expert_parallel, "TOKENS", (1, 32))
+    out = tmp_path / "out.json"
+    names = ("w4a16", "w4a8", "w4a8_packed", "humming_fp8")
+    given = [f"--out={out}", "--commit=abc", f"--ranks={ranks}", f"--contenders={','.join(names)}"]
+    monkeypatch.setattr(sys, "argv", ["bench.expert_parallel", "run", *given])
+    expert_parallel.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["contender"], r.get("tokens")) for r in rows] == [
+        (n, t) for n in names for t in (1, 32)
+    ]
+    assert all(row["together_us"] > 0 for row in rows)
+    of = {(row["contender"], row["tokens"]): row for row in rows}
+    assert of["w4a8", 32]["error"] == of["w4a8_packed", 32]["error"]
+    if ranks > 1:
+        assert of["w4a8_packed", 32]["gathered_bytes"] < 0.6 * of["w4a8", 32]["gathered_bytes"]
 
 
 def test_a_checkpoint_made_on_the_gpu_has_the_values_that_its_scales_say(tmp_path):

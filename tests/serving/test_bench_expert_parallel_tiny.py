@@ -1,0 +1,37 @@
+"""bench.expert_parallel from start to end, on two ranks of vLLM's CPU build."""
+
+import json
+import sys
+from importlib.util import find_spec
+
+import pytest
+from bench import expert_parallel
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("vllm_cpu_host") is None, reason="made for vLLM's CPU build with tests/cpu_host"
+    ),
+]
+
+
+def test_two_ranks_are_right_and_timed_and_a_failure_costs_no_other(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(expert_parallel.SIZES, "flash", (16, 2, 128, 64))
+    monkeypatch.setattr(expert_parallel, "TOKENS", (1, 5))
+    out = tmp_path / "out.json"
+    given = ["run", f"--out={out}", "--commit=abc", "--contenders=marlin,w4a8_packed"]
+    monkeypatch.setattr(sys, "argv", ["bench.expert_parallel", *given])
+    expert_parallel.main()
+
+    results = json.loads(out.read_text())
+    assert (results["commit"], results["ranks"], results["gpu"]) == ("abc", 2, "none")
+    failed, *rows = results["rows"]
+    assert failed["contender"] == "marlin" and "current device cpu" in failed["failure"]
+    for row, tokens in zip(rows, (1, 5), strict=True):
+        assert (row["contender"], row["tokens"]) == ("w4a8_packed", tokens)
+        assert 0.01 < row["error"] < 0.1
+        # A token's codes and scale; its two experts' ids and weights.
+        assert row["gathered_bytes"] == 2 * tokens * (128 + 16 + 2 * (4 + 4))
+        assert all(row[f"{stage}_us"] > 0 for stage in expert_parallel.STAGES)
+    assert "| 5 | w4a8_packed | 1.6 |" in capsys.readouterr().out
