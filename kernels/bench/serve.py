@@ -1,6 +1,7 @@
-"""Whole servers at V4's layer sizes on one GPU: this plugin beside vLLM's own experts.
+"""Whole servers at V4's layer sizes: this plugin beside vLLM's own experts.
 
     python -m bench.serve run --out serve.json --format nvfp4 --seconds 480
+    python -m bench.serve run --out serve.json --format mxfp4 --topology dp2-ep --seconds 900
     python -m bench.serve report serve.json [--plot serve.svg]
     python -m bench.serve report serve.json --profile
 
@@ -9,6 +10,10 @@ fit (fewer than the model's), random weights (bench.random_weights) and a KV cac
 Their log-probabilities are compared first. Then they are loaded in turn by `vllm bench serve`'s own
 code, the most telling loads first, and again until the seconds are over. What was measured is kept
 after every load, beside other formats' and versions' in the same file.
+
+With a topology a server has several GPUs and all of the model's layers: one starts after another,
+is compared with the first, and loaded in its share of the seconds. Each rank draws its weights by a
+tensor's name, so that servers of different topologies hold different models.
 """
 
 import argparse
@@ -61,13 +66,18 @@ ARGUMENTS = (
     "--cudagraph-capture-sizes",
     *map(str, (1, 2, 4, 8, 16, 32, 64, 128, 256)),
 )
+EXTENSION = "--worker-extension-cls=bench.serve_worker.ServeWorker"
 TOGETHER = (
     f"--kv-cache-memory-bytes={KV_BYTES}",
     "--gpu-memory-utilization=0.2",
-    "--worker-extension-cls=bench.serve_worker.ServeWorker",
+    EXTENSION,
 )
 ALONE = ("--gpu-memory-utilization=0.92",)
+EP = "--enable-expert-parallel"
+TOPOLOGIES = {"tp2": ("-tp=2",), "tp2-ep": ("-tp=2", EP), "dp2-ep": ("-dp=2", EP)}
 PARTS = ("decodes", "steps", "prompts", "profile", "starts")
+# The others replay a graph of one rank, whose collectives would wait for the other's.
+PARTS_OF_RANKS = ("decodes", "prompts")
 MOST_TIMES = 5  # that a load is measured
 START_SECONDS = 80  # of a server alone, whose kernels are compiled
 
@@ -95,6 +105,25 @@ def run_bench(
         for number in range(2, MOST_TIMES + 1):
             if not bench.loads(again, number, clocks, reserved + 5):
                 break
+
+
+def run_in_turn(
+    bench: Bench,
+    contenders: Sequence[Contender],
+    parts: Sequence[str],
+    arguments: Sequence[str],
+) -> None:
+    """Each alone, for as much of the time that is left as any after it has."""
+    loads = DECODES * ("decodes" in parts) + PROMPTS * ("prompts" in parts)
+    with Clocks() as clocks:
+        for started, one in enumerate(contenders):
+            kept = bench.left() * (1 - 1 / (len(contenders) - started))
+            with bench.started([one], arguments):
+                bench.compare()
+                number = 1
+                while number <= MOST_TIMES and bench.loads(loads, number, clocks, kept):
+                    number += 1
+                bench.attempt("memory", bench.memory)
 
 
 def gpu_facts() -> dict:
@@ -130,11 +159,21 @@ def run(arguments: argparse.Namespace) -> None:
     deadline = time.monotonic() + arguments.seconds
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
     peers = (arguments.peers or PEERS[arguments.format]).split(",")
-    contenders = [contender(name, arguments.format) for name in (*OURS[arguments.format], *peers)]
-    facts = gpu_facts()
+    ours = arguments.ours.split(",") if arguments.ours else OURS[arguments.format]
+    contenders = [contender(name, arguments.format) for name in (*ours, *peers)]
+    facts, topology = gpu_facts(), arguments.topology
+    parts = arguments.parts or (PARTS_OF_RANKS if topology else PARTS[:-1])
+    if topology and not set(parts) <= set(PARTS_OF_RANKS):
+        raise ValueError(
+            f"parts are {' and '.join(parts)}: with --topology, {' and '.join(PARTS_OF_RANKS)} can "
+            "be measured"
+        )
 
     def config(servers: int, layers: int | None) -> dict:
         of = (arguments.model, arguments.format)
+        if topology:
+            all_layers = serve_report.ALL_LAYERS[arguments.model]
+            return real_config(*of, layers or all_layers, arguments.mtp)
         fit = layers_that_fit(real_config(*of, 4), servers, facts["memory_mib"] * 2**20)
         return real_config(*of, layers or fit, arguments.mtp)
 
@@ -148,16 +187,22 @@ def run(arguments: argparse.Namespace) -> None:
         "format": arguments.format,
         "mtp": arguments.mtp,
         "layers": together["num_hidden_layers"],
+        "topology": topology,
     }
-    keys = [arguments.model, arguments.format, *["mtp"] * bool(arguments.mtp), results["vllm"]]
+    features = ["mtp"] * bool(arguments.mtp) + [topology] * bool(topology)
+    keys = [arguments.model, arguments.format, *features, results["vllm"]]
     speculative = json.dumps({"method": "mtp", "num_speculative_tokens": arguments.mtp})
     options = (*ARGUMENTS, *[f"--speculative-config={speculative}"] * bool(arguments.mtp))
     with TemporaryDirectory() as folder:
         keep = keeper(arguments.out, "-".join(keys), results)
         bench = Bench(Path(folder), together, results, keep, deadline)
         try:
-            run_bench(bench, contenders, arguments.parts, options)
-            for one in contenders if "starts" in arguments.parts else ():
+            if topology:
+                one_server = (*options, *ALONE, EXTENSION, *TOPOLOGIES[topology])
+                run_in_turn(bench, contenders, parts, one_server)
+            else:
+                run_bench(bench, contenders, parts, options)
+            for one in contenders if "starts" in parts else ():
                 if bench.left() > START_SECONDS:
                     bench.start_alone(one, config(1, None), (*options, *ALONE))
         finally:
@@ -181,12 +226,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser, runner, reporter = run_and_report(__doc__, run, report)
     runner.add_argument("--format", choices=PEERS, default="nvfp4")
     runner.add_argument("--model", choices=MODELS, default="flash", help="whose layer sizes")
+    runner.add_argument("--ours", help="plugin, plugin_fp8 (default: of the format)")
     runner.add_argument("--peers", help="moe backends of vLLM; `default` is its own choice")
-    runner.add_argument("--layers", type=int, help="(default: what fits)")
+    runner.add_argument("--topology", choices=TOPOLOGIES, help="servers on several GPUs, in turn")
+    runner.add_argument("--layers", type=int, help="(default: what fits; all, with a topology)")
     runner.add_argument("--mtp", type=int, default=0, help="tokens that a draft layer proposes")
     runner.add_argument("--seconds", type=float, default=1200, help="when to stop (1200)")
     runner.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="what to measure (no starts)"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help=f"what to measure (no starts; with a topology, {' and '.join(PARTS_OF_RANKS)})",
     )
     runner.add_argument("--logs", type=Path, help="a folder to keep the servers' logs in")
     reporter.add_argument("results")

@@ -65,6 +65,8 @@ class Bench:
         self.random = random.Random(0)
         self.lock = threading.Lock()
         self.vocab = config["vocab_size"]
+        self.compared: dict[str, list[float]] = {}
+        self.prompts = [self.tokens(64) for _ in range(4)]
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -133,15 +135,15 @@ class Bench:
         return [self.random.randrange(10, self.vocab) for _ in range(count)]
 
     def compare(self) -> None:
-        """A server whose log-probabilities are not finite, or another model's, is left out."""
-        prompts = [self.tokens(64) for _ in range(4)]
-        found = {}
+        """With the first that ever ran. A server whose log-probabilities are not finite, or another
+        model's, is left out."""
         for name, server in list(self.servers.items()):
             row: dict = {"contender": name}
             with self.failing(row):
-                found[name] = [value for p in prompts for value in log_probabilities(server, p)]
-                first = next(iter(found.values()))
-                row["difference"] = mean(map(abs, map(sub, found[name], first)))
+                found = [value for p in self.prompts for value in log_probabilities(server, p)]
+                self.compared[name] = found
+                first = next(iter(self.compared.values()))
+                row["difference"] = mean(map(abs, map(sub, found, first)))
                 if row["difference"] > AGREEMENT:
                     row["failure"] = f"mean difference above {AGREEMENT}"
             if "failure" in row:

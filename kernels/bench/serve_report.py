@@ -92,7 +92,8 @@ def bars(run: dict) -> Iterator[Bar]:
         yield at_least(f"{load}: TPOT", tpot, load, "median_tpot_ms")
     for load, tpot in TPOT_BARS.items():
         yield at_least(f"{load}: TPOT", tpot, load, "median_tpot_ms")
-    yield from step_bars(run)
+    if not run.get("topology"):
+        yield from step_bars(run)
     for load in PROMPT_BARS:
         yield at_least(f"{load}: median inter-token latency", ITL_BAR, load, "median_itl_ms")
         yield at_least(f"{load}: throughput", THROUGHPUT_BAR, load, "total_token_throughput")
@@ -153,10 +154,12 @@ def markdown(results: dict) -> str:
 
 def title(run: dict) -> str:
     draft = f", {run['mtp']} drafted tokens" if run["mtp"] else ""
+    topology = run.get("topology")
+    where = f"each server alone, {topology}, each rank on" if topology else "all servers on"
     return (
         f"{run['format'].upper()}, vLLM {run['vllm']}, {MODELS[run['model']]}'s layer sizes, "
-        f"{run['layers']} of {ALL_LAYERS[run['model']]} layers{draft}, random weights; all servers "
-        f"on one {run['gpu']} ({run['cores']} cores, driver {run['driver']}), commit "
+        f"{run['layers']} of {ALL_LAYERS[run['model']]} layers{draft}, random weights; {where} "
+        f"one {run['gpu']} ({run['cores']} cores, driver {run['driver']}), commit "
         f"{run['commit']}."
     )
 
@@ -194,11 +197,15 @@ def server_lines(run: dict, columns: Sequence[str]) -> Iterator[str]:
         size = rows.get(name, {}).get(key)
         return "-" if size is None else f"{size / GIB:.1f}"
 
-    yield line("ready, all at once, s", *(ready(rows.get(c)) for c in columns), "")
+    topology = run.get("topology")
+    what = "ready, s" if topology else "ready, all at once, s"
+    yield line(what, *(ready(rows.get(c)) for c in columns), "")
     yield line("weights, GiB", *(gib("weights_bytes", c) for c in columns), "")
-    yield line(
-        "most memory with a KV cache of 4, GiB", *(gib("peak_bytes", c) for c in columns), ""
-    )
+    what = "most memory, GiB" if topology else "most memory with a KV cache of 4, GiB"
+    yield line(what, *(gib("peak_bytes", c) for c in columns), "")
+    if topology:
+        tokens = [rows.get(c, {}).get("kv_tokens") for c in columns]
+        yield line("KV tokens of a rank", *(f"{t:,}" if t else "-" for t in tokens), "")
     if alone:
         layers = next(iter(alone.values()))["layers"]
         what = f"alone, {layers} layers"

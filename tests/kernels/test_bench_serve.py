@@ -2,8 +2,10 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from bench import serve, serve_report
 from bench.random_weights import real_config
 from bench.serve_contenders import Bench
@@ -17,6 +19,7 @@ from bench.serve_worker import (
     short_name,
 )
 
+ROOT = Path(__file__).parents[2]
 H200_BYTES = 143_771 * 2**20
 
 
@@ -327,10 +330,32 @@ def test_w4a8_is_a_column_and_has_its_own_bars(time, met):
     assert row.endswith(f"| 1.00× / {1 / time:.2f}× |")
 
 
+def test_a_topology_is_that_of_the_deployment_and_has_no_graph_of_one_rank():
+    deployment = yaml.safe_load((ROOT / "configs/flash-2xh200.yaml").read_text())
+    assert serve.TOPOLOGIES["dp2-ep"] == ("-dp=2", "--enable-expert-parallel")
+    assert deployment["data-parallel-size"] == 2 and deployment["enable-expert-parallel"]
+    assert f"--max-num-batched-tokens={deployment['max-num-batched-tokens']}" in serve.ARGUMENTS
+    assert f"--gpu-memory-utilization={deployment['gpu-memory-utilization']}" in serve.ALONE
+    run = a_run() | {"topology": "dp2-ep", "starts": [], "steps": {}, "profile": [], "layers": 43}
+    assert not [name for name in missed(run) if name.startswith("1 sequence")]
+    shown = serve_report.markdown({"runs": {"": run}})
+    assert "43 of 43 layers, random weights; each server alone, dp2-ep, each rank on one" in shown
+    assert "| KV tokens of a rank | 5 | 5 | 5 |  |" in shown
+
+
+def test_parts_that_a_topology_has_not(monkeypatch):
+    monkeypatch.setattr(serve, "gpu_facts", lambda: {})
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    given = ["run", "--out=x", "--commit=a", "--topology=tp2", "--parts", "steps", "decodes"]
+    arguments = serve.build_parser().parse_args(given)
+    with pytest.raises(ValueError, match="with --topology, decodes and prompts"):
+        arguments.call(arguments)
+
+
 def test_the_commands_arguments():
     parser = serve.build_parser()
     given = parser.parse_args(["run", "--out", "x.json", "--format", "mxfp4", "--commit", "abc"])
-    assert given.call is serve.run and "starts" not in given.parts
+    assert given.call is serve.run and given.parts is None
     given = parser.parse_args(["report", "x.json", "--profile"])
     assert given.call is serve.report and given.profile and given.plot is None
 

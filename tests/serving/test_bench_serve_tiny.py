@@ -35,7 +35,10 @@ def tiny_contender(name: str, expert_format: str) -> serve_contenders.Contender:
     return serve_contenders.Contender(name, (f"--additional-config={given}",))
 
 
-def test_tiny_servers_are_compared_and_loaded(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Its command line without --out, on tiny servers; the kept runs."""
+
     def config(model: str, expert_format: str, layers: int, mtp: int = 0) -> dict:
         sizes = TinyConfig(layers=2, hash_layers=1, hidden=256, intermediate=128, vocab=2048)
         return tiny_config_json(sizes)
@@ -45,18 +48,26 @@ def test_tiny_servers_are_compared_and_loaded(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(serve, "contender", tiny_contender)
     monkeypatch.setattr(serve, "ARGUMENTS", ARGUMENTS)
     monkeypatch.setattr(serve, "TOGETHER", serve.TOGETHER[-1:])
+    monkeypatch.setattr(serve, "ALONE", ())
     monkeypatch.setattr(serve, "DECODES", (Load(4, 8, 6),))
     monkeypatch.setattr(serve, "PROMPTS", (Load(2, 32, 1),))
     monkeypatch.setattr(serve_contenders, "PROFILED_PREFILL", 64)
-    out = tmp_path / "serve.json"
-    out.write_text(json.dumps({"runs": {"another": {"kept": True}}}))
-    given = ["run", "--out", str(out), "--commit", "abc", "--seconds", "400", "--peers", "marlin"]
-    arguments = serve.build_parser().parse_args([*given, "--logs", str(tmp_path / "logs")])
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     monkeypatch.setattr(serve, "MOST_TIMES", 2)
-    arguments.call(arguments)
+    out = tmp_path / "serve.json"
+    out.write_text(json.dumps({"runs": {"another": {"kept": True}}}))
 
-    kept = json.loads(out.read_text())["runs"]
+    def run(*options: str) -> dict:
+        given = ["run", "--out", str(out), "--commit", "abc", "--logs", str(tmp_path / "logs")]
+        arguments = serve.build_parser().parse_args([*given, "--peers", "marlin", *options])
+        arguments.call(arguments)
+        return json.loads(out.read_text())["runs"]
+
+    return run
+
+
+def test_tiny_servers_are_compared_and_loaded(bench, tmp_path, capsys):
+    kept = bench("--seconds=400")
     assert kept["another"] == {"kept": True}
     (run,) = [run for name, run in kept.items() if name.startswith("flash-nvfp4-0.")]
     assert {row["contender"] for row in run["servers"]} == {"plugin", "marlin"}
@@ -76,3 +87,23 @@ def test_tiny_servers_are_compared_and_loaded(monkeypatch, tmp_path, capsys):
     assert "| 4 × 8 + 6: TPOT, ms |" in shown and "engine's step" in shown
     log = (tmp_path / "logs/plugin.log").read_text()
     assert "this plugin runs NVFP4 experts, on reference: layers 0-1" in log
+
+
+@pytest.mark.weekly
+def test_tiny_servers_of_two_ranks_are_loaded_one_after_another(bench, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "MOST_TIMES", 1)
+    # A core each; vLLM compiles helpers that gcc alone will not do for.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    kept = bench("--seconds=500", "--topology=dp2-ep")
+    (run,) = [run for name, run in kept.items() if name.startswith("flash-nvfp4-dp2-ep-0.")]
+    assert run["layers"] == 2 and not run.get("failures")
+    servers = {row["contender"]: row for row in run["servers"]}
+    assert list(servers) == ["plugin", "marlin"]
+    assert all("-dp=2" in row["arguments"] and row["kv_tokens"] > 0 for row in servers.values())
+    (difference,) = [r["difference"] for r in run["agreement"] if r["contender"] == "marlin"]
+    assert 0.001 < difference < 0.4
+    order = [row["contender"] for row in run["loads"]]
+    assert order == ["plugin", "plugin", "marlin", "marlin"]
+    assert all(row["failed"] == 0 for row in run["loads"])
+    assert "each server alone, dp2-ep, each rank on one none" in capsys.readouterr().out
