@@ -255,15 +255,15 @@ def nvfp4_quantize(
 
 
 def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
-    """The least power of two at which amax is at most 448; 1 where amax is 0.
+    """A 448th of amax; 1 where amax is 0.
 
-    amax counts as 3.4e38 at most, and the scale is 2^-100 at least. E4M3 is a floating-point
-    format: a scale between powers of two would make no rounding smaller.
+    amax counts as 3.4e38 at most, and the scale is 2^-100 at least. The largest value is exact so,
+    and those near it lie where E4M3's steps are smallest beside its numbers: of rows with loud
+    channels, a power of two would cost 1 to 2 % more error.
     """
-    mantissa, exponent = torch.frexp(amax.double().clamp(max=3.4e38) / E4M3_MAX)
-    exponent = exponent - (mantissa == 0.5).int()
-    scale = torch.ldexp(torch.ones_like(mantissa), exponent).clamp(min=2.0**-100).float()
-    return torch.where(amax > 0, scale, 1.0)
+    amax = amax.float()
+    scale = amax.clamp(max=3.4e38) / torch.full_like(amax, E4M3_MAX)
+    return torch.where(amax > 0, scale.clamp(min=2.0**-100), 1.0)
 
 
 def fp8_quantize(
@@ -272,15 +272,16 @@ def fp8_quantize(
     """E4M3 of every row of x (rows, K) float8_e4m3fn, the rows' scales (rows,) float32, and the
     number of saturated values.
 
-    scale (1,) float32 or None for each row's own, `fp8_scale` of its amax. Codes
-    are x / scale to nearest even. A value is saturated where that would be more than 448, and
-    becomes a signed 448, an infinity too; NaN stays NaN and counts as 0 for the scale.
+    scale (1,) float32 or None for each row's own, `fp8_scale` of its amax. Codes are x times the
+    scale's inverse, each rounded to float32, to nearest even. A value is saturated where that would
+    be more than 448, and becomes a signed 448, an infinity too; NaN stays NaN and counts as 0 for
+    the scale.
     """
     x = x.float()
     if scale is None:
         scale = fp8_scale(x.nan_to_num(0.0, torch.inf, -torch.inf).abs().amax(1))
     scale = scale.float().expand(len(x))
-    quotient = x / scale[:, None]
+    quotient = x * (torch.ones_like(scale) / scale)[:, None]
     saturated = quotient.abs() > 464  # the tie between 448 and the next step goes to 448
     codes = quotient.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return codes, scale, saturated.sum()

@@ -123,7 +123,7 @@ def rounded(x: torch.Tensor, scale) -> torch.Tensor:
         return x.bfloat16().double()
     if scale == "fp8":
         amax = x.double().abs().amax(1, keepdim=True).clamp(min=1e-30)
-        return e4m3(x, torch.exp2(torch.ceil(torch.log2(amax / 448))))
+        return e4m3(x, amax / 448)
     x = x.float()
     if scale == "token":
         x = x.bfloat16().float()

@@ -1,7 +1,7 @@
 """E4M3: bf16 rows -> codes and a scale a row, in the rows of a layout and FP8 WGMMA's columns.
 
-    scale = the least power of two with max|row| <= 448 * scale
-    code  = e4m3(x / scale)        to nearest even
+    scale = max|row| / 448, of which the inverse is rounded to float32
+    code  = e4m3(x * inverse)        to nearest even
 
 A program reads one token's row, quantises it once, and writes it to the row of each local slot;
 tokens without one are not read. Of each 64 columns the 16 words of four codes are transposed as a
@@ -77,12 +77,9 @@ def _quantize_kernel(
         column = tl.arange(0, BLOCK)
         x = tl.load(x_ptr + token * K + column, mask=column < K, other=0.0).to(tl.float32)
         amax = tl.max(tl.where(x == x, tl.abs(x), 0.0), axis=0)
-        bits = tl.minimum(amax, 3.4e38).to(tl.int32, bitcast=True)
-        # 448 is 1.75 * 2^8: the exponent rises by one where the mantissa is over 1.75.
-        exponent = tl.maximum(((bits + 0x1FFFFF) >> 23) - 8, 127 - 100)
-        exponent = tl.where(bits > 0, exponent, 127)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        scale = tl.maximum(tl.div_rn(tl.minimum(amax, 3.4e38), 448.0), 7.888609052210118e-31)
+        scale = tl.where(amax > 0, scale, 1.0)
+        inverse = tl.div_rn(1.0, scale)
         bounded = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)
         codes = _e4m3(bounded, INTERPRETED)
         codes = tl.where(x == x, codes, 0x7F)
