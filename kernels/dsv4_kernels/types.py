@@ -58,7 +58,8 @@ class QuantizedRows(NamedTuple):
 
 class Fp8Rows(NamedTuple):
     """E4M3 rows: value = code * the row's scale. Of each 64 columns the 16 words of four are a
-    transposed 4 x 4 matrix: column 16 q + 4 j + c is at 16 j + 4 q + c."""
+    transposed 4 x 4 matrix: column 16 q + 4 j + c is at 16 j + 4 q + c. If 32 are left, they are a
+    4 x 2 one: 8 q + 4 j + c is at 16 j + 4 q + c."""
 
     codes: torch.Tensor  # (rows, K) float8_e4m3fn
     scales: torch.Tensor  # (rows,) float32

@@ -2,6 +2,7 @@
 layer from checkpoint weights against the oracle."""
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -148,9 +149,10 @@ def test_fc1_of_fp8_rows(config, counts, h, mode, block):
         assert padding.isnan().all(), "padding rows"
 
 
+CLUSTER = Sm90Config(2, 2, (16, 32), 128, cluster=2)
 TILES = {
-    "heuristic": None,
-    "cluster": Sm90Config(2, 2, (16, 32), 128, cluster=2),
+    "cluster": (CLUSTER, replace(CLUSTER, tile_k=64)),
+    "one-group-a-stage": (CLUSTER, Sm90Config(1, 3, (16, 32), 64, cluster=2)),
 }
 
 
@@ -167,16 +169,26 @@ def call(layer: MoeLayer, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     return moe.moe(x, routing, layer, workspace, out=out)
 
 
-@pytest.mark.parametrize("limit", [10.0, None], ids=["limit", "no-limit"])
-@pytest.mark.parametrize("weight_format", ["mxfp4", "nvfp4"])
-@pytest.mark.parametrize("config", TILES.values(), ids=TILES)
-def test_the_layer_is_the_oracle(monkeypatch, keep_sm90_choice, config, weight_format, limit):
-    """An intermediate size of 64 mod 128 is padded. A sum's last bits decide on which side of a
-    rounding point an E4M3 of h falls, a step of 2^-3 at most: one may be most of a token."""
-    if config is not None:
-        use_choice(lambda shape, num_tokens: LayerConfig(False, config, config))
+LAYERS = [(160, "mxfp4", 10.0), (160, "nvfp4", None), (192, "nvfp4", 10.0), (320, "mxfp4", None)]
+
+
+@pytest.mark.parametrize(("intermediate", "weight_format", "limit"), LAYERS, ids=str)
+def test_the_layer_is_the_oracle(monkeypatch, intermediate, weight_format, limit):
+    """Stages of an even or odd number of blocks, of which the last may be half empty."""
+    check_layer(monkeypatch, intermediate, weight_format, limit)
+
+
+@pytest.mark.parametrize("configs", TILES.values(), ids=TILES)
+def test_the_layer_of_large_tiles_is_the_oracle(monkeypatch, keep_sm90_choice, configs):
+    use_choice(lambda shape, num_tokens: LayerConfig(False, *configs))
+    check_layer(monkeypatch, 192, "mxfp4", 10.0)
+
+
+def check_layer(monkeypatch, intermediate: int, weight_format: str, limit: float | None) -> None:
+    """A sum's last bits decide on which side of a rounding point an E4M3 of h falls, a step of 2^-3
+    at most: one may be most of a token, of few tokens."""
     monkeypatch.setattr(sm90, "launch", Emulation(mode="random", num_sms=4).launch)
-    problem = LayerProblem("fp8", 16, 4, 2, 256, 192, limit, weight_format=weight_format)
+    problem = LayerProblem("fp8", 16, 4, 2, 256, intermediate, limit, weight_format=weight_format)
     inputs = make_inputs(problem)
     weights = inputs.weights
     if weight_format == "mxfp4":
@@ -189,5 +201,6 @@ def test_the_layer_is_the_oracle(monkeypatch, keep_sm90_choice, config, weight_f
     ours = call(layer_of(SM90, problem, weights), inputs.x, routing).float()
     oracle = call(layer_of(REFERENCE, problem, weights), inputs.x, routing).float()
     assert not ours[3].any()
-    assert (ours - oracle).norm() <= 2.0**-6 * oracle.norm()
-    assert ((ours - oracle).norm(dim=1) <= 2.0**-4 * oracle.norm(dim=1)).all()
+    error = (ours - oracle).norm(dim=1)
+    assert (error <= 2.0**-3 * oracle.norm(dim=1)).all()
+    assert (error > 2.0**-6 * oracle.norm(dim=1)).sum() <= 2

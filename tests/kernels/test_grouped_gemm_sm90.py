@@ -1,6 +1,7 @@
 """The sm90 grouped GEMMs: what they are compiled as without a GPU, and what they compute on one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,24 +197,32 @@ SIZES += [("mxfp4", size) for size in (*range(32, 257, 32), 288, 576, 640, 1152)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(("weight_format", "size"), SIZES, ids=[f"{f}-{n}" for f, n in SIZES])
-def test_every_intermediate_size_matches_the_oracle(weight_format, size):
-    shape = MoeShape(4, 4, 2, 256, size, 8, False, weight_format=weight_format)
+def test_every_intermediate_size_matches_the_oracle(weight_format, size, fp8):
+    shape = MoeShape(4, 4, 2, 256, size, 8, False, weight_format=weight_format, fp8=fp8)
     check_layer(*random_layer(shape, 3), 5)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("num_tokens", [3, 60, 200])
 @pytest.mark.parametrize("size", [288, 576], ids=["tp8", "tp4"])
-def test_v41_tensor_parallel_sizes_match_the_oracle(size, num_tokens):
-    shape = MoeShape(8, 8, 6, 5120, size, 256, False, weight_format="mxfp4")
+def test_v41_tensor_parallel_sizes_match_the_oracle(size, num_tokens, fp8):
+    shape = MoeShape(8, 8, 6, 5120, size, 256, False, weight_format="mxfp4", fp8=fp8)
     check_layer(*random_layer(shape, 3), num_tokens)
 
 
 def check_layer(weights: ExpertWeights, layer: MoeLayer, num_tokens: int) -> None:
+    """Of fp8, against its numerics: a sum's last bits may move an E4M3 of h by a step, 2^-3."""
     shape = layer.shape
     x, routing = random_call(num_tokens, shape, 4, device="cuda")
     mapping = expert_map(shape.num_experts, shape.num_local_experts)
+    if shape.fp8:
+        of_oracle = replace(layer, backend=BACKENDS["reference"], weights=weights)
+        expected = moe(x, routing, of_oracle, x, expert_map=mapping, out=torch.empty_like(x))
+        assert relative_error(run(layer, x, routing, mapping), expected) < 2.0**-3
+        return
     expected = reference.moe(x, routing, weights, expert_map=mapping, limit=layer.limit)
     close(run(layer, x, routing, mapping), expected)
 

@@ -49,11 +49,13 @@ def test_padding_is_the_least_that_makes_whole_tiles(name):
         assert again == padded, "a padded size needs no padding"
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_every_size_has_sm90_tiles(weight_format):
+def test_every_size_has_sm90_tiles(weight_format, fp8):
     for size in range(FORMATS[weight_format], 4097, FORMATS[weight_format]):
-        shape = shape_of("sm90", weight_format, size)
-        rows, columns = BACKENDS["sm90"].padded_intermediate(size)
+        shape = shape_of("sm90", weight_format, size)._replace(fp8=fp8)
+        rows, columns = BACKENDS["sm90"].padded_intermediate(size, fp8)
+        assert BACKENDS["sm90"].padded_intermediate(rows, fp8) == (rows, columns), size
         for num_tokens in TOKENS:
             fc1, fc2 = sm90.gemms(shape, num_tokens)
             assert (fc1.m, fc2.k) == (2 * rows, rows), size
@@ -86,6 +88,19 @@ def test_v41_tensor_parallel_sizes_cost_no_more_than_their_bytes():
         assert fc2.config.tile_k == 192
         for gemm in (fc1, fc2, sm90.gemms(tp8, num_tokens)[0]):
             assert gemm.m % gemm.config.tile_m == 0, gemm
+
+
+def test_fp8_pads_v41_tensor_parallel_sizes_no_more_than_bf16():
+    for size in (576, 288):
+        padded = BACKENDS["sm90"].padded_intermediate(size, fp8=True)
+        assert padded == BACKENDS["sm90"].padded_intermediate(size)
+        shape = MoeShape(384, 384, 6, 5120, size, 8192, False, weight_format="mxfp4", fp8=True)
+        for num_tokens in (1, 512, 8192):
+            fc1, fc2 = sm90.gemms(shape, num_tokens)
+            assert fc1.m % (fc1.config.tile_m * fc1.config.cluster) == 0, fc1
+            assert fc2.config.tile_k == {576: 192, 288: 64 if num_tokens == 8192 else 320}[size]
+    # A stage of one block would be all that divides seven.
+    assert BACKENDS["sm90"].padded_intermediate(448, fp8=True) == (512, 512)
 
 
 def weights_of(weight_format: str, size: int) -> ExpertWeights:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from bench.inputs import random_weights
 from dsv4_kernels import reference
+from dsv4_kernels.backends import BACKENDS
+from dsv4_kernels.padding import padded_weights
 from dsv4_kernels.sm90.weights import CHUNK, prepare_weights
 from dsv4_kernels.types import ExpertWeights, MoeShape
 
@@ -90,18 +92,31 @@ def test_the_order_of_fp8_is_the_oracles_byte_for_byte(shape, scales):
     else:
         weights.w13_block_scales[0, : weights.intermediate] = 20  # the gate's window, not the up's
         weights.w13[:, 5] = 0x80
+    check_order_of_fp8(weights, exact=scales in (None, FP8_SCALE_BYTES["15-powers"]))
+
+
+@pytest.mark.parametrize("scales", [None, FP8_SCALE_BYTES["all"]], ids=["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("intermediate", [32, 288])
+def test_the_order_of_fp8_where_h_ends_in_the_middle_of_a_block(intermediate, scales):
+    weights = weights_of(2, 128, intermediate, mxfp4_bytes=scales)
+    padded = padded_weights(BACKENDS["sm90"], weights)
+    assert (padded.intermediate, padded.w2.shape[2] * 2 - intermediate) == (intermediate, 32)
+    check_order_of_fp8(padded, exact=scales is None)
+
+
+def check_order_of_fp8(weights: ExpertWeights, exact: bool) -> None:
     expected, error = shuffled_fp8(weights)
     rounding = torch.zeros(1, device=DEVICE)
     copy = ExpertWeights(*(tensor.to(DEVICE, copy=True) for tensor in weights))
     assert_same_bytes(prepare_weights(copy, rounding, fp8=True), expected)
     assert rounding.item() == error
-    assert (error > 0) == (scales not in (None, FP8_SCALE_BYTES["15-powers"]))
+    assert (error == 0) == exact
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("experts", "hidden", "intermediate"),
-    [(48, 7168, 3072), (9, 5120, 2304), (9, 5120, 640)],
+    [(48, 7168, 3072), (9, 5120, 2304), (9, 5120, 576)],
     ids=["pro-ep8", "v4.1-flash", "v4.1-flash-tp4"],
 )
 @pytest.mark.parametrize("scales", [None, SCALE_BYTES["40-powers"]], ids=["nvfp4", "mxfp4"])

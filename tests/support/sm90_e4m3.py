@@ -10,8 +10,15 @@ LARGEST_INDEX = 14
 
 
 def permuted_columns(x: torch.Tensor) -> torch.Tensor:
-    """(..., K) in the checkpoint's order -> in the kernel's: of each 64, 4 x 4 words transposed."""
-    return x.unflatten(-1, (-1, 4, 4, 4)).transpose(-3, -2).reshape(x.shape)
+    """(..., K) in the checkpoint's order -> in the kernel's: of each 64, 4 x 4 words transposed; of
+    the last 32, if K is no multiple of 64, 4 x 2."""
+    whole = x.shape[-1] // 64 * 64
+    parts = [
+        part.unflatten(-1, (-1, 4, words, 4)).transpose(-3, -2).flatten(-4)
+        for part, words in ((x[..., :whole], 4), (x[..., whole:], 2))
+        if part.shape[-1]
+    ]
+    return torch.cat(parts, -1)
 
 
 def gate_up_rows(rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -41,9 +48,20 @@ def shuffled_fp8(weights: ExpertWeights) -> tuple[ExpertWeights, float]:
                 codes[part], scales[part], power, part_error = window
                 factors[expert, half] *= power
                 error = max(error, part_error)
+            if name == "w2" and weights.intermediate % 64:
+                spread_last_half(codes, scales, block)
             codes[:] = codes_in_order(codes[order])
             scales[:] = scales_in_order(scales[order], block)
     return ExpertWeights(**values), error
+
+
+def spread_last_half(codes: torch.Tensor, scales: torch.Tensor, block: int) -> None:
+    """In place: of the last 64 columns, 32 and 32 of padding, a lane takes eight and eight, under
+    the scale of the former."""
+    last = codes[:, -32:].unflatten(1, (2, 4, 4))
+    last.copy_(last.transpose(1, 2).reshape(last.shape).clone())
+    count = 64 // block
+    scales[:, -count:] = scales[:, -count : -count // 2].repeat_interleave(2, dim=1)
 
 
 def codes_in_order(codes: torch.Tensor) -> torch.Tensor:

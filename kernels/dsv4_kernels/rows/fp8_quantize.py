@@ -110,17 +110,17 @@ def fp8_quantize(
 ) -> Fp8Rows:
     """E4M3 of every row of x; returns out.
 
-    x (num_tokens, K) bf16, contiguous, K a multiple of 64. With slot_to_row (num_tokens, top_k)
-    int32, token t goes to every row slot_to_row[t, j] >= 0, and rows that no slot has are left as
-    they are; without, row i goes to row i, unless all of live[i] is negative, live (num_tokens,) or
-    (num_tokens, any): row_to_slot as live quantises rows that are in their place and skips the
-    padding, and expert ids skip tokens that have none. ordered: x's columns are in the order of
-    Fp8Rows already. saturated, a (1,) int64, grows by the infinities of written rows, which become
-    a signed 448; NaN stays NaN. out's parts may be of longer rows.
+    x (num_tokens, K) bf16, contiguous, K a multiple of 64 unless ordered. With slot_to_row
+    (num_tokens, top_k) int32, token t goes to every row slot_to_row[t, j] >= 0, and rows that no
+    slot has are left as they are; without, row i goes to row i, unless all of live[i] is negative,
+    live (num_tokens,) or (num_tokens, any): row_to_slot as live quantises rows that are in their
+    place and skips the padding, and expert ids skip tokens that have none. ordered: x's columns are
+    in the order of Fp8Rows already. saturated, a (1,) int64, grows by the infinities of written
+    rows, which become a signed 448; NaN stays NaN. out's parts may be of longer rows.
     """
     num_tokens, K = x.shape
     assert x.dtype == torch.bfloat16 and x.is_contiguous(), (x.dtype, x.stride())
-    assert K % 64 == 0, f"K {K} is not a multiple of 64"
+    assert ordered or K % 64 == 0, f"K {K} is not a multiple of 64"
     assert out.codes.dtype == torch.float8_e4m3fn, out.codes.dtype
     assert out.codes.stride(1) == 1, out.codes.stride()
     assert out.codes.shape == (*out.scales.shape, K), (out.codes.shape, out.scales.shape, K)

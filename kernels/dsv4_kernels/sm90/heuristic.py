@@ -21,18 +21,13 @@ def unsupported_reason(shape: MoeShape) -> str | None:
             f"hidden size {shape.hidden} is not a multiple of 64: choose vLLM's own experts with "
             "--moe-backend"
         )
-    if shape.fp8 and shape.hidden % 128:
-        return (
-            f"hidden size {shape.hidden} is not a multiple of 128, as fp8 activations want: set "
-            "activations to bf16"
-        )
     return None
 
 
 def padded_intermediate(size: int, fp8: bool = False) -> tuple[int, int]:
-    """A block of weights has 32 rows of the gate and 32 of the up, or 64 columns of w2. 128 E4M3 of
-    a row of h are swizzled together."""
-    if fp8:
+    """A block of weights has 32 rows of the gate and 32 of the up, or 64 columns of w2. A stage of
+    fp8 that had one block of columns would leave WGMMA idle: rather one block of zeros more."""
+    if fp8 and _fp8_tile_k(size, 320, (2, 5, 3)) == 64:
         size = -(-size // 128) * 128
     return -(-size // 32) * 32, -(-size // 64) * 64
 
@@ -58,8 +53,8 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
     rows = rows_per_expert(shape, num_tokens)
     inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
     if shape.fp8:
-        fc1, fc2 = (_fp8_config(shape, rows, k) for k in (shape.hidden, inter))
-        return LayerConfig(False, fc1, fc2)
+        fc1 = _fp8_config(shape, rows, 2 * inter, shape.hidden)
+        return LayerConfig(False, fc1, _fp8_config(shape, rows, shape.hidden, inter))
     fc1, fc2 = _config(rows, 2 * inter, shape.hidden), _config(rows, shape.hidden, inter)
     return LayerConfig(fc1.cluster == 1 and not shape.batch_rows, fc1, fc2)
 
@@ -94,29 +89,40 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
     return Sm90Config(2, warpgroups, (most - 24, most - 16, most - 8, most), tile_k)
 
 
-def _fp8_config(shape: MoeShape, rows: float, k: int) -> Sm90Config:
+def _fp8_config(shape: MoeShape, rows: float, m: int, k: int) -> Sm90Config:
     """Of a GEMM in fp8, by `bench/results/fp8_fc1.json`: WGMMA takes half of bf16's cycles, so
-    widening counts at all rows, and two row blocks a warpgroup beat one. Stages of 256 columns beat
-    those of 128 where three fit beside the schedule's tables."""
-    if rows <= FEW_ROWS:
-        return Sm90Config(1, 4, (8, 16, 24, 32), _fp8_tile_k(k, 256))
+    widening counts at all rows, and two row blocks a warpgroup beat one, unless they leave more of
+    the last tile empty. Long stages beat short ones where three fit beside the schedule's tables.
+    """
     _, most = _even_parts(rows, 144)
     tile_n = (most - 24, most - 16, most - 8, most)
-    if most <= 48:
-        return Sm90Config(1, 4, (24, 32, 40, 48), _fp8_tile_k(k, 256))
-    if most <= 64:
-        return Sm90Config(2, 3, tile_n, 128)
-    stage = 256 * (256 // 2 + 256 // _scale_block(shape) + most)
-    fits = 3 * stage <= 216_000 - 20 * shape.num_local_experts
-    return Sm90Config(2, 2, tile_n, _fp8_tile_k(k, 256 if fits else 128), cluster=2)
+    if rows <= FEW_ROWS or most <= 48:
+        tile_n = (8, 16, 24, 32) if rows <= FEW_ROWS else (24, 32, 40, 48)
+        choices = [(1, 4, 1), (1, 3, 1)]
+    elif most <= 64:
+        choices = [(2, 3, 1), (1, 3, 1)]
+    else:
+        choices = [(2, 2, 2), (1, 3, 2), (1, 3, 1)]
+    # The first that computes at most 5 % more rows than another would.
+    computed = [math.ceil(m / (64 * math.prod(each))) * math.prod(each) for each in choices]
+    m_blocks, warpgroups, cluster = next(
+        each for each, rows in zip(choices, computed, strict=True) if rows <= 1.05 * min(computed)
+    )
+    tile_m = 64 * m_blocks * warpgroups
+    column = tile_m // 2 + tile_m // _scale_block(shape) + tile_n[-1]
+    experts_padded = 1 << (shape.num_local_experts - 1).bit_length()
+    longest = (224_900 - 4096 * warpgroups - 20 * experts_padded) // (3 * column)
+    blocks = (2, 5, 3) if tile_m > 256 else (4, 2, 5, 3)
+    return Sm90Config(m_blocks, warpgroups, tile_n, _fp8_tile_k(k, longest, blocks), cluster)
 
 
 def _scale_block(shape: MoeShape) -> int:
     return MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
 
 
-def _fp8_tile_k(k: int, most: int) -> int:
-    return most if k % most == 0 else 128
+def _fp8_tile_k(k: int, most: int, blocks: tuple[int, ...]) -> int:
+    """The first of so many blocks of 64 columns that divides K and is at most `most`, or one."""
+    return next((64 * n for n in blocks if -(-k // 64) % n == 0 and 64 * n <= most), 64)
 
 
 def _even_parts(rows: float, limit: int) -> tuple[int, int]:

@@ -74,7 +74,7 @@ TMA_ROWS = 16  # of a box
 class Pipeline(NamedTuple):
     """The ring of stages in shared memory, and its mbarriers."""
 
-    x: cute.Pointer  # (stages, x_blocks, tile_n_max, x_columns) of x_type, 128-byte swizzle
+    x: cute.Pointer  # (stages, x_blocks, tile_n_max, x_columns) of x_type, swizzled as wide
     codes: cute.Pointer  # (stages, m_blocks_tile, k_blocks, 512) uint32
     scales: cute.Pointer  # (stages, m_blocks_tile, k_blocks, scale_block_bytes / 4) uint32
     full: cute.Pointer
@@ -125,9 +125,10 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         super().__init__(gemm)
         assert not (self.fp8 and gather), "rows of fp8 are placed where they are quantised"
         self.x_type = Float8E4M3FN if self.fp8 else BFloat16
-        self.x_columns = 1024 // self.x_type.width  # of 128 bytes
+        # 128 bytes, or 64 where they do not divide a stage, are swizzled together.
+        self.x_columns = math.gcd(1024 // self.x_type.width, config.tile_k)
+        self.x_bytes = self.x_columns * self.x_type.width // 8
         self.step_k = 256 // self.x_type.width  # K of WGMMA
-        assert config.tile_k % self.x_columns == 0, f"tile_k = {config.tile_k} of {self.x_type}"
         self.gather = gather
         self.k, self.top_k = k, top_k
         self.scale_block = scale_block
@@ -155,7 +156,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         return staging + work + self._table_bytes() + table + barriers_and_alignment
 
     def _num_stages(self) -> int:
-        rows = self.tile_n_max * 128 * self.x_blocks
+        rows = self.tile_n_max * self.x_bytes * self.x_blocks
         weights = self.m_blocks_tile * self.k_blocks * self._block_bytes()
         budget = SMEM_BYTES - self._fixed_smem()
         return min(32, budget // (rows + weights))
@@ -403,7 +404,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             expected = Int32(stage_bytes)
             if cutlass.const_expr(not self.gather):
                 boxes = (rows + TMA_ROWS - 1) // TMA_ROWS
-                expected += boxes * (TMA_ROWS * 128 * self.x_blocks)
+                expected += boxes * (TMA_ROWS * self.x_bytes * self.x_blocks)
                 t_rows, t_boxes = self._row_boxes(tma_atom, tma_x, row_start, pipeline.x)
             for k_stage in cutlass.range(k_first, k_end, unroll=1):
                 cute.arch.mbarrier_wait(pipeline.empty + stage, phase)
@@ -489,7 +490,11 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         return t_rows, t_boxes
 
     def _swizzle_atom(self):
-        return warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.x_type)
+        kinds = {
+            128: warpgroup.SmemLayoutAtomKind.K_SW128,
+            64: warpgroup.SmemLayoutAtomKind.K_SW64,
+        }
+        return warpgroup.make_smem_layout_atom(kinds[self.x_bytes], self.x_type)
 
     @cute.jit
     def _gather_rows(
@@ -675,6 +680,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         # In a register: LOP3 takes one immediate, and this one's has another.
         scale_bits = None if self.fp8 else Uint32(ptx.opaque(Int32(0x0FF00FF0)))
         blocks = self.k_blocks * config.m_blocks
+        # Of an odd number of groups, the last has the fragment that the next stage begins with.
+        last_in_flight = 1 - blocks * groups % 2
         previous = stage
         weights.load(0, 0, stage, codes, scales)
         for k_stage in cutlass.range(k_stages, unroll=1):
@@ -713,7 +720,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                         elif k_stage + 1 < k_stages:
                             cute.arch.mbarrier_wait(pipeline.full + stage, phase)
                             weights.load(0, 0, stage, codes, scales)
-                    warpgroup.wait_group(1)
+                    is_last = block == blocks - 1 and group == groups - 1
+                    warpgroup.wait_group(last_in_flight if is_last else 1)
                     if cutlass.const_expr(block == 0 and group == 0):
                         # Only this group is in flight: no WGMMA reads the previous stage any more.
                         self._give_back(pipeline.empty + previous, lane, k_stage > 0)

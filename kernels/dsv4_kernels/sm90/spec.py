@@ -15,7 +15,7 @@ class Sm90Config:
     """What a compiled kernel is specialised on, besides the layer's shape.
 
     m_blocks: 64-row blocks of weights a warpgroup owns; warpgroups: consumer warpgroups;
-    tile_n: ascending multiples of 8, the N of WGMMA to choose from; tile_k: 64 to 256, by 64;
+    tile_n: ascending multiples of 8, the N of WGMMA to choose from; tile_k: 64 to 320, by 64;
     cluster: CTAs that share a row tile, its rows by TMA multicast, each with its own weight rows.
     """
 

@@ -45,7 +45,8 @@ Lane q's two words of a row have the codes of columns 16 q .. 16 q + 15, whose m
 the checkpoint has them; code i's sign is at bit 8 i + 7, or 8 (i - 4) + 3 from i = 4 on. Scales are
 NVFP4's bytes, under which zero is a scale like another; MXFP4's count from a window of 15 powers,
 and an error is at most 2^-16 of the largest. fc1's gate and up rows 32 b + 8 w + r are the columns
-that h has there (`Fp8Rows`).
+that h has there (`Fp8Rows`). Where h ends in the middle of a block of K, lane q has columns 8 q ..
+8 q + 7 of the half in its first word, with their scale, and zeros in its second.
 """
 
 import math
@@ -92,7 +93,8 @@ def prepare_weights(
             window = None
             if largest is not None:
                 window = (largest[part], global_scales[part], rounding)
-            _shuffle(codes[part], scales[part], gate_rows, window, scratch, fp8)
+            half_block = fp8 and not gate_rows and weights.intermediate % 64 > 0
+            _shuffle(codes[part], scales[part], gate_rows, window, scratch, fp8, half_block)
     return weights
 
 
@@ -124,10 +126,11 @@ def _shuffle(
     window: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
     scratch: torch.Tensor,
     fp8: bool,
+    half_block: bool,
 ) -> None:
     """A chunk's codes (E, R, K // 2) and scales (E, R, K // 16 or K // 32); scratch holds both, as
     int32. gate_rows is R // 2 for fc1, 0 for fc2; window is (largest scales, global scales,
-    rounding) of MXFP4."""
+    rounding) of MXFP4; half_block: the last 32 columns are padding."""
     experts, rows, k_blocks = len(codes), codes.shape[1], codes.shape[2] // 32
     block = NVFP4_BLOCK if window is None else MXFP4_BLOCK
     assert rows % 64 == 0 and scales.shape == (experts, rows, k_blocks * 64 // block), scales.shape
@@ -153,6 +156,7 @@ def _shuffle(
         GATE_ROWS=gate_rows,
         MXFP4=window is not None,
         FP8=fp8,
+        HALF_BLOCK=half_block,
         WINDOW=_WINDOW[fp8][0],
         LOWEST=_WINDOW[fp8][1],
     )
@@ -211,6 +215,7 @@ def _shuffle_kernel(
     GATE_ROWS: tl.constexpr,
     MXFP4: tl.constexpr,
     FP8: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     LOWEST: tl.constexpr,
 ):
@@ -222,7 +227,8 @@ def _shuffle_kernel(
     if GATE_ROWS > 0:
         row, to_second = row_block * 32 + pair, GATE_ROWS
         if FP8:
-            row = row // 64 * 64 + row % 16 // 4 * 16 + row % 64 // 16 * 4 + row % 4
+            of_lane = tl.where(row < GATE_ROWS // 64 * 64, 16, 8)
+            row = row // 64 * 64 + row % 16 // 4 * of_lane + row % 64 // 16 * 4 + row % 4
     else:
         row, to_second = row_block * 64 + pair // 8 * 16 + pair % 8, 8
 
@@ -256,7 +262,13 @@ def _shuffle_kernel(
     out = block[None, :] * 32 + pair[:, None]
     if FP8:
         word = tl.arange(0, 8)
-        at = out[:, :, None] * 16 + (word // 2 * 4 + word % 2)[None, None, :]
+        place = (word // 2 * 4 + word % 2)[None, None, :]
+        if HALF_BLOCK:
+            is_half = (k_block == K_BLOCKS - 1)[None, :]
+            place = tl.where(is_half[:, :, None], (word % 4 * 4 + word // 4)[None, None, :], place)
+            first_scales = tl.where(is_half, _spread(first_scales, MXFP4), first_scales)
+            second_scales = tl.where(is_half, _spread(second_scales, MXFP4), second_scales)
+        at = out[:, :, None] * 16 + place
         tl.store(codes_ptr + at, _with_signs_apart(first_codes))
         tl.store(codes_ptr + at + 2, _with_signs_apart(second_codes))
     else:
@@ -300,6 +312,17 @@ def _shuffle_kernel(
 def _codes(codes_ptr, at):
     """The eight words of each block and row, two a step: (32, BLOCKS, 8)."""
     return tl.load(codes_ptr + at[:, :, None] * 8 + tl.arange(0, 8)[None, None, :])
+
+
+@triton.jit
+def _spread(scales, MXFP4: tl.constexpr):
+    """The scales of 32 columns and of 32 zeros -> of four lanes with eight columns each: two bytes
+    or, of MXFP4, one, each twice."""
+    low = scales & 0xFF
+    if MXFP4:
+        return low | low << 8
+    high = scales >> 8 & 0xFF
+    return low | low << 8 | high << 16 | high << 24
 
 
 @triton.jit
