@@ -38,7 +38,7 @@ from vllm_dsv4_moe.packed_dispatch import PackedDispatch, packed_where_gathered
 from vllm_dsv4_moe.router import Dsv4Router
 from vllm_dsv4_moe.saturation import SATURATION
 from vllm_dsv4_moe.scale_policy import activation_scales
-from vllm_dsv4_moe.settings import Settings
+from vllm_dsv4_moe.settings import Settings, activations_on
 from vllm_dsv4_moe.warm_up import WARM_UP
 
 logger = init_logger("vllm.dsv4_moe")
@@ -370,16 +370,4 @@ def activation_mode(
 ) -> str:
     """A key of NUMERICS: what a layer's activations are multiplied in. ValueError for a backend
     that has others only."""
-    backend = backend_name(settings, capability)
-    has = {"sm90": ("bf16", "fp8"), "sm100": ("nvfp4",)}.get(backend, ("nvfp4", "bf16", "fp8"))
-    wanted = settings.activations
-    if weight_format == "mxfp4" and wanted != "fp8":
-        return "bf16"
-    if wanted == "auto":
-        wanted = has[0]
-    if wanted not in has:
-        raise ValueError(
-            f"activations is {wanted!r}, and the {backend} backend multiplies "
-            f"{' or '.join(has)} only: set activations to 'auto'"
-        )
-    return wanted
+    return activations_on(backend_name(settings, capability), settings.activations, weight_format)

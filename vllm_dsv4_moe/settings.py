@@ -100,6 +100,22 @@ class Settings:
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
+def activations_on(backend: str, wanted: str, weight_format: str) -> str:
+    """nvfp4, fp8 or bf16: what a backend multiplies the activations of experts of that format in,
+    where the setting `activations` is `wanted`. ValueError where it has others only."""
+    has = {"sm90": ("bf16", "fp8"), "sm100": ("nvfp4",)}.get(backend, ("nvfp4", "bf16", "fp8"))
+    if weight_format == "mxfp4" and wanted != "fp8":
+        return "bf16"
+    if wanted == "auto":
+        wanted = has[0]
+    if wanted not in has:
+        raise ValueError(
+            f"activations is {wanted!r}, and the {backend} backend multiplies "
+            f"{' or '.join(has)} only: set activations to 'auto'"
+        )
+    return wanted
+
+
 def read_settings(additional_config: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
     """Settings of one vLLM process. ValueError names what is not known and what is."""
     values = {}

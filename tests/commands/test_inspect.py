@@ -79,6 +79,19 @@ def test_whole_checkpoint_has_no_problem(original, capsys):
     assert "layers.0-1     hash   NVFP4 experts" in text
     assert "this plugin can serve it" in text
     assert "layers.0-2.ffn.experts.0-7.w1.weight_scale" in text
+    assert "activations of NVFP4 experts: bf16 on sm90, nvfp4 on sm100" in text
+
+
+def test_activations_are_those_that_the_layers_would_run_in(original, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_DSV4_MOE_ACTIVATIONS", "fp8")
+    monkeypatch.setenv("VLLM_DSV4_MOE_FORMATS", "nvfp4,mxfp4")
+    assert main(["inspect", str(original)]) == 0
+    text = capsys.readouterr().out
+    assert "activations of NVFP4 experts: fp8 on sm90, refused as fp8 on sm100" in text
+    assert "activations of MXFP4 experts: fp8 on sm90" in text
+    for wanted, of_nvfp4 in (("auto", "bf16"), ("bf16", "bf16"), ("nvfp4", "refused as nvfp4")):
+        found = inspect(original, formats="nvfp4,mxfp4", activations=wanted).activations
+        assert (found["NVFP4"]["sm90"], found["MXFP4"]["sm90"]) == (of_nvfp4, "bf16")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """Check a checkpoint in seconds, without loading a weight.
 
 Reads config.json, the headers of the safetensors files and the hash tables: which layers are hash
-or dense, ours or vLLM's; what is missing, extra or shaped for another model. Exit status 0: it can
-be served with this plugin; 1: it cannot; 2: there is nothing to check.
+or dense, ours or vLLM's, and what multiplies their activations; what is missing, extra or shaped
+for another model. Exit status 0: it can be served with this plugin; 1: it cannot; 2: there is
+nothing to check.
 """
 
 import argparse
@@ -48,9 +49,15 @@ def run(args: argparse.Namespace) -> int:
 
     if min(args.tp, args.dp) < 1 or args.block_scale_experts < 0:
         raise ValueError("--tp and --dp must be at least 1, --block-scale-experts at least 0")
-    formats = read_settings({}, os.environ).formats
+    settings = read_settings({}, os.environ)
     found = inspect(
-        args.checkpoint, args.tp, args.dp, args.scales, args.block_scale_experts, formats
+        args.checkpoint,
+        args.tp,
+        args.dp,
+        args.scales,
+        args.block_scale_experts,
+        settings.formats,
+        settings.activations,
     )
     if args.json:
         print(json.dumps(asdict(found), indent=1))
@@ -73,6 +80,9 @@ def print_summary(console: "Console", found: Inspection, num_gpus: int) -> None:
     console.print()
     for line in layer_lines(found.layers):
         console.print(line)
+    for experts, modes in found.activations.items():
+        listed = ", ".join(f"{mode} on {backend}" for backend, mode in modes.items())
+        console.print(f"activations of {experts} experts: {listed}")
     weights = found.weight_bytes_per_gpu
     console.print(
         f"\nweights on each of {num_gpus} GPUs: {_size(sum(weights.values()))}, "

@@ -21,7 +21,7 @@ from vllm_dsv4_moe.commands.memory import weights_of_rank
 from vllm_dsv4_moe.commands.releases import FLASH, PRO, V41_FLASH, text_config
 from vllm_dsv4_moe.layer_config import SCORING, LayerConfig
 from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
-from vllm_dsv4_moe.settings import Settings
+from vllm_dsv4_moe.settings import MXFP4_BACKENDS, Settings, activations_on
 
 # Sizes by which a model is recognised; every other size is taken from the config.
 _SIZES = {
@@ -73,6 +73,8 @@ class Inspection:
     layers: list[Layer]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # By format of experts that are ours, and by backend: what multiplies their activations.
+    activations: dict[str, dict[str, str]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)  # of another shape or dtype
     extra: list[str] = field(default_factory=list)
@@ -88,10 +90,11 @@ def inspect(
     scales: bool = False,
     num_sampled: int = 8,
     formats: str = "nvfp4",
+    activations: str = "auto",
 ) -> Inspection:
     """Read config and headers, compare; with `scales`, read the scale tensors too.
 
-    formats is the setting, which says whose the experts are.
+    formats is the setting, which says whose the experts are, and activations another.
     Raises ValueError where there is nothing to compare.
     """
     config_path = folder / "config.json"
@@ -112,6 +115,8 @@ def inspect(
         layers=_layers(sizes, formats),
         problems=list(stored.problems),
     )
+    for name in dict.fromkeys(layer.experts for layer in found.layers if layer.ours):
+        found.activations[name] = _activations(name.lower(), activations)
     _check_ours(found, sizes, config, formats)
     expected = dict(checkpoint_tensors(sizes))
     if sizes.is_v41:
@@ -127,6 +132,19 @@ def inspect(
     )
     weights = weights_of_rank(expected.items(), division)
     found.weight_bytes_per_gpu = {"experts": weights.experts, "others": weights.others}
+    return found
+
+
+def _activations(weight_format: str, wanted: str) -> dict[str, str]:
+    """By backend that has a GPU and this format."""
+    found = {}
+    for backend in MXFP4_BACKENDS if weight_format == "mxfp4" else ("sm90", "sm100"):
+        if backend == "reference":
+            continue
+        try:
+            found[backend] = activations_on(backend, wanted, weight_format)
+        except ValueError:
+            found[backend] = f"refused as {wanted}"
     return found
 
 
