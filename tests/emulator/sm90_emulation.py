@@ -30,12 +30,13 @@ class Emulation:
 
     mode: str = "eager"
     seed: int = 0
-    num_sms: int = 3  # few, so that each block works on several tiles and on parts of tiles
+    num_sms: int = 5  # few, so that each block works on several tiles and on parts of tiles
     blocks: int | None = None  # of a grid, if not num_sms: more run one wave after another
     kernel: type = Dsv4GroupedGemmSm90
     ptx: str | None = None  # instead of what was compiled
     max_instructions: int = 50_000_000
     statistics: list[Statistics] = field(default_factory=list)
+    spills: list[int] = field(default_factory=list)  # blocks that left partial sums
 
     def launch(
         self,
@@ -45,11 +46,12 @@ class Emulation:
         scales: tuple[torch.Tensor, float] | None = None,
     ) -> None:
         grid = sm90.num_blocks(gemm, self.blocks or self.num_sms)
-        partials = torch.full((grid * sm90.MOST_PARTIALS,), float("nan"))
+        partial_floats = gemm.config.tile_m * gemm.config.tile_n[-1]
+        partials = aligned(torch.full((grid, partial_floats), float("nan")))
         flags = aligned(torch.zeros(grid * sm90.FLAGS, dtype=torch.int32))
         limit = math.inf if limit is None else limit
         statistics = emulated(gemm, self.kernel).run(
-            *(*tensors, aligned(partials), flags, limit, len(tensors[3])),
+            *(*tensors, partials, flags, limit, len(tensors[3])),
             grid,
             None,
             *(scales or ()),
@@ -62,3 +64,4 @@ class Emulation:
         )
         assert not flags.any(), "flags are left set"
         self.statistics.append(statistics)
+        self.spills.append(int((~partials.isnan()).any(dim=1).sum()))

@@ -1,7 +1,6 @@
 """sm90 on FP8 WGMMA in the emulator: FC1 against plain torch on what its operands are, and the
 layer from checkpoint weights against the oracle."""
 
-import functools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,8 +10,6 @@ from dsv4_kernels import moe
 from dsv4_kernels.backends import REFERENCE, SM90
 from dsv4_kernels.reference import unpack_e2m1
 from dsv4_kernels.sm90 import gemm as sm90
-from dsv4_kernels.sm90.arguments import example_arguments
-from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
 from dsv4_kernels.sm90.spec import Gemm, LayerConfig, Sm90Config
 from dsv4_kernels.types import (
     MXFP4_BLOCK,
@@ -23,9 +20,9 @@ from dsv4_kernels.types import (
     fp8_h_scale,
 )
 
-from tests.emulator.ptx_emulator.host import EmulatedFunction, emulate
 from tests.emulator.sm90_emulation import Emulation
 from tests.support.layers import aligned
+from tests.support.layers import run as run_layer
 from tests.support.sm90_e4m3 import (
     codes_in_order,
     gate_up_rows,
@@ -37,11 +34,10 @@ from tests.support.sm90_problems import make_inputs, use_choice
 
 INTERMEDIATE, K, LIMIT = 128, 512, 10.0
 CONFIGS = {
-    "cluster": (Sm90Config(1, 2, (16, 32), 128, cluster=2), (20, 0, 5)),
+    "cluster": (Sm90Config(1, 2, (16, 32), 128, cluster=2), (20, 0, 40)),
     "three-warpgroups": (Sm90Config(1, 3, (16, 32), 256), (1, 40, 8)),
     "two-row-blocks": (Sm90Config(2, 2, (16,), 256), (9, 33, 0)),
 }
-GRID = 4
 
 
 class Problem(NamedTuple):
@@ -90,18 +86,13 @@ def expected(problem: Problem, expert: int, block: int, count: int) -> torch.Ten
     return gate * torch.sigmoid(gate) * up
 
 
-@functools.cache
-def compiled(gemm: Gemm) -> EmulatedFunction:
-    return emulate(Dsv4GroupedGemmSm90(gemm), *example_arguments(gemm), arch="sm_90a")
-
-
-def run(gemm: Gemm, problem: Problem, counts: tuple[int, ...], mode: str) -> torch.Tensor:
+def run(
+    gemm: Gemm, problem: Problem, counts: tuple[int, ...], emulation: Emulation
+) -> torch.Tensor:
     rows = problem.offsets[-1]
     order = gate_up_rows(2 * INTERMEDIATE)
     dtype = torch.bfloat16 if gemm.h_row_scales else torch.float8_e4m3fn
     out = aligned(torch.full((rows, INTERMEDIATE), float("nan")).to(dtype))
-    flags = aligned(torch.zeros(GRID * sm90.FLAGS, dtype=torch.int32))
-    partials = aligned(torch.full((GRID * sm90.MOST_PARTIALS,), float("nan")))
     arguments = [
         torch.stack([codes_in_order(codes[order]) for codes in problem.codes]),
         torch.stack([scales_in_order(s[order], gemm.scale_block) for s in problem.scales]),
@@ -114,10 +105,8 @@ def run(gemm: Gemm, problem: Problem, counts: tuple[int, ...], mode: str) -> tor
         torch.full((rows,), float("nan")),  # no routing weight is read
     ]
     arguments = [part if part is out else aligned(part) for part in arguments]
-    scales = aligned(problem.row_scales)
-    end = (partials, flags, LIMIT, rows, GRID, None, scales, fp8_h_scale(LIMIT))
-    compiled(gemm).run(*arguments, *end, mode=mode, seed=0, num_sms=GRID)
-    assert not flags.any(), "flags are left set"
+    scales = aligned(problem.row_scales), fp8_h_scale(LIMIT)
+    emulation.launch(gemm, tuple(arguments), LIMIT, scales)
     return out
 
 
@@ -129,7 +118,9 @@ def test_fc1_of_fp8_rows(config, counts, h, mode, block):
     shape = (len(counts), 2 * INTERMEDIATE, K, 2)
     gemm = Gemm("fc1", *shape, False, config, block, "fp8", h == "bf16")
     problem = make_problem(counts, block)
-    out = run(gemm, problem, counts, mode)
+    emulation = Emulation(mode=mode)
+    out = run(gemm, problem, counts, emulation)
+    assert emulation.spills[0], "no tile is split"
     for expert, count in enumerate(counts):
         first = problem.offsets[expert]
         ours = out[first : first + count].float()
@@ -162,13 +153,6 @@ def layer_of(backend, problem: LayerProblem, weights: ExpertWeights) -> MoeLayer
     return moe.prepare_layer(backend, shape, copy, limit=problem.limit, activation_scales=None)
 
 
-def call(layer: MoeLayer, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    size = moe.workspace_bytes(layer.backend, layer.shape)
-    workspace = aligned(torch.full((size,), 0xFF, dtype=torch.uint8))
-    out = torch.full_like(x, float("nan"))
-    return moe.moe(x, routing, layer, workspace, out=out)
-
-
 LAYERS = [(160, "mxfp4", 10.0), (160, "nvfp4", None), (192, "nvfp4", 10.0), (320, "mxfp4", None)]
 
 
@@ -181,13 +165,17 @@ def test_the_layer_is_the_oracle(monkeypatch, intermediate, weight_format, limit
 @pytest.mark.parametrize("configs", TILES.values(), ids=TILES)
 def test_the_layer_of_large_tiles_is_the_oracle(monkeypatch, keep_sm90_choice, configs):
     use_choice(lambda shape, num_tokens: LayerConfig(False, *configs))
-    check_layer(monkeypatch, 192, "mxfp4", 10.0)
+    fc1, fc2 = check_layer(monkeypatch, 192, "mxfp4", 10.0)
+    assert fc1 and fc2, "no tile is split"
 
 
-def check_layer(monkeypatch, intermediate: int, weight_format: str, limit: float | None) -> None:
-    """A sum's last bits decide on which side of a rounding point an E4M3 of h falls, a step of 2^-3
+def check_layer(
+    monkeypatch, intermediate: int, weight_format: str, limit: float | None
+) -> list[int]:
+    """-> the spills of both GEMMs. A sum's last bits decide on which side of a rounding point an E4M3 of h falls, a step of 2^-3
     at most: one may be most of a token, of few tokens."""
-    monkeypatch.setattr(sm90, "launch", Emulation(mode="random", num_sms=4).launch)
+    emulation = Emulation(mode="random", num_sms=6)
+    monkeypatch.setattr(sm90, "launch", emulation.launch)
     problem = LayerProblem("fp8", 16, 4, 2, 256, intermediate, limit, weight_format=weight_format)
     inputs = make_inputs(problem)
     weights = inputs.weights
@@ -198,9 +186,10 @@ def check_layer(monkeypatch, intermediate: int, weight_format: str, limit: float
     ids = torch.rand(16, 4, generator=generator).argsort(1)[:, :2].int()
     ids[3] = -1
     routing = Routing(inputs.routing_weights, ids)
-    ours = call(layer_of(SM90, problem, weights), inputs.x, routing).float()
-    oracle = call(layer_of(REFERENCE, problem, weights), inputs.x, routing).float()
+    ours = run_layer(layer_of(SM90, problem, weights), inputs.x, routing).float()
+    oracle = run_layer(layer_of(REFERENCE, problem, weights), inputs.x, routing).float()
     assert not ours[3].any()
     error = (ours - oracle).norm(dim=1)
     assert (error <= 2.0**-3 * oracle.norm(dim=1)).all()
     assert (error > 2.0**-6 * oracle.norm(dim=1)).sum() <= 2
+    return emulation.spills

@@ -71,6 +71,12 @@ def run(
     return moe.moe(x, routing, layer, workspace, expert_map=expert_map, out=out)
 
 
+def rounding_error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error, over what one rounding to bf16 and fp32 sums in another order allow."""
+    error = (out.float() - exact).abs()
+    return float((error / (exact.abs() * 2**-8 + exact.abs().max() * 1e-5)).max())
+
+
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the error over the norm of what is expected."""
     expected = expected.float()
