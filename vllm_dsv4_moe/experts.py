@@ -69,7 +69,10 @@ class Dsv4Experts(mk.FusedMoEExpertsModular):
         It has the size of the most tokens whatever M is: the first call makes it, none grows it.
         K is the width of what was dispatched, which may be packed tokens.
         """
-        return (0,), self.arena, (M, self.layer.shape.hidden)
+        return (0,), self.arena, self.output_shape(M, local_num_experts)
+
+    def output_shape(self, rows: int, num_local_experts: int) -> tuple[int, ...]:
+        return rows, self.layer.shape.hidden
 
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()
@@ -93,11 +96,16 @@ class Dsv4Experts(mk.FusedMoEExpertsModular):
         apply_router_weight_on_input: bool,
     ) -> None:
         assert not apply_router_weight_on_input, "the routing weight belongs before W2"
-        moe(
-            hidden_states,
-            Routing(topk_weights, topk_ids),
-            self.layer,
-            workspace2.view(torch.uint8),
-            expert_map=expert_map,
-            out=output,
-        )
+        routing, arena = Routing(topk_weights, topk_ids), workspace2.view(torch.uint8)
+        self.run(hidden_states, routing, arena, expert_map, expert_tokens_meta, output)
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        routing: Routing,
+        arena: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        meta: mk.ExpertTokensMetadata | None,
+        output: torch.Tensor,
+    ) -> None:
+        moe(hidden_states, routing, self.layer, arena, expert_map=expert_map, out=output)
