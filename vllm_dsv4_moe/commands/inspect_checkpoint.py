@@ -1,6 +1,5 @@
 """Check a checkpoint from config.json, safetensors headers and hash tables; no weight is loaded."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from vllm_dsv4_moe.checkpoint_layout import (
 from vllm_dsv4_moe.commands.checkpoint_scales import LayerScales, layer_scales
 from vllm_dsv4_moe.commands.deployment import Deployment
 from vllm_dsv4_moe.commands.memory import weights_of_rank
-from vllm_dsv4_moe.commands.releases import FLASH, PRO, V41_FLASH, text_config
+from vllm_dsv4_moe.commands.releases import FLASH, PRO, V41_FLASH, read_config, text_config
 from vllm_dsv4_moe.layer_config import SCORING, LayerConfig
 from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
 from vllm_dsv4_moe.settings import MXFP4_BACKENDS, Settings, activations_on
@@ -97,13 +96,7 @@ def inspect(
     formats is the setting, which says whose the experts are, and activations another.
     Raises ValueError where there is nothing to compare.
     """
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of a downloaded checkpoint")
-    try:
-        config = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_path} is not JSON: {error}") from error
+    config = read_config(folder)
     sizes = ModelSizes.from_config(config)
     stored = read_checkpoint(folder)
     found = Inspection(
@@ -205,7 +198,7 @@ def _layers(sizes: ModelSizes, formats: str) -> list[Layer]:
 
 
 def _check_ours(found: Inspection, sizes: ModelSizes, config: dict[str, Any], formats: str) -> None:
-    config = {**config, **(config.get("text_config") or {}), "model_type": config.get("model_type")}
+    config = {**text_config(config), "model_type": config.get("model_type")}
     quant = config.get("quantization_config") or {}
     if config.get("model_type") not in ("deepseek_v4", V41):
         found.problems.append(

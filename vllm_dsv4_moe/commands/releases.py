@@ -115,6 +115,17 @@ def model_config(model: str) -> Mapping[str, Any]:
     return json.loads(path.read_text())
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Of a downloaded checkpoint; ValueError where there is none, or what is there is not JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json: give the folder of a downloaded checkpoint")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Where the text model's sizes are: V4.1 has them in an object of their own."""
     return {**config, **(config.get("text_config") or {})}

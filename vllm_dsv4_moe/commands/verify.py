@@ -7,7 +7,6 @@ serve them; the same tokens also go through fp32 arithmetic on the dequantised w
 """
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_dsv4_moe.commands.releases import read_config, text_config
 from vllm_dsv4_moe.commands.tiny_config import IMAGE_TOKEN_ID
 from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
 
@@ -75,10 +75,7 @@ def run(args: argparse.Namespace) -> int:
     stored = read_checkpoint(args.checkpoint)
     for problem in stored.problems:
         print(f"note: {problem}")
-    config_path = args.checkpoint / "config.json"
-    if not config_path.is_file():
-        raise ValueError(f"{args.checkpoint} has no config.json: give a downloaded checkpoint")
-    layers = layers_of(stored.tensors, json.loads(config_path.read_text()))
+    layers = layers_of(stored.tensors, read_config(args.checkpoint))
     kinds = {layer.kind: layer for layer in reversed(layers)}
     if not kinds:
         raise ValueError(f"{args.checkpoint} holds no layer with NVFP4 or MXFP4 experts")
@@ -99,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def layers_of(stored: dict[str, StoredTensor], config: dict[str, Any]) -> list[Layer]:
     """The layers with FP4 experts, in the order of their numbers, the model's before drafts'."""
-    config = {**config, **(config.get("text_config") or {})}
+    config = text_config(config)
     found: dict[str, tuple[str, int]] = {}
     for match in filter(None, map(EXPERT.fullmatch, stored)):
         prefix, _, _, scale = match.groups()
