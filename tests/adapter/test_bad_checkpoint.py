@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.adapter.test_bad_config import with_config
 from tests.support import loading
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
 
@@ -164,10 +165,7 @@ def test_the_mxfp4_checkpoint_itself_loads(mxfp4_config, mxfp4):
 def test_an_intermediate_size_that_mxfp4_cannot_cut_into_blocks_is_refused(
     mxfp4_config, mxfp4, tmp_path
 ):
-    bad = edited(mxfp4, tmp_path / "bad", {})
-    content = json.loads((bad / "config.json").read_text()) | {"moe_intermediate_size": 48}
-    (bad / "config.json").unlink()
-    (bad / "config.json").write_text(json.dumps(content))
+    bad = with_config(mxfp4, tmp_path / "bad", {"moe_intermediate_size": 48})
     with pytest.raises(ValueError, match="size 48 .* multiple of the MXFP4 block, 32"):
         loading.load_model(loading.engine_config(bad, MXFP4))
 
@@ -199,10 +197,7 @@ def test_a_truncated_shard_is_named_before_any_layer_is_made(vllm_config, checkp
 def test_a_size_that_nvfp4_cannot_cut_into_blocks_is_refused(
     vllm_config, checkpoint, tmp_path, size, says
 ):
-    bad = edited(checkpoint, tmp_path / "bad", {})
-    content = json.loads((bad / "config.json").read_text()) | {size: 120}
-    (bad / "config.json").unlink()
-    (bad / "config.json").write_text(json.dumps(content))
+    bad = with_config(checkpoint, tmp_path / "bad", {size: 120})
     with pytest.raises(ValueError, match=f"{says}.* not a positive multiple of the NVFP4 block"):
         loading.load_model(loading.engine_config(bad))
 

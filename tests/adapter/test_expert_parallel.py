@@ -10,15 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dsv4_kernels import reference
 
 from tests.support.layers import relative_error
 from tests.support.plain_moe import PlainMoe
-from tests.support.routed_experts import loaded_experts
+from tests.support.routed_experts import loaded_experts, random_tokens
 from vllm_dsv4_moe.commands.tiny import TinyConfig
 
 CONFIG = TinyConfig(layers=1, hash_layers=0, hidden=64, intermediate=32, experts=12, heads=4)
-TOKENS = 40
 # fp32 sums of at most top_k rows, each rounded to bf16, in another grouping.
 TOLERANCE = 2.0**-7
 
@@ -36,12 +34,7 @@ def rank_layer(vllm_config, tensors, ep_size, ep_rank, **options):
     return loaded_experts(vllm_config, CONFIG, tensors, ep=(ep_size, ep_rank), **options)
 
 
-def tokens(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, routing weights, logical ids."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(TOKENS, CONFIG.hidden, generator=generator).bfloat16()
-    logits = torch.randn(TOKENS, CONFIG.experts, generator=generator)
-    return x, *reference.router_topk(logits, CONFIG.top_k, scaling=1.5)
+TOKENS = random_tokens(40, CONFIG)
 
 
 def output(layer, x, weights, ids) -> torch.Tensor:
@@ -50,7 +43,7 @@ def output(layer, x, weights, ids) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def whole(vllm_config, tensors):
-    return output(rank_layer(vllm_config, tensors, 1, 0), *tokens())
+    return output(rank_layer(vllm_config, tensors, 1, 0), *TOKENS)
 
 
 @pytest.mark.parametrize("placement", ["linear", "round_robin"])
@@ -64,15 +57,15 @@ def test_ranks_add_up_to_the_whole_layer(vllm_config, tensors, whole, ep_size, p
     maps = torch.stack([layer.expert_map for layer in layers])
     assert ((maps >= 0).sum(0) == 1).all()
     assert (maps[0, 1] == -1) == (placement == "round_robin")
-    total = sum(output(layer, *tokens()) for layer in layers)
+    total = sum(output(layer, *TOKENS) for layer in layers)
     assert relative_error(total, whole) <= TOLERANCE
 
 
 def test_tensor_parallel_ranks_add_up_too(vllm_config, tensors):
     """Each rank has every expert, and 16 of its 32 intermediate values."""
-    whole = output(rank_layer(vllm_config, tensors, 1, 0, activations="bf16"), *tokens())
+    whole = output(rank_layer(vllm_config, tensors, 1, 0, activations="bf16"), *TOKENS)
     halves = [
-        output(rank_layer(vllm_config, tensors, 1, 0, tp=(2, rank), activations="bf16"), *tokens())
+        output(rank_layer(vllm_config, tensors, 1, 0, tp=(2, rank), activations="bf16"), *TOKENS)
         for rank in range(2)
     ]
     assert relative_error(sum(halves), whole) <= TOLERANCE
@@ -161,7 +154,7 @@ def test_redundant_experts_and_their_scales_follow_eplb(vllm_config, tensors, wh
     layers = [rank_layer(vllm_config, tensors, 4, rank, redundant=4) for rank in range(4)]
     initial = EplbState.build_initial_global_physical_to_logical_map(CONFIG.experts, 4)
     old = torch.tensor(initial)
-    x, weights, ids = tokens()
+    x, weights, ids = TOKENS
 
     def total(placement: torch.Tensor) -> torch.Tensor:
         given = physical(ids, placement)

@@ -12,7 +12,6 @@ from unittest import mock
 import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from dsv4_kernels import reference
 from dsv4_kernels.backends import REFERENCE
 from dsv4_kernels.moe import workspace_bytes
 from vllm import forward_context
@@ -22,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import (
 from vllm.v1.worker import ubatching, workspace
 
 from tests.support.plain_moe import PlainMoe
-from tests.support.routed_experts import load_experts, routed_experts
+from tests.support.routed_experts import loaded_experts, random_tokens
 from vllm_dsv4_moe.commands.tiny import TinyConfig
 from vllm_dsv4_moe.experts import Dsv4Experts
 
@@ -59,13 +58,8 @@ def run_with_arena(hidden_states, routing, layer, arena, expert_map, out) -> Non
 @pytest.fixture(scope="module")
 def layer(checkpoint, vllm_config):
     """A loaded layer, whose experts ask for an arena."""
-    from vllm.config import set_current_vllm_config
-
-    layer = routed_experts(vllm_config, CONFIG, activations="bf16")
-    with set_current_vllm_config(vllm_config):
-        load_experts(layer, PlainMoe(checkpoint, 0).tensors.items())
-        layer.quant_method.process_weights_after_loading(layer)
-    return layer
+    tensors = PlainMoe(checkpoint, 0).tensors
+    return loaded_experts(vllm_config, CONFIG, tensors, activations="bf16")
 
 
 def kernel_of(layer) -> mk.FusedMoEKernel:
@@ -83,13 +77,6 @@ def call(kernel, layer, x, weights, ids) -> torch.Tensor:
         activation=layer.activation, global_num_experts=CONFIG.experts, expert_map=None,
         apply_router_weight_on_input=False,
     ).clone()  # fmt: skip
-
-
-def tokens(count: int, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, CONFIG.hidden, generator=generator).bfloat16()
-    logits = torch.randn(count, CONFIG.experts, generator=generator)
-    return x, *reference.router_topk(logits, CONFIG.top_k, scaling=1.5)
 
 
 @pytest.fixture
@@ -133,7 +120,7 @@ def in_two_micro_batches(kernel, layer, batches) -> list[torch.Tensor]:
 
 def test_two_micro_batches_give_what_each_gives_alone(layer, manager):
     kernel = kernel_of(layer)
-    batches = [tokens(count, seed) for seed, count in enumerate(TOKENS)]
+    batches = [random_tokens(count, CONFIG, seed) for seed, count in enumerate(TOKENS)]
     alone = [call(kernel, layer, *batch) for batch in batches]
     kernel.prepare_finalize.events.clear()
     together = in_two_micro_batches(kernel, layer, batches)
@@ -148,7 +135,7 @@ def test_each_micro_batch_has_an_arena(layer, manager):
     kernel = kernel_of(layer)
     experts = kernel.fused_experts
     arena = workspace_bytes(experts.layer.backend, experts.layer.shape)
-    in_two_micro_batches(kernel, layer, [tokens(count, 0) for count in TOKENS])
+    in_two_micro_batches(kernel, layer, [random_tokens(n, CONFIG) for n in TOKENS])
     first, second = manager._current_workspaces
     assert min(len(first), len(second)) >= arena > 0
     for number, found in enumerate((first, second)):

@@ -6,12 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
-from dsv4_kernels import backends, reference
+from dsv4_kernels import backends
 
 from tests.support import loading
 from tests.support.layers import relative_error
 from tests.support.plain_moe import PlainMoe
-from tests.support.routed_experts import load_experts, routed_experts
+from tests.support.routed_experts import loaded_experts, random_tokens, routed_experts
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
 
 CONFIG = TinyConfig(
@@ -43,22 +43,12 @@ def tensors(plain):
 
 
 def rank_layer(vllm_config, tensors, **options):
-    from vllm.config import set_current_vllm_config
-
-    layer = routed_experts(vllm_config, CONFIG, **options)
-    with set_current_vllm_config(vllm_config):
-        load_experts(layer, tensors.items())
-        layer.quant_method.process_weights_after_loading(layer)
-    return layer
+    return loaded_experts(vllm_config, CONFIG, tensors, **options)
 
 
 @pytest.fixture(scope="module")
 def tokens():
-    """Hidden states, routing weights, ids."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, CONFIG.hidden, generator=generator).bfloat16()
-    logits = torch.randn(40, CONFIG.experts, generator=generator)
-    return x, *reference.router_topk(logits, CONFIG.top_k, scaling=1.5)
+    return random_tokens(40, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +111,12 @@ def test_eplb_moves_every_tensor_of_an_expert(vllm_config, tensors):
 
 
 def test_weights_that_are_loaded_again_replace_the_first_in_place(checkpoint, tmp_path, tokens):
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
-
     config = loading.engine_config(checkpoint, {"formats": "mxfp4"})
     model = loading.load_model(config)
     experts = model.model.layers[0].ffn.experts.routed_experts
     before = {name: param.data_ptr() for name, param in experts.named_parameters()}
     other = write_tiny_checkpoint(tmp_path / "other", TinyConfig(**vars(CONFIG) | {"seed": 7}))
-    with set_current_vllm_config(config):
-        reload_weights(config, model, None, str(other), True)
+    loading.reload_weights(config, model, other)
     assert {name: param.data_ptr() for name, param in experts.named_parameters()} == before
     x, weights, ids = tokens
     expected = PlainMoe(other, 0).routed(x, ids, weights.double()).float()
@@ -141,9 +127,6 @@ def test_padded_weights_are_what_is_moved_and_loaded_again(
     checkpoint, tmp_path, tokens, monkeypatch
 ):
     """By a backend whose tiles are of 96, where the checkpoint has 64."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
-
     padding = replace(backends.REFERENCE, padded_intermediate=lambda size, fp8: (96, 96))
     monkeypatch.setitem(backends.BACKENDS, "reference", padding)
     config = loading.engine_config(checkpoint, {"formats": "mxfp4"})
@@ -157,8 +140,7 @@ def test_padded_weights_are_what_is_moved_and_loaded_again(
     other = write_tiny_checkpoint(tmp_path / "other", TinyConfig(**vars(CONFIG) | {"seed": 7}))
     x, weights, ids = tokens
     for path in (checkpoint, other):
-        with set_current_vllm_config(config):
-            reload_weights(config, model, None, str(path), True)
+        loading.reload_weights(config, model, path)
         assert {n: (p.data_ptr(), p.shape) for n, p in experts.named_parameters()} == before
         expected = PlainMoe(path, 0).routed(x, ids, weights.double()).float()
         assert relative_error(experts.forward_modular(*tokens), expected) <= TOLERANCE

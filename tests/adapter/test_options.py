@@ -9,10 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
-from dsv4_kernels import reference
 from safetensors.torch import load_file, save_file
 
 from tests.support import loading
+from tests.support.routed_experts import random_tokens
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -203,20 +203,8 @@ def test_a_refusal_names_the_layer(vllm_config):
 
 
 def experts_output(model, layer: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(9, CONFIG.hidden, generator=generator).bfloat16()
-    logits = torch.randn(9, CONFIG.experts, generator=generator)
-    routing = reference.router_topk(logits, CONFIG.top_k)
     experts = model.model.layers[layer].ffn.experts.routed_experts
-    return experts.forward_modular(x, *routing)
-
-
-def reload(config, model, path=None) -> None:
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
-
-    with set_current_vllm_config(config):
-        reload_weights(config, model, None, None if path is None else str(path), True)
+    return experts.forward_modular(*random_tokens(9, CONFIG))
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
@@ -233,7 +221,7 @@ def test_weights_that_are_loaded_again_replace_the_first_in_place(
     assert not torch.equal(experts_output(model, 1), experts_output(fresh, 1))
     # What was random at first is loaded as checkpoints are.
     config.load_config.load_format = "auto"
-    reload(config, model, other_path)
+    loading.reload_weights(config, model, other_path)
     assert {name: param.data_ptr() for name, param in experts.named_parameters()} == before
     for layer in range(CONFIG.layers):
         ours, wanted = experts_output(model, layer), experts_output(fresh, layer)
@@ -248,7 +236,7 @@ def test_weights_that_are_loaded_again_must_all_come(checkpoint, tmp_path):
         kept = {n: t for n, t in load_file(file).items() if "layers.1.ffn.experts.3.w2" not in n}
         save_file(kept, file)
     with pytest.raises(ValueError, match=r"layers.1.ffn.experts.3.w2.weight is missing"):
-        reload(config, model, half)
+        loading.reload_weights(config, model, half)
 
 
 NOT_AGAIN = {
@@ -273,4 +261,4 @@ def test_a_second_time_that_cannot_be_is_refused(checkpoint):
     with mock.patch("vllm_dsv4_moe.moe_method.reload_unsupported_reason", return_value="--that"):
         model = loading.load_model(config)
     with pytest.raises(ValueError, match="loaded a second time, which cannot be with --that"):
-        reload(config, model)
+        loading.reload_weights(config, model)

@@ -61,6 +61,16 @@ def load_model(config) -> torch.nn.Module:
             return get_model(vllm_config=config)
 
 
+def reload_weights(config, model: torch.nn.Module, checkpoint: Path | None = None) -> None:
+    """As vLLM's `reload_weights` does, in place; the model's own checkpoint where none is given."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import inplace
+
+    path = None if checkpoint is None else str(checkpoint)
+    with set_current_vllm_config(config):
+        inplace.reload_weights(config, model, None, path, True)
+
+
 @contextlib.contextmanager
 def on_gpu(capability):
     """What the plugin asks vLLM's platform, answered as on that GPU; yields the mock that stands

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 import torch
+from dsv4_kernels import reference
 
 from vllm_dsv4_moe.commands.tiny import TinyConfig
 from vllm_dsv4_moe.settings import Settings
@@ -87,6 +88,16 @@ def load_experts(layer, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
             if weight_name in name:
                 param = getattr(layer, name.replace(weight_name, param_name).split(".")[-1])
                 param.weight_loader(param, tensor, name, shard, expert, return_success=True)
+
+
+def random_tokens(
+    count: int, sizes: TinyConfig, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, routing weights, ids."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, sizes.hidden, generator=generator).bfloat16()
+    logits = torch.randn(count, sizes.experts, generator=generator)
+    return x, *reference.router_topk(logits, sizes.top_k, scaling=1.5)
 
 
 def loaded_experts(vllm_config, sizes: TinyConfig, tensors: Mapping[str, torch.Tensor], **options):
