@@ -6,6 +6,8 @@ from dsv4_kernels import reference
 from dsv4_kernels.route.gate_route import MAX_TOKENS, GateScratch, gate_route, make_scratch
 from dsv4_kernels.types import ImageBias, Routing
 
+from tests.kernels.test_router_topk import on_device
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = (
     torch.rand(50, 40, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :6].contiguous()
@@ -23,14 +25,7 @@ def run(x, gate, top_k, scratch, ids_dtype=torch.int32, **options) -> Routing:
         torch.full((len(x), top_k), torch.nan, device=DEVICE),
         torch.full((len(x), top_k), 12345, dtype=ids_dtype, device=DEVICE),
     )
-    options = {
-        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
-        for name, value in options.items()
-    }
-    if options.get("image_bias"):
-        options["image_bias"] = ImageBias(*options["image_bias"])._replace(
-            bias=options["image_bias"].bias.to(DEVICE)
-        )
+    options = {name: on_device(value) for name, value in options.items()}
     gate_route(x.to(DEVICE), gate.to(DEVICE), top_k, out=out, scratch=scratch, **options)
     return Routing(out.weights.cpu(), out.ids.cpu())
 

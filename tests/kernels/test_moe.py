@@ -7,6 +7,7 @@ from dsv4_kernels import moe, reference
 from dsv4_kernels.backends import BACKENDS, Backend, choose_backend
 from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeShape, Routing
 
+from tests.kernels.test_nvfp4_quantize import unswizzle
 from tests.support.layers import random_call, run, workspace_of
 
 SHAPE = MoeShape(
@@ -147,13 +148,6 @@ def test_a_token_may_name_one_expert_twice():
 # the arena, and the order of the calls.
 
 
-def unswizzle(scales: torch.Tensor, columns: int) -> torch.Tensor:
-    """128x4 blocks, whose bytes are [row % 32][row // 32][column], to row-major."""
-    blocks = scales.view(torch.uint8).view(len(scales) // 128, -1, 32, 4, 4)
-    rows = blocks.permute(0, 3, 2, 1, 4).reshape(scales.shape)[:, :columns]
-    return rows.contiguous().view(torch.float8_e4m3fn)
-
-
 def swizzle(scales: torch.Tensor) -> torch.Tensor:
     blocks = scales.view(torch.uint8).view(len(scales) // 128, 4, 32, -1, 4)
     return blocks.permute(0, 3, 2, 1, 4).reshape(scales.shape).contiguous()
@@ -161,7 +155,9 @@ def swizzle(scales: torch.Tensor) -> torch.Tensor:
 
 def dequantized(rows, global_scale: torch.Tensor, used: slice) -> torch.Tensor:
     codes = rows.codes[used]
-    scales = unswizzle(rows.block_scales, codes.shape[1] // 8)[used]
+    blocks = rows.block_scales.view(torch.uint8)
+    scales = unswizzle(blocks, len(blocks), codes.shape[1] // 8)[used].contiguous()
+    scales = scales.view(torch.float8_e4m3fn)
     return reference.nvfp4_dequantize(codes, scales, global_scale.reshape(-1, 1))
 
 
@@ -188,7 +184,8 @@ def oracle_fc1(x, routing_weights, layout, layer, *, out, num_tokens=None) -> No
         quantized, overflow = reference.nvfp4_quantize(h, scales.fc2[expert : expert + 1])
         layer.saturated.add_(overflow)
         out.codes[used] = quantized.codes
-        whole = unswizzle(out.block_scales, out.block_scales.shape[1]).view(torch.uint8)
+        blocks = out.block_scales.view(torch.uint8)
+        whole = unswizzle(blocks, *blocks.shape)
         whole[used, : h.shape[1] // 16] = quantized.block_scales.view(torch.uint8)
         out.block_scales.view(torch.uint8).copy_(swizzle(whole))
 

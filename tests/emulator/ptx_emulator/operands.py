@@ -202,7 +202,3 @@ def _poison(gang: Gang, size: int) -> np.ndarray:
 
 def _per_gang(value: Callable[[Gang], int], dtype: np.dtype) -> Reader:
     return lambda gang: np.full(gang.lanes, value(gang), dtype)
-
-
-def first_active(values: np.ndarray, mask: np.ndarray) -> int:
-    return int(values[int(np.argmax(mask))])
