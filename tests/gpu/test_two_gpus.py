@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from tests.gpu.test_serve_gpu import CACHE, PROMPTS, SAME_NUMERICS, distance
 from vllm_dsv4_moe.commands.demo import GPU_SIZES
 from vllm_dsv4_moe.commands.serving import SMALL_ARGUMENTS, Server, ServerError, serve
 from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
@@ -23,7 +24,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-PROMPTS = ("Hello world", "The quick brown fox jumps over the lazy dog", "0123456789" * 12, "a")
 EP = "--enable-expert-parallel"
 EPLB_STEPS = 24  # of the engine, between two rearrangements
 
@@ -40,9 +40,6 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "eplb": ("-dp=2", EP, *eplb(use_async=False)),
     "eplb-async": ("-tp=2", EP, *eplb(use_async=True)),
 }
-# Mean differences, nats: 0.02 between backends that multiply the same activations, 0.155 where one
-# quantises them too (`test_serve_gpu`).
-SAME_NUMERICS = 0.04
 
 
 class Answers(NamedTuple):
@@ -61,7 +58,7 @@ def prompt_logprobs(server: Server) -> list[float]:
 
 
 def arguments(topology: str) -> list[str]:
-    memory = ["--gpu-memory-utilization=0.1", f"--kv-cache-memory-bytes={2 << 30}"]
+    memory = ["--gpu-memory-utilization=0.1", CACHE]
     return [*SMALL_ARGUMENTS, *memory, *TOPOLOGIES.get(topology, ())]
 
 
@@ -93,12 +90,6 @@ def answers(request, checkpoints):
         names = ("one", *TOPOLOGIES)
         asked = {name: pool.submit(ask, name, request.param, checkpoints) for name in names}
         yield lambda name: asked[name].result()
-
-
-def distance(a: list[float], b: list[float]) -> float:
-    """Mean absolute difference of log-probabilities, nats."""
-    assert len(a) == len(b) > 100
-    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
