@@ -18,7 +18,7 @@ from dsv4_kernels.compiled import key_of
 from dsv4_kernels.trusted_folder import TrustedFolder
 from dsv4_kernels.types import MoeShape
 
-from tests.kernels.test_compiled import DAMAGE, give_away, until
+from tests.kernels.test_compiled import give_away, until
 from tests.support.fake_kernels import compilations, fake_kernels, object_of
 from vllm_dsv4_moe import kernel_cache
 from vllm_dsv4_moe.kernel_cache import Compilation, num_local_ranks
@@ -118,6 +118,23 @@ def test_layers_of_one_shape_compile_once(server):
     assert len(compilation.running) == 2
     compilation.wait()
     assert sorted(compilations(server.kernels)) == ["0", "1", "2"]
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def let_others_write(path: Path) -> None:
+    path.chmod(0o664)
+
+
+DAMAGE = [cut_short, change_a_byte, let_others_write]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

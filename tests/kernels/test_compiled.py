@@ -204,36 +204,6 @@ def test_no_link_is_followed(folder, tmp_path):
     assert raised.value.errno == errno.ELOOP
 
 
-def cut_short(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def change_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def let_others_write(path: Path) -> None:
-    path.chmod(0o664)
-
-
-DAMAGE = [cut_short, change_a_byte, let_others_write]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_object_is_not_loaded_but_made_again(folder, damage, tmp_path, monkeypatch):
-    (kernel,) = fake_kernels(tmp_path, 1)
-    folder.store(key_of(kernel), b"object")
-    damage(next(folder.path.iterdir()))
-    monkeypatch.setattr(compiled, "load_object", lambda *a: pytest.fail("it was loaded"))
-    warned: list[str] = []
-    assert KernelCache([folder], warned.append).launcher(kernel) is None
-    assert len(warned) == 1 and str(folder.path) in warned[0]
-    folder.store(key_of(kernel), b"again")
-    assert read(folder, kernel) == b"again"
-
-
 def test_another_users_object_is_not_loaded(folder, tmp_path, monkeypatch):
     (kernel,) = fake_kernels(tmp_path, 1)
     folder.store(key_of(kernel), b"object")
@@ -292,18 +262,6 @@ def until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def test_two_servers_fill_an_empty_folder_at_once(folder, tmp_path):
-    """Each kernel is compiled by one of them; both end with all."""
-    gate = tmp_path / "gate"
-    kernels = fake_kernels(tmp_path, 6, until=str(gate))
-    servers = [CompileProcesses(kernels, folder, 2, environ()) for _ in range(2)]
-    until(lambda: len(compilations(kernels)) == 4)
-    gate.touch()
-    assert [server.wait() for server in servers] == [[], []]
-    assert have(folder, kernels)
-    assert sorted(compilations(kernels)) == [kernel.gemm.name for kernel in kernels]
 
 
 def test_what_a_killed_process_left_is_compiled_by_another(folder, tmp_path):
