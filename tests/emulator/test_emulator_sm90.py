@@ -33,6 +33,13 @@ def test_equals_the_oracle(emulation, problem, op, mode, seed):
     assert emulation.spills[0], "no tile is split"
 
 
+def test_the_problems_have_every_width_of_a_stage_and_of_a_tile():
+    chosen = [gemm.config for p in PROBLEMS for gemm in sm90.gemms(p.shape, p.num_tokens)]
+    assert {config.tile_k for config in chosen} == {64, 128, 192, 256}
+    assert {config.warpgroups for config in chosen} == {2, 3, 4}
+    assert {config.m_blocks for config in chosen} == {1, 2}
+
+
 def test_the_result_does_not_depend_on_the_order_of_blocks(emulation):
     """A tile that several blocks work on is summed in the order of K all the same, whether all are
     resident or one at a time."""
