@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def layers_of(stored: dict[str, StoredTensor], config: dict[str, Any]) -> list[Layer]:
+def layers_of(stored: dict[str, StoredTensor], config: Mapping[str, Any]) -> list[Layer]:
     """The layers with FP4 experts, in the order of their numbers, the model's before drafts'."""
     config = text_config(config)
     found: dict[str, tuple[str, int]] = {}
