@@ -64,26 +64,14 @@ def test_recorded_is_what_the_formula_gives(weights):
         if len(token) == 0:
             assert expert == 5 and found["fc2"][expert] == 0
             continue
-        w13 = dequantised(weights, expert).double()
-        gate, up = (x[token].double() @ w13.T).split(inter, dim=1)
+        parts = weights.w13[expert], weights.w13_block_scales[expert]
+        gate_up = x[token].double() @ reference.nvfp4_dequantize(*parts, 1.0).double().T
+        gate_up *= weights.w13_global_scales[expert].repeat_interleave(inter)
+        gate, up = gate_up.split(inter, dim=1)
         gate = gate.clamp(max=LIMIT)
         h = gate / (1 + torch.exp(-gate)) * up.clamp(-LIMIT, LIMIT)
         h = h * routing.weights[token, slot].double()[:, None]
         assert found["fc2"][expert] == pytest.approx(float(h.abs().max()), rel=1e-4)
-
-
-def dequantised(weights, expert):
-    """(2 * intermediate, hidden) float32: gate rows, then up rows."""
-    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    grid = torch.cat([grid, -grid])
-    codes = weights.w13[expert].int()
-    values = grid[torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)]
-    scales = weights.w13_block_scales[expert].float().repeat_interleave(16, dim=1)
-    return (
-        values
-        * scales
-        * weights.w13_global_scales[expert].repeat_interleave(weights.intermediate).unsqueeze(1)
-    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bench.inputs import random_weights
 from dsv4_kernels import moe
 from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.batched import batched_moe
@@ -20,35 +21,20 @@ LIMIT = 10.0
 TOLERANCE = {"bf16": 2.0**-8, "fp8": 2.0**-7, "nvfp4": 2e-3}
 
 
-def make_weights(shape: MoeShape) -> ExpertWeights:
-    generator = torch.Generator().manual_seed(0)
-    mxfp4 = shape.weight_format == "mxfp4"
-
-    def part(rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = torch.randint(0, 256, (LOCAL, rows, k // 2), generator=generator)
-        size = (LOCAL, rows, k // (32 if mxfp4 else 16))
-        if mxfp4:
-            scales = torch.randint(118, 122, size, generator=generator).to(torch.uint8)
-        else:
-            scales = (torch.rand(size, generator=generator) * 2).to(torch.float8_e4m3fn)
-        return codes.to(torch.uint8), scales
-
-    w13, w2 = part(2 * INTERMEDIATE, HIDDEN), part(HIDDEN, INTERMEDIATE)
-    fc1_scales = torch.rand(LOCAL, 2, generator=generator) / 20 + 0.01
-    fc2_scales = torch.full((LOCAL,), 0.03)
-    if mxfp4:
-        fc1_scales, fc2_scales = torch.ones(LOCAL, 2), torch.ones(LOCAL)
-    return ExpertWeights(*map(aligned, (*w13, fc1_scales, *w2, fc2_scales)))
-
-
 def make_layer(backend: str, shape: MoeShape) -> MoeLayer:
     scales = None
     if shape.scale_per_row:
         scales = ActivationScales(None, None)
     elif shape.quantize_activations:
         scales = ActivationScales(torch.tensor([0.01]), torch.full((LOCAL,), 0.004))
+    nvfp4 = {"scale_bytes": (40, 64), "gain": 0.5}
+    weights = random_weights(shape, "cpu", **(nvfp4 if shape.weight_format == "nvfp4" else {}))
     return moe.prepare_layer(
-        BACKENDS[backend], shape, make_weights(shape), limit=LIMIT, activation_scales=scales
+        BACKENDS[backend],
+        shape,
+        ExpertWeights(*map(aligned, weights)),
+        limit=LIMIT,
+        activation_scales=scales,
     )
 
 

@@ -10,7 +10,6 @@ all with `gpu` and `commit`. A case names its config and its number of blocks, s
 until the inputs or the order of the sums over K change: then record again.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from bench.checkout import checkout_commit
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.spec import Gemm, Sm90Config
 
@@ -133,11 +133,6 @@ def run_case(case: Case, inputs: Inputs) -> torch.Tensor:
         patch.object(sm90, "num_sms", lambda device: case.num_blocks),
     ):
         return run(case.problem, inputs, case.op)
-
-
-def checkout_commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def record(folder: Path, commit: str) -> None:
