@@ -172,8 +172,9 @@ def test_the_layer_of_large_tiles_is_the_oracle(monkeypatch, keep_sm90_choice, c
 def check_layer(
     monkeypatch, intermediate: int, weight_format: str, limit: float | None
 ) -> list[int]:
-    """-> the spills of both GEMMs. A sum's last bits decide on which side of a rounding point an E4M3 of h falls, a step of 2^-3
-    at most: one may be most of a token, of few tokens."""
+    """Returns how many blocks spilled, of each GEMM. A sum's last bits decide on which side of a
+    rounding point an E4M3 of h falls, a step of 2^-3 at most: one may be most of a token, of few
+    tokens."""
     emulation = Emulation(mode="random", num_sms=6)
     monkeypatch.setattr(sm90, "launch", emulation.launch)
     problem = LayerProblem("fp8", 16, 4, 2, 256, intermediate, limit, weight_format=weight_format)
