@@ -8,7 +8,7 @@ import torch
 from bench.inputs import expert_map, random_weights
 from dsv4_kernels import backends, reference
 from dsv4_kernels.backends import BACKENDS
-from dsv4_kernels.moe import prepare_layer
+from dsv4_kernels.moe import moe, prepare_layer
 from dsv4_kernels.sm90.gemm import MOST_PARTIALS, all_gemms, compile_gemm, gemms
 from dsv4_kernels.sm90.heuristic import choose_config, unsupported_reason
 from dsv4_kernels.sm90.kernel import Dsv4GroupedGemmSm90
