@@ -21,7 +21,7 @@ KERNELS |= {f"mxfp4-{n}": sm90.gemms(MXFP4, n)[0] for n in (8, 8192)}
 KERNELS |= {f"fp8-{n}": sm90.gemms(MXFP4._replace(fp8=True), n)[0] for n in (8, 8192)}
 for size in (576, 288):
     shape = MoeShape(384, 384, 6, 5120, size, 8192, False, weight_format="mxfp4")
-    KERNELS |= {f"v41-{size}-{gemm.op}": gemm for gemm in sm90.gemms(shape, 128)}
+    KERNELS |= {f"v41-{size}-{gemm.op}": gemm for gemm in sm90.gemms(shape, 512)}
     fc2 = sm90.gemms(shape._replace(fp8=True), 128)[1]
     KERNELS[f"v41-{size}-fp8-fc2"] = fc2  # stages of an odd number of blocks
 
@@ -46,6 +46,8 @@ def sass_of(gemm: sm90.Gemm, folder) -> Sass:
 
 # Of the kernels for Pro (EP8, TP8), Flash and Flash 4.1, those that spill.
 SPILLING = {"fc2-48": sm90.gemms(PRO_EP8, 2048)[1], "fc1-64": sm90.gemms(PRO_EP8, 3072)[0]}
+V41_TP4 = MoeShape(384, 384, 6, 5120, 576, 8192, False, weight_format="mxfp4")
+SPILLING["v41-576-fc2"] = sm90.gemms(V41_TP4, 128)[1]
 SPILLING |= {
     f"mxfp4-{gemm.op}-64": gemm
     for gemm in sm90.gemms(PRO_EP8._replace(weight_format="mxfp4"), 3072)

@@ -64,7 +64,7 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
 
     Few rows: bound by the bytes of the weights, then by the instructions that widen them. Four
     consumer warpgroups share the widening, three where four would widen more rows in vain, past the
-    last; and long stages amortise the cost of a stage.
+    last; long stages amortise the cost of a stage, and tall tiles that of a tile of few stages.
 
     More rows: larger tiles amortise the cost of a tile; accumulators then leave registers for three
     warpgroups, at last for two. tile_n has four sizes around the rows that a tile is expected to
@@ -76,7 +76,8 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
     """
     warpgroups = min((4, 3), key=lambda count: math.ceil(m / (64 * count)) * count)
     if rows <= FEW_ROWS:
-        return Sm90Config(1, warpgroups, (8, 16, 24, 32), _tile_k(k, 256))
+        m_blocks = 2 if rows <= 2 and _is_short(k) else 1
+        return Sm90Config(m_blocks, warpgroups, (8, 16, 24, 32), _tile_k(k, 320))
     if rows <= 36:
         return Sm90Config(1, warpgroups, (24, 32, 40, 48), _tile_k(k, 256))
     tile_k = _tile_k(k, 128)
@@ -92,13 +93,21 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
 def _fp8_config(shape: MoeShape, rows: float, m: int, k: int) -> Sm90Config:
     """Of a GEMM in fp8, by `bench/results/fp8_fc1.json`: WGMMA takes half of bf16's cycles, so
     widening counts at all rows, and two row blocks a warpgroup beat one, unless they leave more of
-    the last tile empty. Long stages beat short ones where three fit beside the schedule's tables.
+    the last tile empty, or all rows of an expert then fit in one tile, so weights are widened
+    once. Long stages beat short ones where three fit beside the schedule's tables.
     """
-    _, most = _even_parts(rows, 144)
+    parts, most = _even_parts(rows, 144)
+    fewer, largest = _even_parts(rows, 224)
+    if fewer < parts:
+        largest = math.ceil(largest / 32) * 32
+        tile_n = tuple(range(largest - 48, largest + 16, 16))
+        return Sm90Config(1, 2, tile_n, _fp8_tile_k(k, 192, (2, 3)), cluster=2)
     tile_n = (most - 24, most - 16, most - 8, most)
     if rows <= FEW_ROWS or most <= 48:
         tile_n = (8, 16, 24, 32) if rows <= FEW_ROWS else (24, 32, 40, 48)
         choices = [(1, 4, 1), (1, 3, 1)]
+        if rows <= FEW_ROWS and _is_short(k):
+            choices.insert(0, (2, 4, 1))
     elif most <= 64:
         choices = [(2, 3, 1), (1, 3, 1)]
     else:
@@ -135,7 +144,13 @@ def _even_parts(rows: float, limit: int) -> tuple[int, int]:
 
 def _tile_k(k: int, most: int) -> int:
     blocks = -(-k // 64)
-    return next(64 * n for n in (4, 3, 2, 1) if 64 * n <= most and blocks % n == 0)
+    return next(64 * n for n in (4, 5, 3, 2, 1) if 64 * n <= most and blocks % n == 0)
+
+
+def _is_short(k: int) -> bool:
+    """V4.1-Flash's h under TP4 has three stages: fc2 takes 3 to 5 % less of the layer's time (W4A8:
+    6 %) in tiles of 512 rows than of 256, on an H200; Flash's FC2, of eight stages, no less."""
+    return _tile_k(k, 256) == 192 and k <= 576
 
 
 @functools.lru_cache(maxsize=4096)
