@@ -168,7 +168,8 @@ def loads(bench: Bench) -> Iterator[Case]:
     for weights in ("real", "dummy"):
         cases.append(one(weights, PLUGIN, "cold", "warm", weights))
         cases.append(one(weights, PLUGIN, "warm", "warm", weights))
-        cases += [one(weights, peer, "", "", peer) for peer in BACKENDS[1:]]
+    for peer in BACKENDS[1:]:
+        cases += [one(weights, peer, "", "", peer) for weights in ("real", "dummy")]
     yield from cases
 
 
@@ -216,14 +217,16 @@ def run(arguments: argparse.Namespace) -> None:
     parts = kept(arguments.out, facts | where)
     with TemporaryDirectory(dir=arguments.folder) as folder:
         bench = Bench(Path(folder))
-        bench.write_checkpoints(SIZES, DUMMY_LAYERS, "cuda")
-        torch.cuda.empty_cache()
         cases = {
             "rows": loads(bench),
             "compiles": compiles(bench),
             "starts": starts(bench, arguments.server_seconds),
         }
-        for part in arguments.parts.split(","):
+        chosen = arguments.parts.split(",")
+        if chosen != ["compiles"]:
+            bench.write_checkpoints(SIZES, DUMMY_LAYERS, "cuda")
+            torch.cuda.empty_cache()
+        for part in chosen:
             parts[part] = []
             for case in cases[part]:
                 parts[part].append(measured(*case))
