@@ -5,6 +5,7 @@ import copy
 import json
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -299,18 +300,22 @@ def test_servers_are_started_in_turn_until_the_time_is_over(monkeypatch):
 
 def test_a_rehearsed_run_is_kept_and_reported(monkeypatch, tmp_path, capsys):
     """The command, but for the GPU: each load and compilation is made up."""
-    rows = iter(some_results()["rows"][1:2] + some_results()["rows"])
+    found = {(r["weights"], r["backend"], r["objects"]): r for r in some_results()["rows"]}
     compiled = iter(some_results()["compiles"])
     measured = ("layers", "build_s", "load_s", "compile_s", "reading_s", "new_objects")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(load.Bench, "write_checkpoints", lambda *_: None)
     monkeypatch.setattr(load.Bench, "compile", lambda *_: next(compiled))
 
-    def one(*_) -> dict:
-        row = next(rows)
-        return {key: row[key] for key in measured}
+    def loading(_, weights: str, backend: str, cache: str) -> Callable[[], dict]:
+        objects = {"plugin": "warm" if (weights, cache) in begun else "cold"}.get(backend, "")
+        begun.add((weights, cache))
+        row = found[weights, backend, objects]
+        return lambda: {key: row[key] for key in measured}
 
-    monkeypatch.setattr(load.Bench, "loading", lambda *_: one)
+    begun: set[tuple[str, str]] = set()
+    monkeypatch.setattr(load.Bench, "loading", loading)
     out = tmp_path / "load.json"
     parser = load.build_parser()
     for parts in ("rows", "compiles"):
