@@ -45,7 +45,7 @@ class Settings:
         allowed=("auto", "reference", "sm90", "sm100"),
     )
     formats: str = _option(
-        "nvfp4",
+        "nvfp4,mxfp4",
         "which experts this plugin runs, by their format in the checkpoint; MXFP4 experts on sm90 "
         "and the reference backend only. The others are vLLM's",
         allowed=("nvfp4", "mxfp4", "nvfp4,mxfp4"),

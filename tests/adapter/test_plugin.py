@@ -129,7 +129,6 @@ def config_on_a_gpu(**changes):
     return config_class.__new__(config_class)
 
 
-BOTH = {"_settings": Settings(formats="nvfp4,mxfp4")}
 # What differs from an NVFP4 layer on an H200, the layer, whose it is, and what the log says.
 WHOSE = {
     "NVFP4": ({}, 0, "nvfp4", "runs NVFP4 experts, on sm90: layers 0, 0 (W4A16; without nvfp4 in"),
@@ -137,16 +136,17 @@ WHOSE = {
     "NVFP4 on ROCm": ({"platform": "rocm"}, 0, None, "runs on NVIDIA GPUs"),
     "with constant ones among them": ({"kind": "Substituted"}, 0, None, "does more than route"),
     "left out by name": ({}, 1, None, "neither NVFP4 nor MXFP4"),
-    "MXFP4 in MTP": ({}, 2, None, "they are MXFP4, and the setting formats is nvfp4"),
-    "MXFP4 in MTP, asked for": (BOTH, 2, "mxfp4", "runs MXFP4 experts, on sm90: layers 2, 2 ("),
-    "MXFP4 for Marlin": (BOTH | {"backend": "marlin"}, 2, None, "marlin asks for it"),
-    "MXFP4 on a B200": (BOTH | {"capability": (10, 0)}, 2, None, "sm100 backend runs NVFP4 alone"),
-    "NVFP4 beside MXFP4": (BOTH, 0, "nvfp4", "runs NVFP4 experts"),
+    "MXFP4 in MTP": ({}, 2, "mxfp4", "runs MXFP4 experts, on sm90: layers 2, 2 ("),
+    "MXFP4 in MTP, not asked for": (
+        {"_settings": Settings(formats="nvfp4")}, 2, None, "are MXFP4, and the setting formats is"
+    ),
+    "MXFP4 for Marlin": ({"backend": "marlin"}, 2, None, "marlin asks for it"),
+    "MXFP4 on a B200": ({"capability": (10, 0)}, 2, None, "sm100 backend runs NVFP4 alone"),
     "NVFP4, not asked for": (
         {"_settings": Settings(formats="mxfp4")}, 0, None, "are NVFP4, and the setting formats is"
     ),
     "FP8 experts": ({"expert_dtype": "fp8"}, 0, None, "neither NVFP4 nor MXFP4"),
-    "an MXFP4 checkpoint": ({"moe_quant_algo": ""} | BOTH, 0, "mxfp4", "runs MXFP4 experts"),
+    "an MXFP4 checkpoint": ({"moe_quant_algo": ""}, 0, "mxfp4", "runs MXFP4 experts"),
 }  # fmt: skip
 
 

@@ -232,6 +232,9 @@ def test_drafts_have_kernels_of_their_own_counts(tmp_path):
 
 def test_a_deployment_whose_layers_are_vllms_is_refused(tmp_path, capsys):
     path = tmp_path / "flash.yaml"
-    path.write_text("model: flash\nmax-num-batched-tokens: 16\n")
+    path.write_text(
+        "model: flash\nmax-num-batched-tokens: 16\n"
+        "additional-config: {dsv4_moe: {formats: nvfp4}}\n"
+    )
     assert main(["compile", "--arch", "sm_90a", "--config", str(path)]) == 2
     assert "its experts are MXFP4, and the setting formats is nvfp4" in capsys.readouterr().err

@@ -170,7 +170,7 @@ def test_room_for_rows_in_groups_and_their_output_are_counted(all2all):
 
 
 def test_layers_that_vllm_runs_have_no_arena():
-    memory = rank_memory(v41_on_two_h200s(settings=Settings()), *GPUS["h200"])
+    memory = rank_memory(v41_on_two_h200s(settings=Settings(formats="nvfp4")), *GPUS["h200"])
     assert memory.arena == 0 and memory.weights.experts > 130 * GIB
 
 

@@ -88,7 +88,7 @@ def inspect(
     dp: int = 1,
     scales: bool = False,
     num_sampled: int = 8,
-    formats: str = "nvfp4",
+    formats: str = "nvfp4,mxfp4",
     activations: str = "auto",
 ) -> Inspection:
     """Read config and headers, compare; with `scales`, read the scale tensors too.
@@ -206,9 +206,9 @@ def _check_ours(found: Inspection, sizes: ModelSizes, config: dict[str, Any], fo
         )
     if not any(layer.ours for layer in found.layers):
         found.problems.append(
-            f"no layer has {formats.upper()} experts (quantization_config.moe_quant_algo is "
-            f"{quant.get('moe_quant_algo')!r}): vLLM runs all of it with its own kernels, unless "
-            "the setting formats says otherwise"
+            f"no layer has {' or '.join(formats.upper().split(','))} experts "
+            f"(quantization_config.moe_quant_algo is {quant.get('moe_quant_algo')!r}): vLLM runs "
+            "all of it with its own kernels, unless the setting formats says otherwise"
         )
     elif quant.get("quant_method") not in ("fp8", "deepseek_v4_fp8"):
         found.problems.append(
