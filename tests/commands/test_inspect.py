@@ -480,6 +480,7 @@ def test_pro_of_913_gb_in_seconds_without_reading_it(sparse_pro):
     assert abs(found.weight_bytes_per_gpu["experts"] / experts - 1) < 0.001
 
 
+@pytest.mark.slow
 def test_pro_weights_under_the_config_of_flash(sparse_pro, tmp_path, capsys):
     folder = tmp_path / "mixed"
     folder.mkdir()

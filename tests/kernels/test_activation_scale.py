@@ -332,6 +332,7 @@ def test_the_readme_has_the_kept_numbers():
     assert activation_error.markdown(activation_error.kept(), 10.0) in readme.read_text()
 
 
+@pytest.mark.slow
 def test_every_result_is_finite(results):
     assert all(r.finite and math.isfinite(r.error) for r in results.values())
 

@@ -81,6 +81,7 @@ def test_the_shuffle_of_mxfp4_is_the_oracles_byte_for_byte(shape, scale_bytes):
 FP8_SCALE_BYTES = {"15-powers": (113, 127), "40-powers": (100, 139), "all": (0, 254)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scales", [None, *FP8_SCALE_BYTES.values()], ids=["nvfp4", *FP8_SCALE_BYTES]
 )
