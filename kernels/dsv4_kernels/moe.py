@@ -69,13 +69,9 @@ def run_kernels(
     """The layer on a GPU, one call a step, each into its part of the workspace."""
     from dsv4_kernels.rows.combine import combine
     from dsv4_kernels.rows.expert_layout import expert_layout
-    from dsv4_kernels.rows.fp8_quantize import fp8_quantize
-    from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
-    from dsv4_kernels.rows.place_codes import place_codes
-    from dsv4_kernels.rows.place_rows import place_rows
 
-    backend, shape, num_tokens = layer.backend, layer.shape, len(hidden_states)
-    tile = backend.tile(shape, num_tokens)
+    shape, num_tokens = layer.shape, len(hidden_states)
+    tile = layer.backend.tile(shape, num_tokens)
     buffers = arena.carve(workspace, shape, tile, num_tokens)
     layout = expert_layout(
         routing.ids,
@@ -85,34 +81,47 @@ def run_kernels(
         out=buffers.layout,
         scratch=buffers.layout_scratch,
     )
-    x: torch.Tensor | QuantizedRows | Fp8Rows = hidden_states
-    tokens = unpack_tokens(hidden_states, layer) if is_packed(hidden_states) else hidden_states
-    if isinstance(tokens, Fp8Rows):
-        assert isinstance(buffers.x, Fp8Rows), type(buffers.x)
-        x = place_rows(tokens, layout.slot_to_row, out=buffers.x)
-    elif isinstance(tokens, QuantizedRows):
-        assert isinstance(buffers.x, QuantizedRows), type(buffers.x)
-        x = place_codes(tokens, layout.slot_to_row, out=buffers.x)
-    elif shape.fp8:
-        saturated = layer.saturated
-        assert isinstance(buffers.x, Fp8Rows), type(buffers.x)
-        x = fp8_quantize(hidden_states, layout.slot_to_row, saturated=saturated, out=buffers.x)
-    elif layer.activation_scales is not None:
-        assert isinstance(buffers.x, QuantizedRows), type(buffers.x)
-        x = nvfp4_quantize(
+    x = fc1_input(hidden_states, layout, layer, buffers)
+    run_gemms(x, routing.weights, layout, layer, buffers, out=buffers.rows)
+    combine(buffers.rows, layout.slot_to_row, out=out)
+
+
+def fc1_input(
+    hidden_states: torch.Tensor, layout: ExpertLayout, layer: MoeLayer, buffers: arena.Buffers
+) -> torch.Tensor | QuantizedRows | Fp8Rows:
+    """Tokens in the rows of the layout, quantised as the mode says; or as they are, where FC1
+    gathers them."""
+    from dsv4_kernels.rows.fp8_quantize import fp8_quantize
+    from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
+    from dsv4_kernels.rows.place_codes import place_codes
+    from dsv4_kernels.rows.place_rows import place_rows
+
+    slot_to_row, saturated = layout.slot_to_row, layer.saturated
+    if isinstance(buffers.x, Fp8Rows):
+        if is_packed(hidden_states):
+            tokens = unpack_tokens(hidden_states, layer)
+            assert isinstance(tokens, Fp8Rows), type(tokens)
+            return place_rows(tokens, slot_to_row, out=buffers.x)
+        return fp8_quantize(hidden_states, slot_to_row, saturated=saturated, out=buffers.x)
+    if isinstance(buffers.x, QuantizedRows):
+        if is_packed(hidden_states):
+            tokens = unpack_tokens(hidden_states, layer)
+            assert isinstance(tokens, QuantizedRows), type(tokens)
+            return place_codes(tokens, slot_to_row, out=buffers.x)
+        assert layer.activation_scales is not None
+        return nvfp4_quantize(
             hidden_states,
             layer.activation_scales.fc1,
             layout,
             swizzled=True,
-            saturated=layer.saturated,
+            saturated=saturated,
             scratch=buffers.quantize_scratch,
             out=buffers.x,
         )
-    elif backend.places_rows(shape, num_tokens):
+    if layer.backend.places_rows(layer.shape, len(hidden_states)):
         # FC2 writes these rows when FC1 has read them.
-        x = place_rows(hidden_states, layout.slot_to_row, out=buffers.rows)
-    run_gemms(x, routing.weights, layout, layer, buffers, out=buffers.rows)
-    combine(buffers.rows, layout.slot_to_row, out=out)
+        return place_rows(hidden_states, slot_to_row, out=buffers.rows)
+    return hidden_states
 
 
 def run_gemms(
