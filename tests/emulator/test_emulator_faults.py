@@ -337,7 +337,7 @@ def test_faults_in_the_sm90_kernel(monkeypatch):
 
 
 def test_fc2_of_the_sm90_kernel_that_does_not_wait_for_fc1(monkeypatch):
-    problem = sm90_problems.Problem("faults", 3, 2, 2, 256, 320)
+    problem = sm90_problems.Problem("faults", 3, 2, 2, 256, 448)
     wait = dropped("wait before the first rows", r"griddepcontrol\.wait", nth(0))
     check_all(sm90_kernel(monkeypatch, problem, ORDERS, op="fc2"), [wait])
 
@@ -352,7 +352,9 @@ def test_faults_in_the_sm90_kernel_of_a_cluster(monkeypatch, keep_sm90_choice):
     check_all(starved, SM90_CLUSTER_STARVED_FAULTS)
 
 
-def test_faults_under_starved_lanes_of_the_sm90_kernel(monkeypatch):
+def test_faults_under_starved_lanes_of_the_sm90_kernel(monkeypatch, keep_sm90_choice):
     problem = sm90_problems.Problem("starved", 3, 2, 2, 320, 128)
+    config = Sm90Config(1, 4, (8, 16, 24, 32), 64)
+    sm90_problems.use_choice(lambda *_: LayerConfig(True, config, config))
     upper_lanes = 20  # after its 20 warps
     check_all(sm90_kernel(monkeypatch, problem, [("starved", upper_lanes)]), SM90_STARVED_FAULTS)

@@ -112,12 +112,12 @@ def test_a_cluster_shares_rows(emulation, use_config, config, mode, op):
 
 @pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
 def test_a_tile_in_more_parts_than_a_warp_has_lanes(emulation, mode, seed):
-    """35 stages of one tile, a stage or none to each of 36 blocks."""
-    problem = Problem("parts", 1, 2, 1, 35 * 64, 64)
+    """37 stages of one tile, a stage or none to each of 38 blocks."""
+    problem = Problem("parts", 1, 2, 1, 37 * 64, 64)
     inputs = make_inputs(problem)
-    emulation.mode, emulation.seed, emulation.num_sms = mode, seed, 36
+    emulation.mode, emulation.seed, emulation.num_sms = mode, seed, 38
     out = run(problem, inputs, "fc1")
-    assert emulation.spills == [34]
+    assert emulation.spills == [36]
     check(problem, inputs, "fc1", out)
 
 

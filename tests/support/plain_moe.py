@@ -122,8 +122,10 @@ def rounded(x: torch.Tensor, scale) -> torch.Tensor:
     if scale is None:
         return x.bfloat16().double()
     if scale == "fp8":
-        amax = x.double().abs().amax(1, keepdim=True).clamp(min=1e-30)
-        return e4m3(x, amax / 448)
+        # In float32, as it is defined: an exact quotient falls on the other side of some ties.
+        scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 448
+        codes = (x.float() * (1 / scale)).to(torch.float8_e4m3fn)
+        return codes.double() * scale.double()
     x = x.float()
     if scale == "token":
         x = x.bfloat16().float()

@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 
 # Both GEMMs of each have tiles of several stages, some of which five blocks split.
 PROBLEMS = [
-    Problem("one-token", 1, 4, 2, 512, 320),
+    Problem("one-token", 1, 4, 2, 512, 704),
     Problem("decode", 9, 4, 2, 384, 384, limit=1.0),
     Problem("skewed", 70, 4, 2, 320, 320, limit=None, skewed=True),
     Problem("large", 120, 4, 2, 256, 192),
