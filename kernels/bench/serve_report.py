@@ -36,14 +36,13 @@ class Bar(NamedTuple):
     met: bool
 
 
-def peers(run: dict) -> list[str]:
-    names = [row["contender"] for row in run.get("servers", ())]
-    return [name for name in NAMES if name in names and name not in OURS]
-
-
 def columns_of(run: dict) -> list[str]:
     names = [row["contender"] for row in run.get("servers", ())]
     return [name for name in NAMES if name in names]
+
+
+def peers(run: dict) -> list[str]:
+    return [name for name in columns_of(run) if name not in OURS]
 
 
 def value(run: dict, contender: str, load: str, metric: str) -> float | None:
