@@ -9,7 +9,8 @@ own worker, which begins with no object of a CuTe DSL kernel where the row says 
 vLLM first, at once, and load in turn; the first alone compiles Triton's kernels. The checkpoint's
 files are in the page cache.
 Those are the rows. compiles: `dsv4-moe compile` twice, the first time into an empty cache. starts:
-whole servers, each backend in turn; the first start of each also fills caches of vLLM's own.
+whole servers of 16 dummy layers, attention of V4-Flash's sizes too, each backend in turn, with the
+caches of the user who runs this: the first start of each fills what they lack.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 from bench import load_report
 from bench.arguments import call, run_and_report
 from bench.load_model import BACKENDS, MAX_NUM_TOKENS, PLUGIN, objects_in
-from bench.timing import write_results
+from bench.random_weights import real_config, write_model
 
 from vllm_dsv4_moe.commands.serving import ServerError, log_tail, serve, server_environment
 from vllm_dsv4_moe.commands.tiny import write_json, write_tiny_checkpoint
@@ -40,6 +41,7 @@ SIZES = TinyConfig(
 DUMMY_LAYERS = 16
 PROCESS_SECONDS = 300
 SERVER_ARGUMENTS = (
+    "--load-format=dummy",
     "--max-model-len=1024",
     "--max-num-seqs=8",
     f"--max-num-batched-tokens={MAX_NUM_TOKENS}",
@@ -147,12 +149,15 @@ class Bench:
         return {"seconds": seconds, "new_objects": len(new)}
 
     def start_server(self, backend: str) -> dict:
+        model = self.folder / "served"
+        if not model.exists():
+            write_model(model, real_config("flash", "nvfp4", DUMMY_LAYERS))
         log = self.folder / f"server-{backend}.log"
-        arguments, environment = list(SERVER_ARGUMENTS), self.cache("server")
+        arguments, environment = list(SERVER_ARGUMENTS), {}
         if backend != PLUGIN:
             arguments += ["--kernel-config", json.dumps({"moe_backend": backend})]
-            environment |= NOT_OURS
-        with serve(self.checkpoints["real"], log, arguments, environment) as server:
+            environment = NOT_OURS
+        with serve(model, log, arguments, environment) as server:
             return {"seconds": server.load_seconds}
 
 
@@ -197,12 +202,12 @@ def measured(facts: dict, measure: Callable[[], dict]) -> dict:
     return row
 
 
-def kept(path: Path, facts: dict) -> dict[str, list[dict]]:
-    """The parts of an earlier run of the same commit on the same machine; none of another."""
+def kept(path: Path, facts: dict) -> dict[str, Any]:
+    """The parts of earlier runs on such a machine, and the commit of each; none of another's."""
     earlier = json.loads(path.read_text()) if path.exists() else {}
     if any(earlier.get(key) != value for key, value in facts.items()):
         earlier = {}
-    return {part: earlier.get(part, []) for part in PARTS}
+    return {part: earlier.get(part, []) for part in PARTS} | {"commits": earlier.get("commits", {})}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -213,8 +218,8 @@ def run(arguments: argparse.Namespace) -> None:
         "vllm": importlib.metadata.version("vllm"),
         "layers": {"real": SIZES.layers, "dummy": DUMMY_LAYERS},
     }
-    where = {"gpu": torch.cuda.get_device_name(), "commit": arguments.commit}
-    parts = kept(arguments.out, facts | where)
+    results = facts | {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results |= kept(arguments.out, results)
     with TemporaryDirectory(dir=arguments.folder) as folder:
         bench = Bench(Path(folder))
         cases = {
@@ -223,14 +228,15 @@ def run(arguments: argparse.Namespace) -> None:
             "starts": starts(bench, arguments.server_seconds),
         }
         chosen = arguments.parts.split(",")
-        if chosen != ["compiles"]:
+        if "rows" in chosen:
             bench.write_checkpoints(SIZES, DUMMY_LAYERS, "cuda")
             torch.cuda.empty_cache()
         for part in chosen:
-            parts[part] = []
+            results[part] = []
+            results["commits"][part] = arguments.commit
             for case in cases[part]:
-                parts[part].append(measured(*case))
-                write_results(arguments.out, **parts, commit=arguments.commit, **facts)
+                results[part].append(measured(*case))
+                write_json(arguments.out, results)
 
 
 def report(arguments: argparse.Namespace) -> None:

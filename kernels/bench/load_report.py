@@ -95,10 +95,11 @@ def loading_bars(results: dict, weights: str) -> Iterator[Bar]:
 
 
 def markdown(results: dict) -> str:
-    gpu, commit = results["gpu"], results["commit"]
+    gpu, commits = results["gpu"], results["commits"]
     lines = [
-        f"Seconds, {gpu}, {results['cores']} cores, vLLM {results['vllm']}, commit {commit}; "
-        "objects are CuTe DSL's; in all: with making the layers' methods, where compiling begins.",
+        f"Seconds, {gpu}, {results['cores']} cores, vLLM {results['vllm']}, commit "
+        f"{commits.get('rows', '-')}; objects are CuTe DSL's; in all: with making the layers' methods, "
+        "where compiling begins.",
         "",
         "| weights | experts | first layer | median layer | compile | objects | warm-up | in all | "
         "whole load |",
@@ -110,7 +111,13 @@ def markdown(results: dict) -> str:
         *(bar_line(bar) for bar in bars(results)),
     ]
     if results["starts"]:
-        lines += ["", *starts_table(results["starts"])]
+        whole = f"| whole server, {results['layers']['dummy']} layers, commit {commits['starts']} "
+        lines += [
+            "",
+            f"{whole}| first start | later starts, median | starts |",
+            "|---|---|---|---|",
+        ]
+        lines += starts_lines(results["starts"])
     return "\n".join(lines)
 
 
@@ -136,16 +143,14 @@ def bar_line(bar: Bar) -> str:
     return _line(bar.name, f"≤ {text(bar.limit)}", text(bar.measured), "yes" if bar.met else "no")
 
 
-def starts_table(starts: Sequence[dict]) -> list[str]:
+def starts_lines(starts: Sequence[dict]) -> Iterator[str]:
     """The first start of each backend, and the median of its later ones."""
-    lines = ["| whole server | first start | later starts, median | starts |", "|---|---|---|---|"]
     for backend, name in NAMES.items():
         of_it = [row for row in starts if row["backend"] == backend]
         seconds = [row["seconds"] for row in of_it if "failure" not in row]
         first = f"{seconds[0]:.0f}" if seconds else "failed" if of_it else "-"
         later = f"{median(seconds[1:]):.0f}" if seconds[1:] else "-"
-        lines.append(_line(name, first, later, str(len(seconds))))
-    return lines
+        yield _line(name, first, later, str(len(seconds)))
 
 
 def _line(*cells: str) -> str:

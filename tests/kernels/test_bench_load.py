@@ -116,7 +116,8 @@ def some_results() -> dict:
         ]
     return {
         "gpu": "NVIDIA H200",
-        "commit": "0123abc",
+        "commits": {"rows": "0123abc", "compiles": "0123abc", "starts": "4567def"},
+        "torch": "2.13.0",
         "vllm": "0.32.0",
         "cores": 16,
         "layers": {"real": 4, "dummy": 16},
@@ -277,15 +278,15 @@ def test_the_commands_arguments():
     assert load.build_parser().parse_args(["report", "x.json"]).call is load.report
 
 
-def test_parts_of_the_same_commit_and_machine_are_kept(tmp_path):
+def test_parts_of_the_same_machine_are_kept_with_their_commits(tmp_path):
     out = tmp_path / "load.json"
-    nothing = {"rows": [], "compiles": [], "starts": []}
-    assert load.kept(out, {"commit": "abc"}) == nothing
+    nothing = {"rows": [], "compiles": [], "starts": [], "commits": {}}
+    assert load.kept(out, {"vllm": "0.32.0"}) == nothing
     results = some_results()
     out.write_text(json.dumps(results))
-    facts = {key: results[key] for key in ("gpu", "commit", "cores", "vllm", "layers")}
+    facts = {key: results[key] for key in ("gpu", "torch", "cores", "vllm", "layers")}
     assert load.kept(out, facts) == {part: results[part] for part in nothing}
-    assert load.kept(out, facts | {"commit": "other"}) == nothing
+    assert load.kept(out, facts | {"vllm": "other"}) == nothing
 
 
 def test_servers_are_started_in_turn_until_the_time_is_over(monkeypatch):
