@@ -98,8 +98,8 @@ def markdown(results: dict) -> str:
     gpu, commits = results["gpu"], results["commits"]
     lines = [
         f"Seconds, {gpu}, {results['cores']} cores, vLLM {results['vllm']}, commit "
-        f"{commits.get('rows', '-')}; objects are CuTe DSL's; in all: with making the layers' methods, "
-        "where compiling begins.",
+        f"{commits.get('rows', '-')}; objects are CuTe DSL's; in all: with making the layers' "
+        "methods, where compiling begins.",
         "",
         "| weights | experts | first layer | median layer | compile | objects | warm-up | in all | "
         "whole load |",

@@ -3,6 +3,7 @@ quantised on their own rank, gathered as bytes, with the output of tokens gather
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from tests.support.gathered_ranks import GatheredRanks
 from tests.support.layers import relative_error
 from tests.support.plain_moe import PlainMoe
 from tests.support.routed_experts import loaded_experts
+from vllm_dsv4_moe import packed_dispatch
 from vllm_dsv4_moe.commands.tiny import TinyConfig
 from vllm_dsv4_moe.packed_dispatch import PackedDispatch
 
 CONFIG = TinyConfig(layers=1, hash_layers=0, hidden=64, intermediate=32, experts=12, heads=4)
-TOKENS = (24, 16)  # of the two ranks
+TOKENS = (40, 32)  # of the two ranks
 # Settings, and the bytes of a token that travels.
 MODES = {
     "warmup": ({"activation_scale": "warmup"}, 48),
@@ -105,6 +107,21 @@ def test_tokens_travel_packed_and_the_output_is_that_of_bf16(
     error = relative_error(torch.cat(packed).float(), whole)
     # Each rank's part of a product is quantised with scales of its own without expert parallelism.
     assert error <= (TOLERANCE if is_expert_parallel else 0.1)
+
+
+@pytest.mark.parametrize("sizes, packs", [((61, 3), True), ((60, 3), False)])
+def test_few_tokens_travel_as_they_are_on_every_rank(load, ranks, sizes, packs, monkeypatch):
+    """A rank alone cannot tell: it has 3 tokens in both cases."""
+    metadata = SimpleNamespace(get_chunk_sizes_across_dp_rank=lambda: list(sizes))
+    context = SimpleNamespace(dp_metadata=metadata)
+    monkeypatch.setattr(packed_dispatch, "is_forward_context_available", lambda: True)
+    monkeypatch.setattr(packed_dispatch, "get_forward_context", lambda: context)
+    layers = [load(ep=(2, rank), dp=(2, rank), activations="fp8") for rank in range(2)]
+    parts = [part[: sum(sizes)].split(sizes) for part in tokens()]
+    given = ranks.run(lambda rank: layers[rank].forward_modular(*(part[rank] for part in parts)))
+    assert [len(part) for part in given] == list(sizes)
+    (travelled,) = ranks.travelled
+    assert travelled.dtype == (torch.uint8 if packs else torch.bfloat16)
 
 
 def test_w4a16_tokens_travel_in_bf16(load, ranks):

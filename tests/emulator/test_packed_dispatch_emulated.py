@@ -63,6 +63,7 @@ def test_packed_tokens_give_what_bf16_tokens_give(checkpoint, backend, settings)
         ranks.installed(),
         loading.on_gpu(capability),
         mock.patch.object(gemm, "launch", emulation.launch),
+        mock.patch("vllm_dsv4_moe.packed_dispatch.FEWEST_TOKENS", 0),
         mock.patch("vllm_dsv4_moe.moe_method.WARM_UP", WarmUp()),
         # One size instead of every power of two: Triton's interpreter is slow.
         mock.patch("vllm_dsv4_moe.warm_up.token_counts", lambda most: [2]),
