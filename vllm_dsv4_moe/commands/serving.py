@@ -31,9 +31,13 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_CI_ENV": "1",
 }
-# FlashInfer would compile its sampler and FP8 products with nvcc, which takes minutes, or is not
-# there: small servers do without.
-GPU_ENVIRONMENT = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0"}
+# FlashInfer would compile its sampler, FP8 products and all-reduce with nvcc, which takes minutes,
+# or is not there: small servers do without.
+GPU_ENVIRONMENT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+}
 SMALL_ARGUMENTS = (
     "--max-model-len=1024",
     "--max-num-seqs=4",
