@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench import layer, load, mxfp4, serve
+from bench import expert_parallel, layer, load, mxfp4, serve
 
 from vllm_dsv4_moe.settings import settings_table
 
@@ -26,6 +26,7 @@ REPORTS = {
     "layer": layer.report,
     "mxfp4": mxfp4.report,
     "w4a8": mxfp4.report,
+    "expert_parallel": expert_parallel.report,
     "load": load.report,
     "serve": serve.report,
 }

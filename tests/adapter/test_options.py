@@ -126,11 +126,10 @@ SHOWN_BY = {
     "`--tensor-parallel-size`": (
         "serving/test_serve.py::test_two_expert_parallel_processes_give_the_single_process_output"
     ),
-    "`--enable-eplb`": (
-        "adapter/test_expert_parallel.py::test_redundant_experts_and_their_scales_follow_eplb"
-    ),
+    "`--data-parallel-size`": "gpu/test_two_gpus.py::test_two_gpus_say_what_one_says",
+    "`--enable-eplb`": "gpu/test_two_gpus.py::test_two_gpus_say_what_one_says",
     "`--all2all-backend allgather_reducescatter`": (
-        "serving/test_serve.py::test_two_expert_parallel_processes_give_the_single_process_output"
+        "gpu/test_two_gpus.py::test_two_gpus_say_what_one_says"
     ),
     "`--all2all-backend deepep_low_latency`": (
         "adapter/test_batched_experts.py::test_ranks_add_up_to_plain_torch"
