@@ -7,6 +7,7 @@ by the entry point that `write_entry_point` makes, so that every process of a se
 """
 
 import math
+import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from vllm_dsv4_moe.commands.tiny import write_json
 from vllm_dsv4_moe.commands.tiny_config import SPECIAL_TOKENS, TinyConfig, tiny_config_json
 
 PLUGIN_NAME = "dsv4_random_weights"
+# Of the GPU's memory, what a server's PyTorch may take. Where experts are repacked it would keep
+# all that is free before it gives any back, and servers that start beside it would find none.
+MEMORY_FRACTION = "DSV4_BENCH_MEMORY_FRACTION"
 GLOBAL_SCALE = 2.0**-10  # of NVFP4 experts
 CODE_RMS = 2.9  # of random E2M1 codes
 UE8M0_BIAS = 127
@@ -91,6 +95,9 @@ def register() -> None:
 
     class RandomWeightsLoader(DummyModelLoader):
         def load_weights(self, model, model_config) -> None:
+            fraction = os.environ.get(MEMORY_FRACTION)
+            if fraction and torch.cuda.is_available():
+                torch.cuda.set_per_process_memory_fraction(float(fraction))
             super().load_weights(model, model_config)
             fill(model, model_config.hf_text_config.n_routed_experts)
             # This plugin would put its own scales over those of a dummy.

@@ -14,7 +14,7 @@ from operator import sub
 from pathlib import Path
 from statistics import mean
 
-from bench.random_weights import PLUGIN_NAME, write_entry_point, write_model
+from bench.random_weights import MEMORY_FRACTION, PLUGIN_NAME, write_entry_point, write_model
 from bench.serve_load import Clocks, Load, inter_token_seconds, kv_tokens, measure, rpc, step_ms
 from bench.serve_report import OURS
 
@@ -26,6 +26,7 @@ STEP_REPEATS = 20
 STEP_TOKENS = 128
 PROFILED_SEQUENCES = (1, 32)
 PROFILED_PREFILL = 8192 - 64
+OF_PYTORCH = 0.97  # of a server's memory: a CUDA context and the kernels' code take the rest
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Bench:
         self.vocab = config["vocab_size"]
         self.compared: dict[str, list[float]] = {}
         self.prompts = [self.tokens(64) for _ in range(4)]
+        self.memory_fraction: float | None = None  # of a GPU's, for each server that shares it
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -77,12 +79,15 @@ class Bench:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_DEEP_GEMM_WARMUP": "skip",
+            MEMORY_FRACTION: str(self.memory_fraction or ""),
             **of.environment,
         }
 
     @contextmanager
     def started(self, contenders: Sequence[Contender], arguments: Sequence[str]) -> Iterator[None]:
         """All of them, at once; one that does not start is a row and costs no other."""
+        several = len(contenders) > 1
+        self.memory_fraction = OF_PYTORCH / len(contenders) if several else None
         with ExitStack() as stack, ThreadPoolExecutor(len(contenders)) as pool:
             list(pool.map(lambda each: self.start(stack, each, arguments), contenders))
             names = [each.name for each in contenders if each.name in self.servers]
@@ -105,6 +110,7 @@ class Bench:
         """By itself, as large as the GPU holds: how soon it is ready, and its KV cache."""
         row = {"contender": one.name, "layers": config["num_hidden_layers"]}
         self.model = write_model(self.folder / f"{one.name}-alone", config)
+        self.memory_fraction = None
         with self.failing(row):
             log = self.folder / f"{one.name}-alone.log"
             with self.server(one, [*arguments, *one.arguments], log) as server:
