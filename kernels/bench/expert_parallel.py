@@ -25,6 +25,7 @@ import torch.multiprocessing
 from bench.arguments import call, run_and_report
 from bench.expert_parallel_rank import OURS, PEERS, STAGES, Plan, backend_of, our_shape, run_rank
 from bench.inputs import LIMIT
+from bench.released import MODELS, released_shape
 from bench.timing import write_results
 from dsv4_kernels.compile_processes import CompileProcesses, num_processes
 from dsv4_kernels.compiled import arch_of
@@ -33,11 +34,6 @@ from dsv4_kernels.types import MoeShape
 
 from vllm_dsv4_moe.commands.serving import free_port
 
-SIZES = {  # experts, top_k, hidden, intermediate
-    "flash": (256, 6, 4096, 2048),
-    "pro": (384, 6, 7168, 3072),
-    "v41": (384, 6, 5120, 2304),
-}
 TOKENS = (1, 32, 512, 8192)  # of a rank
 
 
@@ -63,12 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def shape_of(model: str, weight_format: str, ranks: int) -> MoeShape:
     """Of a rank, in W4A16."""
-    num_experts, top_k, hidden, intermediate = SIZES[model]
+    num_experts = released_shape(model).num_experts
     if num_experts % ranks:
         raise ValueError(f"{ranks} ranks do not divide {num_experts} experts: change --ranks")
-    local, most = num_experts // ranks, ranks * max(TOKENS)
-    sizes = (num_experts, local, top_k, hidden, intermediate, most)
-    return MoeShape(*sizes, quantize_activations=False, weight_format=weight_format)
+    return released_shape(model, weight_format, ep=ranks, tokens=ranks * max(TOKENS))
 
 
 def default_contenders(shape: MoeShape) -> list[str]:
@@ -148,7 +142,7 @@ def table(results: dict) -> Iterator[str]:
 
 def main() -> None:
     parser, runner, reporter = run_and_report(__doc__, run, report)
-    runner.add_argument("--model", choices=SIZES, default="flash", help="whose layer (flash)")
+    runner.add_argument("--model", choices=MODELS, default="flash", help="whose layer (flash)")
     runner.add_argument("--format", choices=PEERS, default="mxfp4", help="of the experts (mxfp4)")
     runner.add_argument("--ranks", type=int, default=2, help="GPUs (2); one exchanges nothing")
     names = ", ".join(dict.fromkeys([*OURS, *PEERS["nvfp4"], *PEERS["mxfp4"]]))

@@ -21,6 +21,7 @@ import torch
 from bench.arguments import call, run_and_report
 from bench.inputs import LIMIT, Inputs, cold_inputs, expert_map, floor_us, random_weights
 from bench.peers import Call, MakeCall, nvfp4_peer
+from bench.released import released_shape
 from bench.timing import time_us, write_results
 from dsv4_kernels import moe as layers
 from dsv4_kernels import reference
@@ -28,8 +29,8 @@ from dsv4_kernels.backends import Backend, choose_backend
 from dsv4_kernels.types import ExpertWeights, MoeShape
 
 SHAPES = {
-    "Pro, EP8 rank": MoeShape(384, 48, 6, 7168, 3072, 8192, False),
-    "Flash": MoeShape(256, 256, 6, 4096, 2048, 8192, False),
+    "Pro, EP8 rank": released_shape("pro", ep=8),
+    "Flash": released_shape("flash"),
 }
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 # Norm of the error over the norm of the output. Ours rounds h and rows to bf16; the others also

@@ -30,14 +30,13 @@ from bench import load_report
 from bench.arguments import call, run_and_report
 from bench.load_model import BACKENDS, MAX_NUM_TOKENS, PLUGIN, objects_in
 from bench.random_weights import real_config, write_model
+from bench.released import layer_sizes
 
 from vllm_dsv4_moe.commands.serving import ServerError, log_tail, serve, server_environment
 from vllm_dsv4_moe.commands.tiny import write_json, write_tiny_checkpoint
 from vllm_dsv4_moe.commands.tiny_config import TinyConfig, tiny_config_json
 
-SIZES = TinyConfig(
-    layers=4, hidden=4096, intermediate=2048, experts=256, hash_layers=3, heads=64, linear="fp8"
-)
+SIZES = TinyConfig(**layer_sizes("flash", 4), linear="fp8")
 DUMMY_LAYERS = 16
 PROCESS_SECONDS = 300
 SERVER_ARGUMENTS = (

@@ -22,6 +22,7 @@ from bench.arguments import call, run_and_report
 from bench.inputs import LIMIT, cold_inputs, random_weights
 from bench.layer import TOLERANCE, measure, oracle, ours, with_floor
 from bench.peers import MakeCall, mxfp4_peer
+from bench.released import released_shape
 from bench.timing import write_results
 from dsv4_kernels.backends import BACKENDS as EXPERT_BACKENDS
 from dsv4_kernels.compile_processes import CompileProcesses
@@ -31,14 +32,11 @@ from dsv4_kernels.trusted_folder import TrustedFolder
 from dsv4_kernels.types import ExpertWeights, MoeShape
 
 SHAPES = {
-    title: MoeShape(*sizes, 8192, False, weight_format="mxfp4")
-    for title, sizes in {
-        "Pro, EP8 rank": (384, 48, 6, 7168, 3072),
-        "Flash": (256, 256, 6, 4096, 2048),
-        "V4.1-Flash, EP4 rank": (384, 96, 6, 5120, 2304),
-        "V4.1-Flash, TP4 rank": (384, 384, 6, 5120, 576),
-        "V4.1-Flash, TP8 rank": (384, 384, 6, 5120, 288),
-    }.items()
+    "Pro, EP8 rank": released_shape("pro", "mxfp4", ep=8),
+    "Flash": released_shape("flash", "mxfp4"),
+    "V4.1-Flash, EP4 rank": released_shape("v41", "mxfp4", ep=4),
+    "V4.1-Flash, TP4 rank": released_shape("v41", "mxfp4", tp=4),
+    "V4.1-Flash, TP8 rank": released_shape("v41", "mxfp4", tp=8),
 }
 WITH_BARS = list(SHAPES)[:3]
 # Its bars: the floor and the default peer alone, at these numbers of tokens.

@@ -12,9 +12,9 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from bench.released import layer_sizes
 
 from vllm_dsv4_moe.checkpoint_layout import MXFP4_BLOCK, NVFP4_BLOCK
 from vllm_dsv4_moe.commands.tiny import write_json
@@ -29,22 +29,16 @@ CODE_RMS = 2.9  # of random E2M1 codes
 UE8M0_BIAS = 127
 CHUNK_BYTES = 2**28  # of random values made at a time
 ATTENTION = {"q_lora_rank": 1024, "o_lora_rank": 1024, "o_groups": 8}
-MODELS: dict[str, dict[str, Any]] = {
-    "flash": {"hidden": 4096, "intermediate": 2048, "experts": 256, "hash_layers": 3},
-    "v41": {"hidden": 5120, "intermediate": 2304, "experts": 384, "hash_layers": 0},
-}
 
 
 def real_config(model: str, expert_format: str, layers: int, mtp: int = 0) -> dict:
     """config.json of V4-Flash, or of a V4 with V4.1-Flash's MoE sizes, with that many layers."""
     sizes = TinyConfig(
-        layers=layers,
-        heads=64,
+        **layer_sizes(model, layers),
         vocab=129280,
         linear="fp8",
         expert_format=expert_format,
         mtp=mtp,
-        **(MODELS[model] | {"hash_layers": min(layers, MODELS[model]["hash_layers"])}),
     )
     return tiny_config_json(sizes) | ATTENTION | {"max_position_embeddings": 65536}
 

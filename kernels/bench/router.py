@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from bench.arguments import one_command
 from bench.inputs import expert_map
+from bench.released import released_shape
 from bench.timing import (
     cold_sets,
     print_table,
@@ -33,7 +34,6 @@ from dsv4_kernels.types import Routing
 TOP_K, SCALING, TILE, VOCAB = 6, 2.5, 64, 4096
 NUM_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 GATE_TOKENS = (1, 4, 8, 16, 32, 64)
-MODELS = {"flash": (4096, 256), "pro": (7168, 384)}  # hidden, experts
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
@@ -179,7 +179,8 @@ def bench_layout(peer: Peer | None) -> list[dict]:
 def bench_gate(peer: Peer | None) -> list[dict]:
     """In one launch, and as vLLM's gate with this project's router after it ("then")."""
     rows = []
-    for hidden, num_experts in MODELS.values():
+    for shape in map(released_shape, ("flash", "pro")):
+        hidden, num_experts = shape.hidden, shape.num_experts
         sets = cold_sets(2 * hidden * num_experts)
         gates = [random(num_experts, hidden, dtype=torch.bfloat16) / 64 for _ in range(sets)]
         scratch = make_scratch(hidden, num_experts, gates[0].device)

@@ -32,7 +32,8 @@ from tempfile import TemporaryDirectory
 import torch
 from bench import serve_report
 from bench.arguments import call, run_and_report
-from bench.random_weights import MODELS, real_config
+from bench.random_weights import real_config
+from bench.released import num_layers
 from bench.serve_contenders import Bench, Contender, contender
 from bench.serve_load import Clocks, Load
 
@@ -172,7 +173,7 @@ def run(arguments: argparse.Namespace) -> None:
     def config(servers: int, layers: int | None) -> dict:
         of = (arguments.model, arguments.format)
         if topology:
-            all_layers = serve_report.ALL_LAYERS[arguments.model]
+            all_layers = num_layers(arguments.model)
             return real_config(*of, layers or all_layers, arguments.mtp)
         fit = layers_that_fit(real_config(*of, 4), servers, facts["memory_mib"] * 2**20)
         return real_config(*of, layers or fit, arguments.mtp)
@@ -225,7 +226,8 @@ def report(arguments: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser, runner, reporter = run_and_report(__doc__, run, report)
     runner.add_argument("--format", choices=PEERS, default="nvfp4")
-    runner.add_argument("--model", choices=MODELS, default="flash", help="whose layer sizes")
+    models = ("flash", "v41")
+    runner.add_argument("--model", choices=models, default="flash", help="whose layer sizes")
     runner.add_argument("--ours", help="plugin, plugin_fp8 (default: of the format)")
     runner.add_argument("--peers", help="moe backends of vLLM; `default` is its own choice")
     runner.add_argument("--topology", choices=TOPOLOGIES, help="servers on several GPUs, in turn")

@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
+from bench.released import MODELS, num_layers
+
 GIB = 2**30
 NAMES = {
     "plugin": "this plugin",
@@ -14,8 +16,6 @@ NAMES = {
     "default": "vLLM's default",
 }
 OURS = ("plugin", "plugin_fp8")
-MODELS = {"flash": "V4-Flash", "v41": "V4.1-Flash"}
-ALL_LAYERS = {"flash": 43, "v41": 40}
 STUDENT_95 = {19: 2.093, 9: 2.262, 4: 2.776, 1: 12.706}  # two-sided, by degrees of freedom
 KERNELS_SHOWN = 12
 # load -> how many times the better peer, by the engine's step and by the client's TPOT
@@ -157,7 +157,7 @@ def title(run: dict) -> str:
     where = f"each server alone, {topology}, each rank on" if topology else "all servers on"
     return (
         f"{run['format'].upper()}, vLLM {run['vllm']}, {MODELS[run['model']]}'s layer sizes, "
-        f"{run['layers']} of {ALL_LAYERS[run['model']]} layers{draft}, random weights; {where} "
+        f"{run['layers']} of {num_layers(run['model'])} layers{draft}, random weights; {where} "
         f"one {run['gpu']} ({run['cores']} cores, driver {run['driver']}), commit "
         f"{run['commit']}."
     )

@@ -10,6 +10,8 @@ from dsv4_kernels import compiled
 from dsv4_kernels.types import MoeShape
 from safetensors.torch import load_file
 
+from vllm_dsv4_moe.commands.deployment import SIZES
+from vllm_dsv4_moe.commands.releases import RELEASES
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
 
 pytestmark = [
@@ -54,7 +56,7 @@ def test_experts_that_ranks_share_are_right_and_timed(monkeypatch, tmp_path, ran
     """One exchanges nothing. Ours and vLLM's default, in processes of their own."""
     if torch.cuda.device_count() < ranks:
         pytest.skip("needs two GPUs")
-    monkeypatch.setitem(expert_parallel.SIZES, "flash", (16, 2, 4096, 2048))
+    monkeypatch.setitem(RELEASES, "flash", dict(zip(SIZES, (16, 2, 4096, 2048), strict=True)))
     monkeypatch.setattr(expert_parallel, "TOKENS", (1, 32))
     out = tmp_path / "out.json"
     names = ("w4a16", "w4a8", "w4a8_packed", "humming_fp8")

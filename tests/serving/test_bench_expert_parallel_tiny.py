@@ -7,6 +7,9 @@ from importlib.util import find_spec
 import pytest
 from bench import expert_parallel
 
+from vllm_dsv4_moe.commands.deployment import SIZES
+from vllm_dsv4_moe.commands.releases import RELEASES
+
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.slow,
@@ -17,7 +20,7 @@ pytestmark = [
 
 
 def test_two_ranks_are_right_and_timed_and_a_failure_costs_no_other(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(expert_parallel.SIZES, "flash", (16, 2, 128, 64))
+    monkeypatch.setitem(RELEASES, "flash", dict(zip(SIZES, (16, 2, 128, 64), strict=True)))
     monkeypatch.setattr(expert_parallel, "TOKENS", (1, 40))
     out = tmp_path / "out.json"
     given = ["run", f"--out={out}", "--commit=abc", "--contenders=marlin,w4a8_packed"]
