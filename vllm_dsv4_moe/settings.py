@@ -16,7 +16,13 @@ from typing import Any
 
 CONFIG_KEY = "dsv4_moe"
 ENV_PREFIX = "VLLM_DSV4_MOE_"
-MXFP4_BACKENDS = ("reference", "sm90")
+# By backend, what it multiplies activations in; the first is what `auto` means.
+ACTIVATIONS = {
+    "reference": ("nvfp4", "bf16", "fp8"),
+    "sm90": ("bf16", "fp8"),
+    "sm100": ("nvfp4",),
+}
+MXFP4_BACKENDS = tuple(name for name, has in ACTIVATIONS.items() if "bf16" in has)
 
 
 def _option(default: Any, help: str, *, allowed: tuple[str, ...] = (), check: Any = None) -> Any:
@@ -42,7 +48,7 @@ class Settings:
     backend: str = _option(
         "auto",
         "what runs the experts; `auto` goes by the GPU's compute capability",
-        allowed=("auto", "reference", "sm90", "sm100"),
+        allowed=("auto", *ACTIVATIONS),
     )
     formats: str = _option(
         "nvfp4,mxfp4",
@@ -103,7 +109,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 def activations_on(backend: str, wanted: str, weight_format: str) -> str:
     """nvfp4, fp8 or bf16: what a backend multiplies the activations of experts of that format in,
     where the setting `activations` is `wanted`. ValueError where it has others only."""
-    has = {"sm90": ("bf16", "fp8"), "sm100": ("nvfp4",)}.get(backend, ("nvfp4", "bf16", "fp8"))
+    has = ACTIVATIONS[backend]
     if weight_format == "mxfp4" and wanted != "fp8":
         return "bf16"
     if wanted == "auto":

@@ -20,7 +20,7 @@ from vllm_dsv4_moe.commands.memory import weights_of_rank
 from vllm_dsv4_moe.commands.releases import FLASH, PRO, V41_FLASH, read_config, text_config
 from vllm_dsv4_moe.layer_config import SCORING, LayerConfig
 from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
-from vllm_dsv4_moe.settings import MXFP4_BACKENDS, Settings, activations_on
+from vllm_dsv4_moe.settings import ACTIVATIONS, MXFP4_BACKENDS, Settings, activations_on
 
 # Sizes by which a model is recognised; every other size is taken from the config.
 _SIZES = {
@@ -131,7 +131,7 @@ def inspect(
 def _activations(weight_format: str, wanted: str) -> dict[str, str]:
     """By backend that has a GPU and this format."""
     found = {}
-    for backend in MXFP4_BACKENDS if weight_format == "mxfp4" else ("sm90", "sm100"):
+    for backend in MXFP4_BACKENDS if weight_format == "mxfp4" else ACTIVATIONS:
         if backend == "reference":
             continue
         try:
