@@ -81,38 +81,38 @@ def paired(run: dict, metric: str) -> dict[str, tuple[float, float]]:
 
 
 def bars(run: dict) -> Iterator[Bar]:
-    def at_least(name: str, limit: float, load: str, metric: str) -> Bar:
-        found = speedup(run, load, metric)
+    def at_least(load: str, what: str, metric: str, limit: float) -> Bar:
         limit = MXFP4_BAR if run["format"] == "mxfp4" else limit
-        return Bar(name, f"≥ {limit}×", times(found), found is not None and found >= limit)
+        return speedup_bar(f"{load}: {what}", speedup(run, load, metric), limit)
 
     for load, (step, tpot) in DECODE_BARS.items():
-        yield at_least(f"{load}: engine's step", step, load, "step_ms")
-        yield at_least(f"{load}: TPOT", tpot, load, "median_tpot_ms")
+        yield at_least(load, "engine's step", "step_ms", step)
+        yield at_least(load, "TPOT", "median_tpot_ms", tpot)
     for load, tpot in TPOT_BARS.items():
-        yield at_least(f"{load}: TPOT", tpot, load, "median_tpot_ms")
+        yield at_least(load, "TPOT", "median_tpot_ms", tpot)
     if not run.get("topology"):
         yield from step_bars(run)
     for load in PROMPT_BARS:
-        yield at_least(f"{load}: median inter-token latency", ITL_BAR, load, "median_itl_ms")
-        yield at_least(f"{load}: throughput", THROUGHPUT_BAR, load, "total_token_throughput")
+        yield at_least(load, "median inter-token latency", "median_itl_ms", ITL_BAR)
+        yield at_least(load, "throughput", "total_token_throughput", THROUGHPUT_BAR)
     for load in PREFILL_BARS:
-        yield at_least(f"{load}: prefill", PREFILL_BAR, load, "total_token_throughput")
+        yield at_least(load, "prefill", "total_token_throughput", PREFILL_BAR)
     yield from server_bars(run)
     if "plugin_fp8" in columns_of(run):
         yield from fp8_bars(run)
 
 
+def speedup_bar(name: str, found: float | None, limit: float) -> Bar:
+    return Bar(name, f"≥ {limit}×", times(found), found is not None and found >= limit)
+
+
 def fp8_bars(run: dict) -> Iterator[Bar]:
-    loads = dict.fromkeys(row["load"] for row in run.get("loads", ()))
-    for load in loads:
-        prefill = load in PREFILL_BARS
-        limit = FP8_PREFILL_BAR if prefill else FP8_TPOT_BAR
-        metric = "total_token_throughput" if prefill else "median_tpot_ms"
+    for load in dict.fromkeys(row["load"] for row in run.get("loads", ())):
+        what, metric, limit = "TPOT", "median_tpot_ms", FP8_TPOT_BAR
+        if load in PREFILL_BARS:
+            what, metric, limit = "prefill", "total_token_throughput", FP8_PREFILL_BAR
         found = speedup(run, load, metric, "plugin_fp8")
-        what = "prefill" if prefill else "TPOT"
-        met = found is not None and found >= limit
-        yield Bar(f"W4A8, {load}: {what}", f"≥ {limit}×", times(found), met)
+        yield speedup_bar(f"W4A8, {load}: {what}", found, limit)
 
 
 def step_bars(run: dict) -> Iterator[Bar]:
@@ -203,18 +203,21 @@ def server_lines(run: dict, columns: Sequence[str]) -> Iterator[str]:
     what = "most memory, GiB" if topology else "most memory with a KV cache of 4, GiB"
     yield line(what, *(gib("peak_bytes", c) for c in columns), "")
     if topology:
-        tokens = [rows.get(c, {}).get("kv_tokens") for c in columns]
-        yield line("KV tokens of a rank", *(f"{t:,}" if t else "-" for t in tokens), "")
+        yield line("KV tokens of a rank", *(kv_tokens(rows.get(c)) for c in columns), "")
     if alone:
         layers = next(iter(alone.values()))["layers"]
         what = f"alone, {layers} layers"
         yield line(f"{what}: ready, s", *(ready(alone.get(c)) for c in columns), "")
-        tokens = [alone.get(c, {}).get("kv_tokens") for c in columns]
-        yield line(f"{what}: KV tokens", *(f"{t:,}" if t else "-" for t in tokens), "")
+        yield line(f"{what}: KV tokens", *(kv_tokens(alone.get(c)) for c in columns), "")
 
 
 def ready(row: dict | None) -> str:
     return "-" if row is None else "failed" if "failure" in row else f"{row['ready_s']:.0f}"
+
+
+def kv_tokens(row: dict | None) -> str:
+    tokens = (row or {}).get("kv_tokens")
+    return f"{tokens:,}" if tokens else "-"
 
 
 def details(results: dict) -> str:
@@ -251,21 +254,17 @@ def profile_lines(run: dict) -> Iterator[str]:
         shown = sorted(most, key=lambda name: -most[name])[:KERNELS_SHOWN]
         for name in shown:
             yield line(f"`{name}`", *(kernel_cell(tables.get(c, {}).get(name)) for c in columns))
-        others = [
-            f"{sum(k['us'] for n, k in tables[c].items() if n not in shown):.0f}"
-            if c in tables
-            else "-"
-            for c in columns
-        ]
-        yield line("all others", *others)
-        sums = [
-            f"{sum(k['us'] for k in tables[c].values()):.0f}" if c in tables else "-"
-            for c in columns
-        ]
-        yield line("in all", *sums)
+        yield line("all others", *(sum_cell(tables.get(c), shown) for c in columns))
+        yield line("in all", *(sum_cell(tables.get(c)) for c in columns))
         moe = [rows.get(c, {}).get("moe_us") for c in columns]
         if any(moe):
             yield line("a MoE layer, shared expert beside", *(number(us) for us in moe))
+
+
+def sum_cell(kernels: dict | None, without: Sequence[str] = ()) -> str:
+    if kernels is None:
+        return "-"
+    return f"{sum(k['us'] for name, k in kernels.items() if name not in without):.0f}"
 
 
 def kernel_cell(kernel: dict | None) -> str:
