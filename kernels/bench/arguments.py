@@ -24,6 +24,7 @@ def run_and_report(
     _measures(runner)
     runner.set_defaults(call=run)
     reporter = commands.add_parser("report", help="print what was measured")
+    reporter.add_argument("results", type=Path, help="what `run` wrote")
     reporter.set_defaults(call=report)
     return parser, runner, reporter
 

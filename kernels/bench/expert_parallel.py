@@ -111,7 +111,7 @@ def run_contender(plan: Plan, seconds: float) -> list[dict]:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    print("\n".join(table(json.loads(Path(arguments.results).read_text()))))
+    print("\n".join(table(json.loads(arguments.results.read_text()))))
 
 
 def table(results: dict) -> Iterator[str]:
@@ -141,14 +141,13 @@ def table(results: dict) -> Iterator[str]:
 
 
 def main() -> None:
-    parser, runner, reporter = run_and_report(__doc__, run, report)
+    parser, runner, _ = run_and_report(__doc__, run, report)
     runner.add_argument("--model", choices=MODELS, default="flash", help="whose layer (flash)")
     runner.add_argument("--format", choices=PEERS, default="mxfp4", help="of the experts (mxfp4)")
     runner.add_argument("--ranks", type=int, default=2, help="GPUs (2); one exchanges nothing")
     names = ", ".join(dict.fromkeys([*OURS, *PEERS["nvfp4"], *PEERS["mxfp4"]]))
     runner.add_argument("--contenders", help=f"of {names} (default: what runs here)")
     runner.add_argument("--seconds", type=float, default=180, help="of a contender, at most (180)")
-    reporter.add_argument("results")
     call(parser)
 
 

@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """The README's table on standard output, and the plot."""
-    results = json.loads(Path(arguments.results).read_text())
+    results = json.loads(arguments.results.read_text())
     by_model: dict[str, dict[int, dict[str, dict]]] = {}
     for row in results["rows"]:
         if "us" in row:
@@ -147,7 +147,7 @@ def report(arguments: argparse.Namespace) -> None:
             )
             print(f"| {model} | {num_tokens} | {floor:.0f} | {' | '.join(shown)} | {gain} |")
     if arguments.plot:
-        plot(by_model, names, results, Path(arguments.plot))
+        plot(by_model, names, results, arguments.plot)
 
 
 def plot(by_model: dict, names: dict, results: dict, path: Path) -> None:
@@ -186,8 +186,7 @@ def main() -> None:
     parser, runner, reporter = run_and_report(__doc__, run, report)
     runner.add_argument("--backends", default=",".join(BACKENDS))
     runner.add_argument("--models", default="0,1", help="which of the shapes, from 0")
-    reporter.add_argument("results")
-    reporter.add_argument("--plot", help="an SVG or PNG to write")
+    reporter.add_argument("--plot", type=Path, help="an SVG or PNG to write")
     call(parser)
 
 

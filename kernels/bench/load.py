@@ -240,11 +240,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """The README's tables on standard output."""
-    print(load_report.markdown(json.loads(Path(arguments.results).read_text())))
+    print(load_report.markdown(json.loads(arguments.results.read_text())))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser, runner, reporter = run_and_report(__doc__, run, report)
+    parser, runner, _ = run_and_report(__doc__, run, report)
     runner.add_argument("--folder", help="where 14 GB fit in memory (default: /tmp)")
     runner.add_argument(
         "--parts", default="rows,compiles", help=f"which of {','.join(PARTS)}; the rest is kept"
@@ -252,7 +252,6 @@ def build_parser() -> argparse.ArgumentParser:
     runner.add_argument(
         "--server-seconds", type=float, default=300, help="no server is started after (300)"
     )
-    reporter.add_argument("results")
     return parser
 
 

@@ -162,7 +162,7 @@ def w4a8_bars(cells: dict) -> list[tuple[str, float, float]]:
 def report(arguments: argparse.Namespace) -> None:
     """The README's table and the bars on standard output. What was not measured, or is wrong, has
     no number."""
-    results = json.loads(Path(arguments.results).read_text())
+    results = json.loads(arguments.results.read_text())
     cells = {(r["model"], r["tokens"], r["backend"]): r for r in results["rows"] if "us" in r}
     print(f"Microseconds a layer, {results['gpu']}, commit {results['commit']}; × is over floor.\n")
     measured = {row["backend"] for row in results["rows"]}
@@ -196,12 +196,11 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser, runner, reporter = run_and_report(__doc__, run, report)
+    parser, runner, _ = run_and_report(__doc__, run, report)
     runner.add_argument("--shapes", default="0,1,2,3,4", help=f"which of {list(SHAPES)}, from 0")
     runner.add_argument("--backends", default=",".join(MEASURED), help=f"of {', '.join(BACKENDS)}")
     runner.add_argument("--objects", type=Path, help="folder that keeps our compiled kernels")
     runner.add_argument("--seconds", type=float, default=330, help="begin nothing after (330)")
-    reporter.add_argument("results")
     call(parser)
 
 

@@ -217,10 +217,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """The README's tables on standard output, and the plot; or bars and kernels of three steps."""
-    results = json.loads(Path(arguments.results).read_text())
+    results = json.loads(arguments.results.read_text())
     print((serve_report.details if arguments.profile else serve_report.markdown)(results))
     if arguments.plot:
-        serve_report.plot(results, Path(arguments.plot))
+        serve_report.plot(results, arguments.plot)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -241,8 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"what to measure (no starts; with a topology, {' and '.join(PARTS_OF_RANKS)})",
     )
     runner.add_argument("--logs", type=Path, help="a folder to keep the servers' logs in")
-    reporter.add_argument("results")
-    reporter.add_argument("--plot", help="an SVG or PNG to write")
+    reporter.add_argument("--plot", type=Path, help="an SVG or PNG to write")
     reporter.add_argument(
         "--profile", action="store_true", help="the bars and the kernels of three steps instead"
     )
