@@ -44,6 +44,17 @@ STORE_REMOTE = f"""
 STORE_WORD = "mad.lo.u32 %r6, %r5, 4, %r1; st.shared.b32 [%r6+1024], 7;"
 
 
+def bulk_load(expected: int = 128) -> str:
+    """Thread 0 copies 128 bytes and waits for as many as it says."""
+    return (
+        INIT.format(count=1)
+        + f"@!%p1 bra DONE; mbarrier.arrive.expect_tx.shared.b64 _, [%r1], {expected};"
+        + BULK_LOAD.format(bytes=128)
+        + WAIT.format(n=0, parity=0)
+        + "DONE:"
+    )
+
+
 class Case(NamedTuple):
     kind: str  # of the Finding
     message: str  # regular expression
@@ -81,16 +92,8 @@ MEMORY_CASES = {
     "more bytes expected than copied": Case(
         "deadlock",
         "128 bytes, 0 phases",
-        INIT.format(count=1)
-        + "@!%p1 bra DONE; mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 256;"
-        + BULK_LOAD.format(bytes=128)
-        + WAIT.format(n=0, parity=0)
-        + "DONE:",
-        INIT.format(count=1)
-        + "@!%p1 bra DONE; mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 128;"
-        + BULK_LOAD.format(bytes=128)
-        + WAIT.format(n=0, parity=0)
-        + "DONE:",
+        bulk_load(256),
+        bulk_load(),
     ),
     "bytes outstanding at exit": Case(
         "mbarrier",
@@ -200,11 +203,7 @@ MEMORY_CASES = {
     "a bulk copy before griddepcontrol.wait": Case(
         "dependence",
         "cp.async.bulk of data by warp 0",
-        INIT.format(count=1)
-        + "@!%p1 bra DONE; mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 128;"
-        + BULK_LOAD.format(bytes=128)
-        + WAIT.format(n=0, parity=0)
-        + "DONE:",
+        bulk_load(),
         # Whoever waits for the copy knows as well.
         INIT.format(count=1)
         + "@!%p1 bra READS; mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 128;"

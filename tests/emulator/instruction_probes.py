@@ -5,6 +5,7 @@ an H200 are kept in `tests/data` (`tests/gpu/hopper_recordings.py`).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,11 @@ def elementwise(instruction: str, result: type, **operands: np.ndarray) -> None:
     body.append(f"mad.wide.u32 %rd60, lane, {size}, result; st.global.b{8 * size} [%rd60], d;")
     buffers["result"] = np.zeros(THREADS, result)
     run_snippet("\n".join(body), buffers, warps=THREADS // 32)
+
+
+def probe(name: str, result: type = np.uint32, **operands: np.ndarray) -> Callable[[], None]:
+    """Of an instruction on its operands, in this order."""
+    return partial(elementwise, f"{name} d, {', '.join(operands)};", result, **operands)
 
 
 def any_bits(seed: int, dtype: type = np.uint32) -> np.ndarray:
@@ -126,74 +132,32 @@ def wgmma_special() -> None:
 
 
 EXACT: dict[str, Callable[[], None]] = {
-    "mul.rn.bf16x2": lambda: elementwise(
-        "mul.rn.bf16x2 d, a, b;", np.uint32, a=any_bits(1), b=any_bits(2)[::-1].copy()
+    "mul.rn.bf16x2": probe("mul.rn.bf16x2", a=any_bits(1), b=any_bits(2)[::-1].copy()),
+    "mul.rn.bf16x2-widening": probe("mul.rn.bf16x2", a=widening()[0], b=widening()[1]),
+    "fma.rn.bf16x2": probe("fma.rn.bf16x2", a=any_bits(3), b=any_bits(4), c=any_bits(5)),
+    "add.rn.bf16x2": probe("add.rn.bf16x2", a=any_bits(6), b=any_bits(7)),
+    "max.bf16x2": probe("max.bf16x2", a=any_bits(8), b=any_bits(9)),
+    "mul.rn.f32": probe("mul.rn.f32", a=any_bits(10), b=any_bits(11)),
+    "add.rn.f32": probe("add.rn.f32", a=magnitudes(12, -24, 24), b=magnitudes(13, -24, 24)),
+    "fma.rn.f32": probe("fma.rn.f32", a=any_bits(14), b=any_bits(15), c=any_bits(16)),
+    "fma.rn.f32-near": probe(
+        "fma.rn.f32", a=magnitudes(17, -3, 3), b=magnitudes(18, -3, 3), c=magnitudes(19, -24, 24)
     ),
-    "mul.rn.bf16x2-widening": lambda: elementwise(
-        "mul.rn.bf16x2 d, a, b;", np.uint32, a=widening()[0], b=widening()[1]
+    "mul.ftz.f32": probe("mul.rn.ftz.f32", a=magnitudes(20, -80, -40), b=magnitudes(21, -80, -40)),
+    "min.f32": probe("min.f32", a=any_bits(22), b=any_bits(23)),
+    "max.NaN.f32": probe("max.NaN.f32", a=any_bits(24), b=any_bits(25)),
+    "div.rn.f32": probe("div.rn.f32", a=magnitudes(26, -60, 60), b=magnitudes(27, -60, 60)),
+    "cvt.rn.bf16x2.f32": probe("cvt.rn.bf16x2.f32", a=any_bits(28), b=any_bits(29)),
+    "cvt.rz.bf16x2.f32": probe("cvt.rz.bf16x2.f32", a=any_bits(30), b=any_bits(31)),
+    "cvt.rn.f16x2.f32": probe("cvt.rn.f16x2.f32", a=magnitudes(32, -30, 20), b=any_bits(33)),
+    "cvt.rn.satfinite.e4m3x2.f32": probe(
+        "cvt.rn.satfinite.e4m3x2.f32", np.uint16, a=magnitudes(34, -12, 10), b=any_bits(35)
     ),
-    "fma.rn.bf16x2": lambda: elementwise(
-        "fma.rn.bf16x2 d, a, b, c;", np.uint32, a=any_bits(3), b=any_bits(4), c=any_bits(5)
+    "cvt.rn.satfinite.e5m2x2.f32": probe(
+        "cvt.rn.satfinite.e5m2x2.f32", np.uint16, a=magnitudes(36, -18, 17), b=any_bits(37)
     ),
-    "add.rn.bf16x2": lambda: elementwise(
-        "add.rn.bf16x2 d, a, b;", np.uint32, a=any_bits(6), b=any_bits(7)
-    ),
-    "max.bf16x2": lambda: elementwise(
-        "max.bf16x2 d, a, b;", np.uint32, a=any_bits(8), b=any_bits(9)
-    ),
-    "mul.rn.f32": lambda: elementwise(
-        "mul.rn.f32 d, a, b;", np.uint32, a=any_bits(10), b=any_bits(11)
-    ),
-    "add.rn.f32": lambda: elementwise(
-        "add.rn.f32 d, a, b;", np.uint32, a=magnitudes(12, -24, 24), b=magnitudes(13, -24, 24)
-    ),
-    "fma.rn.f32": lambda: elementwise(
-        "fma.rn.f32 d, a, b, c;", np.uint32, a=any_bits(14), b=any_bits(15), c=any_bits(16)
-    ),
-    "fma.rn.f32-near": lambda: elementwise(
-        "fma.rn.f32 d, a, b, c;",
-        np.uint32,
-        a=magnitudes(17, -3, 3),
-        b=magnitudes(18, -3, 3),
-        c=magnitudes(19, -24, 24),
-    ),
-    "mul.ftz.f32": lambda: elementwise(
-        "mul.rn.ftz.f32 d, a, b;", np.uint32, a=magnitudes(20, -80, -40), b=magnitudes(21, -80, -40)
-    ),
-    "min.f32": lambda: elementwise("min.f32 d, a, b;", np.uint32, a=any_bits(22), b=any_bits(23)),
-    "max.NaN.f32": lambda: elementwise(
-        "max.NaN.f32 d, a, b;", np.uint32, a=any_bits(24), b=any_bits(25)
-    ),
-    "div.rn.f32": lambda: elementwise(
-        "div.rn.f32 d, a, b;", np.uint32, a=magnitudes(26, -60, 60), b=magnitudes(27, -60, 60)
-    ),
-    "cvt.rn.bf16x2.f32": lambda: elementwise(
-        "cvt.rn.bf16x2.f32 d, a, b;", np.uint32, a=any_bits(28), b=any_bits(29)
-    ),
-    "cvt.rz.bf16x2.f32": lambda: elementwise(
-        "cvt.rz.bf16x2.f32 d, a, b;", np.uint32, a=any_bits(30), b=any_bits(31)
-    ),
-    "cvt.rn.f16x2.f32": lambda: elementwise(
-        "cvt.rn.f16x2.f32 d, a, b;", np.uint32, a=magnitudes(32, -30, 20), b=any_bits(33)
-    ),
-    "cvt.rn.satfinite.e4m3x2.f32": lambda: elementwise(
-        "cvt.rn.satfinite.e4m3x2.f32 d, a, b;",
-        np.uint16,
-        a=magnitudes(34, -12, 10),
-        b=any_bits(35),
-    ),
-    "cvt.rn.satfinite.e5m2x2.f32": lambda: elementwise(
-        "cvt.rn.satfinite.e5m2x2.f32 d, a, b;",
-        np.uint16,
-        a=magnitudes(36, -18, 17),
-        b=any_bits(37),
-    ),
-    "cvt.rn.f16x2.e4m3x2": lambda: elementwise(
-        "cvt.rn.f16x2.e4m3x2 d, a;", np.uint32, a=any_bits(38).view(np.uint16)[::2].copy()
-    ),
-    "cvt.rni.s32.f32": lambda: elementwise(
-        "cvt.rni.s32.f32 d, a;", np.uint32, a=magnitudes(39, -3, 33)
-    ),
+    "cvt.rn.f16x2.e4m3x2": probe("cvt.rn.f16x2.e4m3x2", a=any_bits(38).view(np.uint16)[::2].copy()),
+    "cvt.rni.s32.f32": probe("cvt.rni.s32.f32", a=magnitudes(39, -3, 33)),
     "wgmma-like": lambda: wgmma(0, 1, 0, 4, 1),
     "wgmma-no-C": lambda: wgmma(0, 1, 0, 4, 2, accumulate=False),
     "wgmma-wide": lambda: wgmma(-10, 10, -12, 12, 3),
@@ -217,40 +181,28 @@ class Approximation(NamedTuple):
 # The PTX ISA 9.0 (9.7.3) bounds their errors; the emulator rounds the exact value.
 APPROXIMATE: dict[str, Approximation] = {
     "ex2.approx.ftz.f32": Approximation(
-        lambda: elementwise("ex2.approx.ftz.f32 d, a;", np.uint32, a=floats(50, -30, 30)), 2.0**-22
+        probe("ex2.approx.ftz.f32", a=floats(50, -30, 30)), 2.0**-22
     ),
     "ex2.approx.ftz.f32-far": Approximation(
-        lambda: elementwise("ex2.approx.ftz.f32 d, a;", np.uint32, a=floats(51, -160, 140)),
-        2.0**-22,
+        probe("ex2.approx.ftz.f32", a=floats(51, -160, 140)), 2.0**-22
     ),
     "rcp.approx.ftz.f32": Approximation(
-        lambda: elementwise("rcp.approx.ftz.f32 d, a;", np.uint32, a=magnitudes(52, -125, 125)),
-        2.0**-23,
+        probe("rcp.approx.ftz.f32", a=magnitudes(52, -125, 125)), 2.0**-23
     ),
     "rcp.approx.ftz.f32-silu": Approximation(
-        lambda: elementwise("rcp.approx.ftz.f32 d, a;", np.uint32, a=floats(53, 1, 3)), 2.0**-23
+        probe("rcp.approx.ftz.f32", a=floats(53, 1, 3)), 2.0**-23
     ),
     "rsqrt.approx.ftz.f32": Approximation(
-        lambda: elementwise(
-            "rsqrt.approx.ftz.f32 d, a;", np.uint32, a=np.abs(magnitudes(54, -100, 100))
-        ),
-        2.0**-22.9,
+        probe("rsqrt.approx.ftz.f32", a=np.abs(magnitudes(54, -100, 100))), 2.0**-22.9
     ),
     "lg2.approx.ftz.f32": Approximation(
-        lambda: elementwise(
-            "lg2.approx.ftz.f32 d, a;", np.uint32, a=np.abs(magnitudes(55, -100, 100))
-        ),
+        probe("lg2.approx.ftz.f32", a=np.abs(magnitudes(55, -100, 100))),
         2.0**-22,
         absolute=2.0**-22,
     ),
-    "tanh.approx.f32": Approximation(
-        lambda: elementwise("tanh.approx.f32 d, a;", np.uint32, a=magnitudes(56, -8, 4)), 2.0**-11
-    ),
+    "tanh.approx.f32": Approximation(probe("tanh.approx.f32", a=magnitudes(56, -8, 4)), 2.0**-11),
     "div.full.f32": Approximation(
-        lambda: elementwise(
-            "div.full.f32 d, a, b;", np.uint32, a=magnitudes(57, -60, 60), b=magnitudes(58, -60, 60)
-        ),
-        2.0**-22,
+        probe("div.full.f32", a=magnitudes(57, -60, 60), b=magnitudes(58, -60, 60)), 2.0**-22
     ),
 }
 
