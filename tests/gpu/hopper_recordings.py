@@ -47,52 +47,25 @@ class Case(NamedTuple):
         return Gemm(self.op, experts, m, k, shape.top_k, self.gather, self.config)
 
 
+def few_rows(tile_k: int) -> Sm90Config:
+    return Sm90Config(1, 4, (8, 16, 24, 32), tile_k)
+
+
+SKEWED = Sm90Config(1, 4, (24, 32, 40, 48), 128)
 CASES = {
     # Every tile's K is split over many blocks, which pass on partial sums.
-    "fc1-one-token": Case(
-        "fc1",
-        True,
-        Sm90Config(1, 4, (8, 16, 24, 32), 64),
-        20,
-        Problem("one-token", 1, 4, 2, 1024, 128),
-    ),
-    "fc2-one-token": Case(
-        "fc2",
-        False,
-        Sm90Config(1, 4, (8, 16, 24, 32), 64),
-        11,
-        Problem("one-token", 1, 4, 2, 256, 512),
-    ),
+    "fc1-one-token": Case("fc1", True, few_rows(64), 20, Problem("one-token", 1, 4, 2, 1024, 128)),
+    "fc2-one-token": Case("fc2", False, few_rows(64), 11, Problem("one-token", 1, 4, 2, 256, 512)),
     # The second tile of weight rows is half empty; SwiGLU's limit binds.
     "fc1-gathered": Case(
-        "fc1",
-        True,
-        Sm90Config(1, 4, (8, 16, 24, 32), 256),
-        3,
-        Problem("gathered", 9, 4, 2, 512, 192, limit=1.0),
+        "fc1", True, few_rows(256), 3, Problem("gathered", 9, 4, 2, 512, 192, limit=1.0)
     ),
-    "fc2-decode": Case(
-        "fc2",
-        False,
-        Sm90Config(1, 4, (8, 16, 24, 32), 256),
-        3,
-        Problem("decode", 9, 4, 2, 192, 512),
-    ),
+    "fc2-decode": Case("fc2", False, few_rows(256), 3, Problem("decode", 9, 4, 2, 192, 512)),
     # Two experts have all rows, two none.
     "fc1-skewed": Case(
-        "fc1",
-        False,
-        Sm90Config(1, 4, (24, 32, 40, 48), 128),
-        3,
-        Problem("skewed", 45, 4, 2, 384, 128, limit=None, skewed=True),
+        "fc1", False, SKEWED, 3, Problem("skewed", 45, 4, 2, 384, 128, limit=None, skewed=True)
     ),
-    "fc2-skewed": Case(
-        "fc2",
-        False,
-        Sm90Config(1, 4, (24, 32, 40, 48), 128),
-        2,
-        Problem("skewed", 45, 4, 2, 128, 384, skewed=True),
-    ),
+    "fc2-skewed": Case("fc2", False, SKEWED, 2, Problem("skewed", 45, 4, 2, 128, 384, skewed=True)),
     # Two row blocks a warpgroup; several row tiles an expert.
     "fc1-prefill": Case(
         "fc1",
