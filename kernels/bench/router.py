@@ -18,13 +18,7 @@ import torch
 from bench.arguments import one_command
 from bench.inputs import expert_map
 from bench.released import released_shape
-from bench.timing import (
-    cold_sets,
-    print_table,
-    time_us,
-    time_warm_us,
-    write_results,
-)
+from bench.timing import cold_sets, print_table, time_us, time_warm_us, write_results
 from dsv4_kernels import reference
 from dsv4_kernels.route.gate_route import gate_route, make_scratch
 from dsv4_kernels.route.router_topk import router_topk

@@ -16,13 +16,7 @@ from functools import partial
 import torch
 from bench.arguments import one_command
 from bench.inputs import expert_map
-from bench.timing import (
-    cold_sets,
-    copy_bandwidth,
-    print_table,
-    time_us,
-    write_results,
-)
+from bench.timing import cold_sets, copy_bandwidth, print_table, time_us, write_results
 from dsv4_kernels import reference
 from dsv4_kernels.rows.combine import combine
 from dsv4_kernels.rows.expert_layout import expert_layout

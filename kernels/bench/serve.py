@@ -68,11 +68,7 @@ ARGUMENTS = (
     *map(str, (1, 8, 32, 64, 256)),  # those that are measured
 )
 EXTENSION = "--worker-extension-cls=bench.serve_worker.ServeWorker"
-TOGETHER = (
-    f"--kv-cache-memory-bytes={KV_BYTES}",
-    "--gpu-memory-utilization=0.2",
-    EXTENSION,
-)
+TOGETHER = (f"--kv-cache-memory-bytes={KV_BYTES}", "--gpu-memory-utilization=0.2", EXTENSION)
 ALONE = ("--gpu-memory-utilization=0.92",)
 EP = "--enable-expert-parallel"
 TOPOLOGIES = {"tp2": ("-tp=2",), "tp2-ep": ("-tp=2", EP), "dp2-ep": ("-dp=2", EP)}
@@ -84,10 +80,7 @@ START_SECONDS = 80  # of a server alone, whose kernels are compiled
 
 
 def run_bench(
-    bench: Bench,
-    contenders: Sequence[Contender],
-    parts: Sequence[str],
-    arguments: Sequence[str],
+    bench: Bench, contenders: Sequence[Contender], parts: Sequence[str], arguments: Sequence[str]
 ) -> None:
     """The parts that are asked for, in the order of what they tell."""
     reserved = START_SECONDS * len(contenders) * ("starts" in parts)
@@ -109,10 +102,7 @@ def run_bench(
 
 
 def run_in_turn(
-    bench: Bench,
-    contenders: Sequence[Contender],
-    parts: Sequence[str],
-    arguments: Sequence[str],
+    bench: Bench, contenders: Sequence[Contender], parts: Sequence[str], arguments: Sequence[str]
 ) -> None:
     """Each alone, for as much of the time that is left as any after it has."""
     loads = DECODES * ("decodes" in parts) + PROMPTS * ("prompts" in parts)

@@ -27,12 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dsv4_kernels.types import (
-    NVFP4_BLOCK,
-    NVFP4_MAX,
-    ActivationScales,
-    ExpertWeights,
-)
+from dsv4_kernels.types import NVFP4_BLOCK, NVFP4_MAX, ActivationScales, ExpertWeights
 
 HEADROOM = 32
 NUM_SYNTHETIC_TOKENS = 64

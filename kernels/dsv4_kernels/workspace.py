@@ -12,14 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from dsv4_kernels.types import (
-    NVFP4_BLOCK,
-    ExpertLayout,
-    Fp8Rows,
-    MoeShape,
-    QuantizedRows,
-    capacity,
-)
+from dsv4_kernels.types import NVFP4_BLOCK, ExpertLayout, Fp8Rows, MoeShape, QuantizedRows, capacity
 
 ALIGNMENT = 256  # bytes; TMA asks for 128
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]

@@ -5,13 +5,7 @@ from dsv4_kernels.activation_scale import HEADROOM
 from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.types import MoeShape
 
-from vllm_dsv4_moe.settings import (
-    FIELDS,
-    MXFP4_BACKENDS,
-    Settings,
-    read_settings,
-    settings_table,
-)
+from vllm_dsv4_moe.settings import FIELDS, MXFP4_BACKENDS, Settings, read_settings, settings_table
 
 
 def test_nothing_given_means_the_defaults():

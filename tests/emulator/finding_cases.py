@@ -90,10 +90,7 @@ MEMORY_CASES = {
         warps=2,
     ),
     "more bytes expected than copied": Case(
-        "deadlock",
-        "128 bytes, 0 phases",
-        bulk_load(256),
-        bulk_load(),
+        "deadlock", "128 bytes, 0 phases", bulk_load(256), bulk_load()
     ),
     "bytes outstanding at exit": Case(
         "mbarrier",

@@ -196,10 +196,7 @@ MATRIX_CASES = {
         warps=4,
     ),
     "wgmma without a wgmma.fence": Case(
-        "async-wait",
-        "without a wgmma.fence before it",
-        WGMMA_SETUP + WGMMA + WAIT_GROUP,
-        warps=4,
+        "async-wait", "without a wgmma.fence before it", WGMMA_SETUP + WGMMA + WAIT_GROUP, warps=4
     ),
     "an A fragment written after the wgmma.fence": Case(
         "async-wait",
@@ -236,11 +233,7 @@ MATRIX_CASES = {
         "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" + TMEM + FREE,
     ),
     "an alloc for a pair of which one CTA may not have started": Case(
-        "tmem",
-        "a pair whose CTAs have not met",
-        PAIR_TMEM + MEET,
-        MEET + PAIR_TMEM + MEET,
-        ctas=2,
+        "tmem", "a pair whose CTAs have not met", PAIR_TMEM + MEET, MEET + PAIR_TMEM + MEET, ctas=2
     ),
     "columns freed that were not allocated": Case(
         "tmem",
@@ -260,8 +253,6 @@ MATRIX_CASES = {
         in_tmem(mma(matrices=0x400000000080, instruction=0x4040490)),
     ),
     "a matrix descriptor of no version": Case(
-        "descriptor",
-        "version, bits 46-48",
-        in_tmem(mma(matrices=0x80)),
+        "descriptor", "version, bits 46-48", in_tmem(mma(matrices=0x80))
     ),
 }

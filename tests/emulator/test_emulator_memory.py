@@ -178,10 +178,7 @@ COLLECTIVES = [
     ("redux.sync.add.u32 d, lane, -1;", lambda i: 496),
     ("redux.sync.max.s32 d, lane, -1;", lambda i: 31),
     ("redux.sync.xor.b32 d, lane, -1;", lambda i: 0),
-    (
-        "setp.lt.u32 %p1, lane, 4; vote.sync.ballot.b32 d, %p1, -1;",
-        lambda i: 0xF,
-    ),
+    ("setp.lt.u32 %p1, lane, 4; vote.sync.ballot.b32 d, %p1, -1;", lambda i: 0xF),
     (
         "setp.lt.u32 %p1, lane, 4; vote.sync.any.pred %p2, %p1, -1; selp.b32 d, 1, 0, %p2;",
         lambda i: 1,

@@ -9,14 +9,7 @@ from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
 
 from tests.emulator.ptx_emulator.findings import Finding
 from tests.emulator.sm90_emulation import PRODUCED, emulated
-from tests.support.sm90_problems import (
-    PROBLEMS,
-    Problem,
-    check,
-    make_inputs,
-    run,
-    use_choice,
-)
+from tests.support.sm90_problems import PROBLEMS, Problem, check, make_inputs, run, use_choice
 
 MODES = [("eager", 0), ("lazy", 0), ("random", 1)]
 MODE_IDS = [mode for mode, _ in MODES]

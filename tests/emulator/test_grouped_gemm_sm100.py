@@ -250,11 +250,7 @@ def unit_rows(rows: QuantizedRows) -> torch.Tensor:
 
 
 def exact_fc1(
-    problem: Problem,
-    x: QuantizedRows,
-    x_scale: torch.Tensor,
-    roundings: int,
-    limit: float = LIMIT,
+    problem: Problem, x: QuantizedRows, x_scale: torch.Tensor, roundings: int, limit: float = LIMIT
 ) -> Interval:
     """Of the rows that exist; x_scale (1,) or (capacity,)."""
     x = unit_rows(x)

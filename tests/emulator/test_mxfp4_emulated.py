@@ -4,22 +4,8 @@ import pytest
 import torch
 from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
 
-from tests.support.mxfp4_weights import (
-    SIZE,
-    WINDOW,
-    every_code,
-    every_scale,
-    exact,
-    multiplied,
-)
-from tests.support.sm90_problems import (
-    PROBLEMS,
-    Problem,
-    check,
-    make_inputs,
-    run,
-    use_choice,
-)
+from tests.support.mxfp4_weights import SIZE, WINDOW, every_code, every_scale, exact, multiplied
+from tests.support.sm90_problems import PROBLEMS, Problem, check, make_inputs, run, use_choice
 
 
 def test_every_scale_byte_and_code_is_exact(emulation):

@@ -48,10 +48,7 @@ SERVERS: Servers = {
 }
 # What a server's checkpoint has else than MODEL, and MXFP4 experts where the server's name begins
 # so; linears in FP8 are as published.
-CHECKPOINTS: dict[str, dict] = {
-    "ours_fp8": {"linear": "fp8"},
-    "drafts": {"mtp": 1},
-}
+CHECKPOINTS: dict[str, dict] = {"ours_fp8": {"linear": "fp8"}, "drafts": {"mtp": 1}}
 CACHE = f"--kv-cache-memory-bytes={2 << 30}"
 
 

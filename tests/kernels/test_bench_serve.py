@@ -10,14 +10,7 @@ from bench import serve, serve_report
 from bench.random_weights import real_config
 from bench.serve_contenders import Bench
 from bench.serve_load import Clocks, Load, kv_tokens, step_ms, sum_and_count
-from bench.serve_worker import (
-    Kernel,
-    by_name,
-    kernels_of,
-    layer_windows,
-    moe_layers,
-    short_name,
-)
+from bench.serve_worker import Kernel, by_name, kernels_of, layer_windows, moe_layers, short_name
 
 ROOT = Path(__file__).parents[2]
 H200_BYTES = 143_771 * 2**20

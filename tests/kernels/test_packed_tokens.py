@@ -180,8 +180,7 @@ def test_fp8_rows_of_real_sizes(num_tokens, hidden):
 
 
 @pytest.mark.parametrize(
-    "num_tokens, hidden",
-    [(1, 1152), (21, 1152), pytest.param(140, 64, marks=pytest.mark.slow)],
+    "num_tokens, hidden", [(1, 1152), (21, 1152), pytest.param(140, 64, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("policy", POLICIES)
 def test_placed_codes_equal_those_quantised_after(num_tokens, policy, hidden):

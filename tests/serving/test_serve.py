@@ -261,10 +261,7 @@ def layer_errors(calls: list[dict], layers: list[PlainMoe]) -> list[float]:
     return errors
 
 
-NUMERICS = {
-    "bf16": ("W4A16, bf16 activations", ()),
-    "fp8": ("W4A8, fp8 activations", ("fp8",)),
-}
+NUMERICS = {"bf16": ("W4A16, bf16 activations", ()), "fp8": ("W4A8, fp8 activations", ("fp8",))}
 
 
 @pytest.mark.parametrize("activations", NUMERICS)

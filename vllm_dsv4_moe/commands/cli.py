@@ -11,10 +11,7 @@ from typing import Any
 # vLLM inside run only.
 COMMANDS = {
     "doctor": ("vllm_dsv4_moe.commands.doctor", "say whether this machine can serve, and how"),
-    "tiny": (
-        "vllm_dsv4_moe.commands.tiny",
-        "write a small random checkpoint",
-    ),
+    "tiny": ("vllm_dsv4_moe.commands.tiny", "write a small random checkpoint"),
     "demo": ("vllm_dsv4_moe.commands.demo", "serve a tiny checkpoint, ask it, show what ran where"),
     "config": ("vllm_dsv4_moe.commands.config", "list the shipped deployments, or print one"),
     "inspect": ("vllm_dsv4_moe.commands.inspect", "check a checkpoint without loading it"),
@@ -35,8 +32,7 @@ class ShowVersion(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dsv4-moe",
-        description="The MoE layer of DeepSeek-V4 in FP4, as a vLLM plugin.",
+        prog="dsv4-moe", description="The MoE layer of DeepSeek-V4 in FP4, as a vLLM plugin."
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="show it and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

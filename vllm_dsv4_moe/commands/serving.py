@@ -26,11 +26,7 @@ MODEL_NAME = "tiny"
 QUIET_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 # What vLLM's CPU build needs to serve V4 with tests/cpu_host: Triton kernels interpreted, a KV
 # cache of 1 GiB, and no binding of threads to cores that a container may not own.
-CPU_ENVIRONMENT = {
-    "TRITON_INTERPRET": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_CI_ENV": "1",
-}
+CPU_ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
 # FlashInfer would compile its sampler, FP8 products and all-reduce with nvcc, which takes minutes,
 # or is not there: small servers do without.
 GPU_ENVIRONMENT = {
@@ -38,11 +34,7 @@ GPU_ENVIRONMENT = {
     "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
-SMALL_ARGUMENTS = (
-    "--max-model-len=1024",
-    "--max-num-seqs=4",
-    "--max-num-batched-tokens=256",
-)
+SMALL_ARGUMENTS = ("--max-model-len=1024", "--max-num-seqs=4", "--max-num-batched-tokens=256")
 STOP_SECONDS = 20
 
 

@@ -225,9 +225,4 @@ def compile_mapa(binder: Binder) -> Step:
     return Step(PLAIN, action, None)
 
 
-COMPILERS = {
-    "mov": compile_mov,
-    "cvt": compile_cvt,
-    "cvta": compile_cvta,
-    "mapa": compile_mapa,
-}
+COMPILERS = {"mov": compile_mov, "cvt": compile_cvt, "cvta": compile_cvta, "mapa": compile_mapa}
