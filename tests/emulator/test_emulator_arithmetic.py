@@ -229,26 +229,13 @@ def _name(case: tuple) -> str:
     return case[0].split(" d,")[0].split("cvt.u32")[0].strip("{ ")
 
 
-def _ids(cases: list[tuple]) -> list[str]:
-    return [_name(c) for c in cases]
+CASES = INTEGER + FLOAT + CONVERT
 
 
 @pytest.mark.parametrize(
-    ("instruction", "result", "expected", "operands"), INTEGER, ids=_ids(INTEGER)
+    ("instruction", "result", "expected", "operands"), CASES, ids=map(_name, CASES)
 )
-def test_integer(instruction, result, expected, operands):
-    _one(instruction, result, expected, **operands)
-
-
-@pytest.mark.parametrize(("instruction", "result", "expected", "operands"), FLOAT, ids=_ids(FLOAT))
-def test_float(instruction, result, expected, operands):
-    _one(instruction, result, expected, **operands)
-
-
-@pytest.mark.parametrize(
-    ("instruction", "result", "expected", "operands"), CONVERT, ids=_ids(CONVERT)
-)
-def test_convert(instruction, result, expected, operands):
+def test_instruction(instruction, result, expected, operands):
     _one(instruction, result, expected, **operands)
 
 
