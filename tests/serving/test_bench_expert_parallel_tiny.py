@@ -2,21 +2,15 @@
 
 import json
 import sys
-from importlib.util import find_spec
 
 import pytest
 from bench import expert_parallel
 
+from tests.support.cpu_build import needs_cpu_build
 from vllm_dsv4_moe.commands.deployment import SIZES
 from vllm_dsv4_moe.commands.releases import RELEASES
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        find_spec("vllm_cpu_host") is None, reason="made for vLLM's CPU build with tests/cpu_host"
-    ),
-]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow, needs_cpu_build]
 
 
 def test_two_ranks_are_right_and_timed_and_a_failure_costs_no_other(monkeypatch, tmp_path, capsys):

@@ -1,16 +1,12 @@
 """bench.load on vLLM's CPU build: two tiny models, each loaded in a process of its own."""
 
-from importlib.util import find_spec
-
-import pytest
 from bench import load, load_report
 
+from tests.support.cpu_build import needs_cpu_build
 from vllm_dsv4_moe.commands.tiny_config import TinyConfig
 
 
-@pytest.mark.skipif(
-    find_spec("vllm_cpu_host") is None, reason="made for vLLM's CPU build with tests/cpu_host"
-)
+@needs_cpu_build
 def test_tiny_models_load_and_their_layers_are_timed(tmp_path):
     bench = load.Bench(tmp_path)
     sizes = TinyConfig(layers=3, hash_layers=1, hidden=128, intermediate=64, experts=8, heads=4)

@@ -1,21 +1,15 @@
 """bench.serve from start to end on vLLM's CPU build: two tiny servers, one of them as the peer."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 from bench import serve, serve_contenders, serve_report
 from bench.serve_load import Load
 
+from tests.support.cpu_build import needs_cpu_build
 from vllm_dsv4_moe.commands.tiny_config import TinyConfig, tiny_config_json
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        find_spec("vllm_cpu_host") is None, reason="made for vLLM's CPU build with tests/cpu_host"
-    ),
-]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow, needs_cpu_build]
 FACTS = {"gpu": "none", "driver": "none", "memory_mib": 143_771, "max_sm_mhz": 0}
 ARGUMENTS = (
     "--load-format=dummy",

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +18,7 @@ import torch
 from dsv4_kernels.activation_scale import LayerScales, warmup, write_file
 from dsv4_kernels.types import ExpertWeights
 
+from tests.support.cpu_build import needs_cpu_build
 from tests.support.plain_moe import PlainMoe
 from tests.support.vllm_sources import next_with_installed_operators
 from vllm_dsv4_moe.commands.serving import serve
@@ -51,12 +51,7 @@ W4A16_TOLERANCE = 0.006
 PARALLEL_TOLERANCE = 2.0**-7
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2")
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        find_spec("vllm_cpu_host") is None, reason="made for vLLM's CPU build with tests/cpu_host"
-    ),
-]
+pytestmark = [pytest.mark.timeout(600), needs_cpu_build]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,10 +1,10 @@
 """Many short requests on a CPU leave the server as it was. SOAK_REQUESTS=10000 for the long run."""
 
 import os
-from importlib.util import find_spec
 
 import pytest
 
+from tests.support.cpu_build import needs_cpu_build
 from tests.support.soak import resident_bytes, soak, wait_until_idle
 from vllm_dsv4_moe.commands.serving import serve
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
@@ -27,13 +27,7 @@ ARGUMENTS = (
 MEMORY_BYTES = 32 * 2**20  # that the second half of the requests may add: 6.7 KB each of 5,000
 PROMPT = list(range(5, 5 + BATCHED_TOKENS - NEW_TOKENS))
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600 + 2 * REQUESTS),
-    pytest.mark.skipif(
-        find_spec("vllm_cpu_host") is None, reason="made for vLLM's CPU build with tests/cpu_host"
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 2 * REQUESTS), needs_cpu_build]
 
 
 def log_probabilities(server) -> list[float]:

@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-from importlib.util import find_spec
 
 import pytest
 
+from tests.support.cpu_build import HAS_CPU_BUILD, REASON
+
 # Before anything is set: on a GPU the other tests' kernels must not run in the interpreter.
-if find_spec("vllm_cpu_host") is None:
-    pytest.skip("made for vLLM's CPU build with tests/cpu_host", allow_module_level=True)
+if not HAS_CPU_BUILD:
+    pytest.skip(REASON, allow_module_level=True)
 
 # Before Triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
