@@ -20,9 +20,10 @@ FILES = {
     for package, folder in PACKAGES.items()
     for path in sorted(folder.rglob("*.py"))
 }
-# What ops stand on, besides the contract itself: programmatic launch, device code of routing and of
-# NVFP4, compiled kernels.
-SHARED = {"types", "pdl", "route.routing", "rows.nvfp4_blocks", "compiled", "trusted_folder"}
+# What ops stand on, besides the contract itself: programmatic launch, device code of routing, of
+# NVFP4 and of slots, compiled kernels.
+SHARED = {"types", "pdl", "route.routing", "rows.nvfp4_blocks", "rows.slots"}
+SHARED |= {"compiled", "trusted_folder"}
 ABOVE_OPS = {
     "moe",
     "batched",

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
+from dsv4_kernels.rows.slots import rows_of_token
 
 
 class Config(NamedTuple):
@@ -59,10 +60,7 @@ def _combine_kernel(
     blocks = (HIDDEN + BLOCK - 1) // BLOCK
     token = tl.program_id(0).to(tl.int64) // blocks
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    rows = ()
-    for slot in tl.static_range(TOP_K):
-        row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
-        rows = rows + (row,)
+    rows, _ = rows_of_token(slot_to_row_ptr, token, TOP_K)
     total = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(TOP_K):
         row_ptrs = rows_ptr + rows[slot] * HIDDEN + columns

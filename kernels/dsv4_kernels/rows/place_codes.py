@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
+from dsv4_kernels.rows.slots import rows_of_token
 from dsv4_kernels.types import NVFP4_BLOCK, QuantizedRows
 
 
@@ -36,12 +37,7 @@ def _place_codes_kernel(
     WORDS: tl.constexpr = NUM_BLOCKS // 4
     token = tl.program_id(0).to(tl.int64)
     block, word = tl.arange(0, BLOCKS), tl.arange(0, BLOCKS // 4)
-    rows = ()
-    last = tl.full([], -1, tl.int64)
-    for slot in tl.static_range(TOP_K):
-        row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
-        rows = rows + (row,)
-        last = tl.maximum(last, row)
+    rows, last = rows_of_token(slot_to_row_ptr, token, TOP_K)
     if last >= 0:
         codes = tl.load(codes_in_ptr + token * CODES_STRIDE + block, mask=block < NUM_BLOCKS)
         scales = tl.load(scales_in_ptr + token * SCALES_STRIDE + word, mask=word < WORDS)

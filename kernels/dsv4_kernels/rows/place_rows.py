@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
+from dsv4_kernels.rows.slots import rows_of_token
 from dsv4_kernels.types import Fp8Rows
 
 Rows = TypeVar("Rows", torch.Tensor, Fp8Rows)
@@ -54,12 +55,7 @@ def _place_kernel(
     token = tl.program_id(0).to(tl.int64) // blocks
     block = tl.program_id(0) % blocks
     columns = block * BLOCK + tl.arange(0, BLOCK)
-    rows = ()
-    last = tl.full([], -1, tl.int64)
-    for slot in tl.static_range(TOP_K):
-        row = tl.load(slot_to_row_ptr + token * TOP_K + slot).to(tl.int64)
-        rows = rows + (row,)
-        last = tl.maximum(last, row)
+    rows, last = rows_of_token(slot_to_row_ptr, token, TOP_K)
     if last >= 0:
         values = tl.load(x_ptr + token * X_STRIDE + columns, mask=columns < COLUMNS)
         for slot in tl.static_range(TOP_K):
