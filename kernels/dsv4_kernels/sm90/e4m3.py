@@ -16,8 +16,8 @@ i of a word is at bits 4 i; its sign at bit 8 i + 7 (i < 4), or 8 (i - 4) + 3.
 
 import cutlass
 from cutlass import Float32, Int32, Uint32, cute
-from cutlass.cutlass_dsl import dsl_user_op
 
+from dsv4_kernels.sm90.ptx import inline
 from dsv4_kernels.types import NVFP4_BLOCK
 
 ENTRIES = 128
@@ -25,64 +25,34 @@ TABLE_BYTES = 8 * ENTRIES
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-@dsl_user_op
-def permute(lo, hi, selector, *, loc=None, ip=None) -> Uint32:
+def permute(lo, hi, selector) -> Uint32:
     """prmt: byte i is that of the eight of (lo, hi) which the selector's bits 4 i name."""
-    return cute.arch.inline_ptx(
-        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};",
-        write_only_types=[Uint32],
-        read_only_args=[lo, hi, selector],
-        loc=loc,
-        ip=ip,
-    )
+    return inline("prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", lo, hi, selector, results=(Uint32,))
 
 
-@dsl_user_op
-def pack_e4m3(values, *, loc=None, ip=None) -> Uint32:
+def pack_e4m3(values) -> Uint32:
     """Four float32 -> E4M3, to nearest even, at most 448; the first is the lowest byte."""
-    return cute.arch.inline_ptx(
+    return inline(
         "{.reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, {$r1}, {$r0};"
         " cvt.rn.satfinite.e4m3x2.f32 hi, {$r3}, {$r2}; mov.b32 {$w0}, {lo, hi};}",
-        write_only_types=[Uint32],
-        read_only_args=list(values),
-        loc=loc,
-        ip=ip,
+        *values,
+        results=(Uint32,),
     )
 
 
-@dsl_user_op
-def pack_f16(lo, hi, *, loc=None, ip=None) -> Uint32:
-    return cute.arch.inline_ptx(
-        "cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};",
-        write_only_types=[Uint32],
-        read_only_args=[lo, hi],
-        loc=loc,
-        ip=ip,
-    )
-
-
-@dsl_user_op
-def narrow(lo, hi, *, loc=None, ip=None) -> Uint32:
+def narrow(lo, hi) -> Uint32:
     """Two f16x2 -> four E4M3, to nearest even, at most 448."""
-    return cute.arch.inline_ptx(
+    return inline(
         "{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f16x2 a, {$r0};"
         " cvt.rn.satfinite.e4m3x2.f16x2 b, {$r1}; mov.b32 {$w0}, {a, b};}",
-        write_only_types=[Uint32],
-        read_only_args=[lo, hi],
-        loc=loc,
-        ip=ip,
+        lo,
+        hi,
+        results=(Uint32,),
     )
 
 
-@dsl_user_op
-def bits_as_float(bits, *, loc=None, ip=None) -> Float32:
-    return cute.arch.inline_ptx(
-        "mov.b32 {$w0}, {$r0};",
-        write_only_types=[Float32],
-        read_only_args=[bits],
-        loc=loc,
-        ip=ip,
-    )
+def bits_as_float(bits) -> Float32:
+    return inline("mov.b32 {$w0}, {$r0};", bits, results=(Float32,))
 
 
 @cute.jit

@@ -6,117 +6,89 @@ import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 from cutlass.cutlass_dsl import dsl_user_op
 
-from dsv4_kernels.sm90 import e4m3 as e4m3
-
 
 @dsl_user_op
-def copy_row_chunk(dst, src, live_bytes, *, loc=None, ip=None) -> None:
-    """cp.async of 16 bytes, zero-filled from live_bytes on."""
-    cute.arch.inline_ptx(
-        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-        read_only_args=[dst, src, live_bytes],
-        loc=loc,
-        ip=ip,
+def inline(text: str, *operands, results: tuple = (), loc=None, ip=None):
+    """PTX of operands {$r0}, {$r1} .. -> nothing, or {$w0} .. of the types in results."""
+    return cute.arch.inline_ptx(
+        text, write_only_types=list(results), read_only_args=list(operands), loc=loc, ip=ip
     )
 
 
-@dsl_user_op
-def copy_bulk(dst, src, num_bytes, barrier, *, loc=None, ip=None) -> None:
+def copy_row_chunk(dst, src, live_bytes) -> None:
+    """cp.async of 16 bytes, zero-filled from live_bytes on."""
+    inline("cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", dst, src, live_bytes)
+
+
+def copy_bulk(dst, src, num_bytes, barrier) -> None:
     """cp.async.bulk, global -> shared, with complete_tx on barrier."""
-    cute.arch.inline_ptx(
+    inline(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-        read_only_args=[dst, src, num_bytes, barrier],
-        loc=loc,
-        ip=ip,
+        dst,
+        src,
+        num_bytes,
+        barrier,
     )
 
 
-@dsl_user_op
-def opaque(value, *, loc=None, ip=None) -> Int32:
+def opaque(value) -> Int32:
     """value, through a shuffle: what is computed from it is not hoisted out of a loop."""
-    return cute.arch.shuffle_sync(value, cute.arch.lane_idx(), loc=loc, ip=ip)
+    return cute.arch.shuffle_sync(value, cute.arch.lane_idx())
 
 
-@dsl_user_op
-def set_flag(ptr, value, *, loc=None, ip=None) -> None:
-    cute.arch.inline_ptx(
-        "st.release.gpu.global.b32 [{$r0}], {$r1};", read_only_args=[ptr, value], loc=loc, ip=ip
-    )
+def set_flag(ptr, value) -> None:
+    inline("st.release.gpu.global.b32 [{$r0}], {$r1};", ptr, value)
 
 
-@dsl_user_op
-def get_flag(ptr, *, loc=None, ip=None) -> Int32:
-    return cute.arch.inline_ptx(
-        "ld.acquire.gpu.global.b32 {$w0}, [{$r0}];",
-        write_only_types=[Int32],
-        read_only_args=[ptr],
-        loc=loc,
-        ip=ip,
-    )
+def get_flag(ptr) -> Int32:
+    return inline("ld.acquire.gpu.global.b32 {$w0}, [{$r0}];", ptr, results=(Int32,))
 
 
-@dsl_user_op
-def trap(*, loc=None, ip=None) -> None:
+def trap() -> None:
     """Abort the kernel with an error that the host sees."""
-    cute.arch.inline_ptx("trap;", loc=loc, ip=ip)
+    inline("trap;")
 
 
-@dsl_user_op
-def load_partial(ptr, *, loc=None, ip=None):
+def load_partial(ptr):
     """Four floats that another CTA wrote, past L1."""
-    return cute.arch.inline_ptx(
+    return inline(
         "ld.relaxed.gpu.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[Float32] * 4,
-        read_only_args=[ptr],
-        loc=loc,
-        ip=ip,
+        ptr,
+        results=(Float32,) * 4,
     )
 
 
-@dsl_user_op
-def store_partial(ptr, a, b, c, d, *, loc=None, ip=None) -> None:
-    cute.arch.inline_ptx(
-        "st.global.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-        read_only_args=[ptr, a, b, c, d],
-        loc=loc,
-        ip=ip,
-    )
+def store_partial(ptr, a, b, c, d) -> None:
+    inline("st.global.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", ptr, a, b, c, d)
 
 
-@dsl_user_op
-def scale_pair(a, pair, half: int, *, loc=None, ip=None) -> Uint32:
+def scale_pair(a, pair, half: int) -> Uint32:
     """bf16x2: a times the low (half 0) or high (half 1) bf16 of pair."""
     name = "hi" if half else "lo"
-    return cute.arch.inline_ptx(
+    return inline(
         "{.reg .b16 lo, hi; .reg .b32 both; mov.b32 {lo, hi}, {$r1};"
         f" mov.b32 both, {{{name}, {name}}}; mul.rn.bf16x2 {{$w0}}, {{$r0}}, both;}}",
-        write_only_types=[Uint32],
-        read_only_args=[a, pair],
-        loc=loc,
-        ip=ip,
+        a,
+        pair,
+        results=(Uint32,),
     )
 
 
-@dsl_user_op
-def pack_bf16(lo, hi, *, loc=None, ip=None) -> Uint32:
-    return cute.arch.inline_ptx(
-        "cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};",
-        write_only_types=[Uint32],
-        read_only_args=[lo, hi],
-        loc=loc,
-        ip=ip,
-    )
+def pack_bf16(lo, hi) -> Uint32:
+    return inline("cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", lo, hi, results=(Uint32,))
 
 
-@dsl_user_op
-def store_transposed(ptr, words, *, loc=None, ip=None) -> None:
+def pack_f16(lo, hi) -> Uint32:
+    return inline("cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};", lo, hi, results=(Uint32,))
+
+
+def store_transposed(ptr, words) -> None:
     """stmatrix.x4.trans of 8 x 8 bf16; lane i has the address of row i % 8 of matrix i // 8."""
-    cute.arch.inline_ptx(
+    inline(
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-        read_only_args=[ptr, *words],
-        loc=loc,
-        ip=ip,
+        ptr,
+        *words,
     )
 
 
@@ -172,7 +144,7 @@ def activate(
         power = cute.math.exp2(gate * -math.log2(math.e), fastmath=True)
         values[c] = gate * cute.arch.rcp_approx(1.0 + power) * up * weight
     if cutlass.const_expr(h_factor is not None):
-        return e4m3.pack_f16(values[0], values[1])
+        return pack_f16(values[0], values[1])
     return pack_bf16(values[0], values[1])
 
 
