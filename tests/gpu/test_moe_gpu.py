@@ -3,9 +3,12 @@
 The backend is `auto`'s, at the sizes of V4-Flash and V4-Pro on one rank of eight.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from bench.inputs import expert_map, random_weights
+from bench.released import released_shape
 from dsv4_kernels import activation_scale, moe
 from dsv4_kernels.backends import BACKENDS, Backend, choose_backend
 from dsv4_kernels.packed_tokens import pack_tokens, packs
@@ -15,41 +18,16 @@ from tests.support.layers import lazy, random_call, run, workspace_of
 
 pytestmark = pytest.mark.gpu
 
-FLASH = MoeShape(
-    num_experts=256,
-    num_local_experts=32,
-    top_k=6,
-    hidden=4096,
-    intermediate=2048,
-    max_num_tokens=2048,
-    quantize_activations=False,
-)
+eighth = partial(released_shape, ep=8, tokens=2048)
+FLASH = eighth("flash")
 SHAPES = {
     "flash-ep8": FLASH,
-    "pro-ep8": FLASH._replace(
-        num_experts=384, num_local_experts=48, hidden=7168, intermediate=3072
-    ),
-    "v4.1-flash-ep8": FLASH._replace(
-        num_experts=384, num_local_experts=48, hidden=5120, intermediate=2304
-    ),
+    "pro-ep8": eighth("pro"),
+    "v4.1-flash-ep8": eighth("v41"),
     "flash-ep8-fp8": FLASH._replace(fp8=True),
-    "pro-ep8-mxfp4-fp8": FLASH._replace(
-        num_experts=384,
-        num_local_experts=48,
-        hidden=7168,
-        intermediate=3072,
-        weight_format="mxfp4",
-        fp8=True,
-    ),
+    "pro-ep8-mxfp4-fp8": eighth("pro", "mxfp4")._replace(fp8=True),
     # As one of eight also by experts, so that the oracle fits; 576 columns are padded to 640.
-    "v4.1-flash-tp4-mxfp4-fp8": FLASH._replace(
-        num_experts=384,
-        num_local_experts=48,
-        hidden=5120,
-        intermediate=576,
-        weight_format="mxfp4",
-        fp8=True,
-    ),
+    "v4.1-flash-tp4-mxfp4-fp8": eighth("v41", "mxfp4", tp=4)._replace(fp8=True),
 }
 LIMIT, SCALING = 10.0, 1.5
 # Relative L2 of the median token and of any, from what may fall on either side of a rounding

@@ -13,15 +13,7 @@ from dsv4_kernels.workspace import call_bytes, carve
 from tests.kernels.test_nvfp4_quantize import unswizzle
 
 TILE, TOP_K, NUM_EXPERTS, NUM_LOCAL, HIDDEN = 128, 6, 384, 48, 1024
-SHAPE = MoeShape(
-    num_experts=NUM_EXPERTS,
-    num_local_experts=NUM_LOCAL,
-    top_k=TOP_K,
-    hidden=HIDDEN,
-    intermediate=512,
-    max_num_tokens=4096,
-    quantize_activations=True,
-)
+SHAPE = MoeShape(NUM_EXPERTS, NUM_LOCAL, TOP_K, HIDDEN, 512, 4096, quantize_activations=True)
 pytestmark = pytest.mark.gpu
 
 

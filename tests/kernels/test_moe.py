@@ -10,15 +10,7 @@ from dsv4_kernels.types import ActivationScales, ExpertWeights, MoeShape, Routin
 from tests.kernels.test_nvfp4_quantize import unswizzle
 from tests.support.layers import random_call, run, workspace_of
 
-SHAPE = MoeShape(
-    num_experts=6,
-    num_local_experts=6,
-    top_k=3,
-    hidden=64,
-    intermediate=48,
-    max_num_tokens=33,
-    quantize_activations=True,
-)
+SHAPE = MoeShape(6, 6, 3, 64, 48, 33, quantize_activations=True)
 
 
 def weights_of(shape: MoeShape) -> ExpertWeights:

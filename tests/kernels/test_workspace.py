@@ -5,15 +5,7 @@ import torch
 from dsv4_kernels.types import MoeShape, capacity
 from dsv4_kernels.workspace import ALIGNMENT, call_bytes, carve, workspace_bytes
 
-SHAPE = MoeShape(
-    num_experts=6,
-    num_local_experts=6,
-    top_k=3,
-    hidden=64,
-    intermediate=48,
-    max_num_tokens=33,
-    quantize_activations=True,
-)
+SHAPE = MoeShape(6, 6, 3, 64, 48, 33, quantize_activations=True)
 FORMATS = {
     "w4a16": SHAPE._replace(quantize_activations=False),
     "w4a4": SHAPE,
