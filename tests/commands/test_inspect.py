@@ -189,83 +189,71 @@ def with_extra(name):
     return change
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        pytest.param(
-            without(f"{EXPERT}.w1.weight_scale_2"),
-            f"{EXPERT}.w1.weight_scale_2 is missing",
-            id="no-weight-scale-2",
-        ),
-        pytest.param(
-            without("layers.2.ffn.gate.bias"), "layers.2.ffn.gate.bias is missing", id="no-bias"
-        ),
-        pytest.param(
-            with_shape(f"{EXPERT}.w2.weight", [64, 64]),
-            f"{EXPERT}.w2.weight has another shape or dtype",
-            id="wrong-shape",
-        ),
-        pytest.param(
-            with_shape(f"{EXPERT}.w2.weight", [128, 32], "I8"),
-            f"{EXPERT}.w2.weight has another shape or dtype",
-            id="wrong-dtype",
-        ),
-        pytest.param(
-            with_extra("layers.2.ffn.gate.tid2eid"),
-            "layers.2.ffn.gate.tid2eid is not of this model's MoE layers",
-            id="table-on-a-dense-layer",
-        ),
-    ],
-)
-def test_difference_is_named(checkpoint, change, problem, capsys):
+def changed(checkpoint, change):
+    """What is found once a shard is changed and nothing says which files there are."""
     shard = Shard(checkpoint / SHARD)
     change(shard)
     shard.save()
     (checkpoint / "model.safetensors.index.json").unlink()
-    found = inspect(checkpoint)
-    assert found.problems == [problem]
+    return inspect(checkpoint)
+
+
+W2 = f"{EXPERT}.w2.weight"
+OTHER = f"{W2} has another shape or dtype"
+GATE = "layers.2.ffn.gate"
+PROBLEMS = {
+    "no-weight-scale-2": (
+        without(f"{EXPERT}.w1.weight_scale_2"),
+        f"{EXPERT}.w1.weight_scale_2 is missing",
+    ),
+    "no-bias": (without(f"{GATE}.bias"), f"{GATE}.bias is missing"),
+    "wrong-shape": (with_shape(W2, [64, 64]), OTHER),
+    "wrong-dtype": (with_shape(W2, [128, 32], "I8"), OTHER),
+    "table-on-a-dense-layer": (
+        with_extra(f"{GATE}.tid2eid"),
+        f"{GATE}.tid2eid is not of this model's MoE layers",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "problem"), PROBLEMS.values(), ids=PROBLEMS)
+def test_difference_is_named(checkpoint, change, problem, capsys):
+    assert changed(checkpoint, change).problems == [problem]
     assert main(["inspect", str(checkpoint)]) == 1
     assert f"problem: {problem}" in capsys.readouterr().out
 
 
 def test_details_have_the_shapes(checkpoint):
-    shard = Shard(checkpoint / SHARD)
-    with_shape(f"{EXPERT}.w2.weight", [64, 64])(shard)
-    shard.save()
-    expected = f"{EXPERT}.w2.weight: U8 [128, 32] expected, U8 [64, 64] found"
-    assert inspect(checkpoint).mismatched == [expected]
+    found = changed(checkpoint, with_shape(W2, [64, 64]))
+    assert found.mismatched == [f"{W2}: U8 [128, 32] expected, U8 [64, 64] found"]
 
 
-@pytest.mark.parametrize(
-    ("change", "note"),
-    [
-        pytest.param(
-            with_extra("layers.2.attn.rotary"), "layers.2.attn.rotary is extra", id="extra"
-        ),
-        pytest.param(
-            with_extra("mtp.1.ffn.experts.0.w1.scale"),
-            "1 MTP tensors are extra, mtp.1.ffn.experts.0.w1.scale among them",
-            id="extra-mtp-layer",
-        ),
-        pytest.param(
-            as_f32("layers.2.ffn_norm.weight"),
-            "layers.2.ffn_norm.weight has another dtype, which vLLM casts",
-            id="castable-dtype",
-        ),
-        pytest.param(
-            lambda shard: [shard.header.pop(n) for n in list(shard.header) if "input_scale" in n],
-            "layers.*.ffn.experts.*.w1.input_scale are absent: the activation-scale policy "
-            "`checkpoint` cannot be used (8, first layers.2.ffn.experts.0.w1.input_scale)",
-            id="no-input-scales",
-        ),
-    ],
-)
+def without_input_scales(shard):
+    for name in [name for name in shard.header if "input_scale" in name]:
+        del shard.header[name]
+
+
+NOTES = {
+    "extra": (with_extra("layers.2.attn.rotary"), "layers.2.attn.rotary is extra"),
+    "extra-mtp-layer": (
+        with_extra("mtp.1.ffn.experts.0.w1.scale"),
+        "1 MTP tensors are extra, mtp.1.ffn.experts.0.w1.scale among them",
+    ),
+    "castable-dtype": (
+        as_f32("layers.2.ffn_norm.weight"),
+        "layers.2.ffn_norm.weight has another dtype, which vLLM casts",
+    ),
+    "no-input-scales": (
+        without_input_scales,
+        "layers.*.ffn.experts.*.w1.input_scale are absent: the activation-scale policy "
+        "`checkpoint` cannot be used (8, first layers.2.ffn.experts.0.w1.input_scale)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "note"), NOTES.values(), ids=NOTES)
 def test_harmless_difference_is_a_note(checkpoint, change, note):
-    shard = Shard(checkpoint / SHARD)
-    change(shard)
-    shard.save()
-    (checkpoint / "model.safetensors.index.json").unlink()
-    found = inspect(checkpoint)
+    found = changed(checkpoint, change)
     assert found.problems == [] and note in found.notes
 
 
@@ -344,22 +332,16 @@ def test_rows_that_name_an_expert_twice_are_counted(checkpoint, dtype):
     assert sum("twice" in note for note in found.notes) == 1
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        pytest.param(math.nan, "1 of 16 w1 or w3 weight_scale_2 are NaN", id="nan"),
-        pytest.param(0.0, "1 of 16 w1 or w3 weight_scale_2 are NaN", id="zero"),
-        pytest.param(-1.0, "1 of 16 w1 or w3 weight_scale_2 are NaN", id="negative"),
-    ],
-)
-def test_bad_global_scale(checkpoint, value, words):
+@pytest.mark.parametrize("value", [math.nan, 0.0, -1.0], ids=["nan", "zero", "negative"])
+def test_bad_global_scale(checkpoint, value):
     shard = Shard(checkpoint / SHARD)
     shard.put(f"{EXPERT}.w1.weight_scale_2", struct.pack("<f", value))
     shard.save()
     assert inspect(checkpoint).problems == []
     found = inspect(checkpoint, scales=True)
-    assert len(found.problems) == 1 and words in found.problems[0]
-    assert found.problems[0].startswith("layers.2:")
+    (problem,) = found.problems
+    assert problem.startswith("layers.2:")
+    assert "1 of 16 w1 or w3 weight_scale_2 are NaN" in problem
     assert found.scales[2].gate_up_differ == 1 and "both are honoured" in found.notes[-1]
 
 
@@ -518,23 +500,17 @@ def test_json_says_the_same(original, capsys):
 
 
 @pytest.mark.parametrize(
-    ("prepare", "words"),
+    ("config", "words"),
     [
-        pytest.param(lambda folder: None, "has no config.json", id="no-config"),
-        pytest.param(
-            lambda folder: (folder / "config.json").write_text("{"),
-            "is not JSON",
-            id="broken-config",
-        ),
-        pytest.param(
-            lambda folder: (folder / "config.json").write_text(json.dumps(nvfp4(FLASH))),
-            "holds no .safetensors file",
-            id="no-weights",
-        ),
+        (None, "has no config.json"),
+        ("{", "is not JSON"),
+        (json.dumps(nvfp4(FLASH)), "holds no .safetensors file"),
     ],
+    ids=["no-config", "broken-config", "no-weights"],
 )
-def test_nothing_to_check_is_one_sentence(tmp_path, prepare, words, capsys):
-    prepare(tmp_path)
+def test_nothing_to_check_is_one_sentence(tmp_path, config, words, capsys):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
     assert main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
