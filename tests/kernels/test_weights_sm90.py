@@ -114,39 +114,31 @@ def check_order_of_fp8(weights: ExpertWeights, exact: bool) -> None:
     assert (error == 0) == exact
 
 
+# Scales, whether activations are FP8, the oracle, and the largest error it may report.
+REAL = {
+    "nvfp4-fp8": (None, True, shuffled_fp8, 2.0**-16),
+    "mxfp4-fp8": (SCALE_BYTES["40-powers"], True, shuffled_fp8, 2.0**-16),
+    "mxfp4": (SCALE_BYTES["40-powers"], False, shuffled_mxfp4, 2.0**-32),
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("experts", "hidden", "intermediate"),
     [(48, 7168, 3072), (9, 5120, 2304), (9, 5120, 576)],
     ids=["pro-ep8", "v4.1-flash", "v4.1-flash-tp4"],
 )
-@pytest.mark.parametrize("scales", [None, SCALE_BYTES["40-powers"]], ids=["nvfp4", "mxfp4"])
-def test_the_order_of_fp8_is_the_oracles_at_real_sizes(scales, experts, hidden, intermediate):
+@pytest.mark.parametrize(("scales", "fp8", "oracle", "most"), REAL.values(), ids=REAL)
+def test_an_order_that_may_round_is_the_oracles_at_real_sizes(
+    scales, fp8, oracle, most, experts, hidden, intermediate
+):
     weights = weights_of(experts, hidden, intermediate, mxfp4_bytes=scales, device="cuda")
     checked = sorted({0, CHUNK - 1, CHUNK, experts - 1})
-    expected, error = shuffled_fp8(ExpertWeights(*(tensor[checked].cpu() for tensor in weights)))
+    expected, error = oracle(ExpertWeights(*(tensor[checked].cpu() for tensor in weights)))
     rounding = torch.zeros(1, device="cuda")
-    result = prepare_weights(weights, rounding, fp8=True)
+    result = prepare_weights(weights, rounding, fp8=fp8)
     assert_same_bytes(ExpertWeights(*(tensor[checked] for tensor in result)), expected)
-    assert error <= rounding.item() <= 2.0**-16
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("experts", "hidden", "intermediate"),
-    [(48, 7168, 3072), (9, 5120, 2304), (9, 5120, 576)],
-    ids=["pro-ep8", "v4.1-flash", "v4.1-flash-tp4"],
-)
-def test_the_shuffle_of_mxfp4_is_the_oracles_at_real_sizes(experts, hidden, intermediate):
-    scale_bytes = SCALE_BYTES["40-powers"]
-    weights = weights_of(experts, hidden, intermediate, mxfp4_bytes=scale_bytes, device="cuda")
-    checked = sorted({0, CHUNK - 1, CHUNK, experts - 1})
-    part = ExpertWeights(*(tensor[checked].cpu() for tensor in weights))
-    expected, error = shuffled_mxfp4(part)
-    rounding = torch.zeros(1, device="cuda")
-    result = prepare_weights(weights, rounding)
-    assert_same_bytes(ExpertWeights(*(tensor[checked] for tensor in result)), expected)
-    assert error <= rounding.item() <= 2.0**-32
+    assert error <= rounding.item() <= most
 
 
 @pytest.mark.gpu
