@@ -97,11 +97,15 @@ def ask(
                 prompt_logprobs=0,
                 return_token_ids=True,
             )
-            (choice,) = body["choices"]
-            for entry in choice["prompt_logprobs"][1:]:
-                logprobs.append(next(iter(entry.values()))["logprob"])
-            tokens.append(choice["token_ids"])
+            logprobs += prompt_logprobs(body)
+            tokens.append(body["choices"][0]["token_ids"])
     return logprobs, tokens, log.read_text()
+
+
+def prompt_logprobs(body: dict) -> list[float]:
+    """Of every token of the prompt after the first, in an answer with no others."""
+    (choice,) = body["choices"]
+    return [next(iter(entry.values()))["logprob"] for entry in choice["prompt_logprobs"][1:]]
 
 
 def distance(a: list[float], b: list[float]) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from bench.serve_load import rpc
 
+from tests.gpu.test_serve_gpu import distance, prompt_logprobs
 from tests.support.soak import soak, wait_until_idle
 from vllm_dsv4_moe.commands.demo import GPU_SIZES
 from vllm_dsv4_moe.commands.serving import serve
@@ -31,9 +32,8 @@ TOLERANCE = 1e-3  # nats; attention may split its sums elsewhere when its blocks
 
 
 def log_probabilities(server) -> list[float]:
-    answer = server.complete(PROMPT, max_tokens=1, temperature=0, prompt_logprobs=0)["choices"][0]
-    entries = zip(PROMPT[1:], answer["prompt_logprobs"][1:], strict=True)
-    return [entry[str(token)]["logprob"] for token, entry in entries]
+    options = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    return prompt_logprobs(server.complete(PROMPT, **options))
 
 
 def test_streams_that_are_hung_up_on_leave_memory_and_log_probabilities(tmp_path, record_property):
@@ -51,7 +51,7 @@ def test_streams_that_are_hung_up_on_leave_memory_and_log_probabilities(tmp_path
         wait_until_idle(server)
         more = rpc(server, "bench_memory")["allocated_bytes"] - memory["allocated_bytes"]
         after = log_probabilities(server)
-    difference = sum(abs(a - b) for a, b in zip(values, after, strict=True)) / len(values)
+    difference = distance(values, after)
     record_property("complete", came.count(NEW_TOKENS))
     record_property("more_bytes", more)
     record_property("difference", difference)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from tests.gpu.test_serve_gpu import CACHE, PROMPTS, SAME_NUMERICS, distance
+from tests.gpu.test_serve_gpu import CACHE, PROMPTS, SAME_NUMERICS, distance, prompt_logprobs
 from vllm_dsv4_moe.commands.demo import GPU_SIZES
 from vllm_dsv4_moe.commands.serving import SMALL_ARGUMENTS, Server, ServerError, serve
 from vllm_dsv4_moe.commands.tiny import write_tiny_checkpoint
@@ -48,13 +48,10 @@ class Answers(NamedTuple):
     log: str
 
 
-def prompt_logprobs(server: Server) -> list[float]:
-    values = []
-    for prompt in PROMPTS:
-        body = server.complete(prompt, max_tokens=1, temperature=0, prompt_logprobs=0)
-        entries = body["choices"][0]["prompt_logprobs"][1:]
-        values += [next(iter(entry.values()))["logprob"] for entry in entries]
-    return values
+def logprobs_of(server: Server) -> list[float]:
+    options = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    bodies = (server.complete(prompt, **options) for prompt in PROMPTS)
+    return [value for body in bodies for value in prompt_logprobs(body)]
 
 
 def arguments(topology: str) -> list[str]:
@@ -66,11 +63,11 @@ def ask(topology: str, expert_format: str, folder: Path) -> Answers:
     log = folder / f"{topology}-{expert_format}.log"
     settings = {"VLLM_DSV4_MOE_FORMATS": "nvfp4,mxfp4"}
     with serve(folder / expert_format, log, arguments(topology), settings) as server:
-        before = prompt_logprobs(server)
+        before = logprobs_of(server)
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             options = {"max_tokens": 4 * EPLB_STEPS, "ignore_eos": True}
             list(pool.map(lambda prompt: server.complete(prompt, **options), PROMPTS))
-        return Answers(before, prompt_logprobs(server), log.read_text())
+        return Answers(before, logprobs_of(server), log.read_text())
 
 
 @pytest.fixture(scope="module")
