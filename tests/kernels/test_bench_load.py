@@ -6,6 +6,8 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,60 +145,36 @@ def test_bars_that_are_met():
     assert (hidden.measured, hidden.limit) == (pytest.approx(9.0), 10)
 
 
-def change_warm(results: dict) -> None:
-    results["rows"][1]["layers"][2:] = [layer(0.031), layer(0.032)]
+COMPILE = "second `dsv4-moe compile`"
+# Where in the results another value is, and the bars that are missed then.
+CHANGES = {
+    "layers": (
+        ("rows", 1, "layers", slice(2, None)),
+        [layer(0.031), layer(0.032)],
+        ["real: median layer prepared"],
+    ),
+    "marlin": (("rows", 2, "layers"), [layer(0.01)] * 4, ["real: in all, warm, beyond Marlin"]),
+    "cold": (
+        ("rows", 0, "layers", 0, "seconds", "compile"),
+        12.1,
+        ["real: in all, objects cold, beyond warm", "real: the same, beyond compiling - reading"],
+    ),
+    "reading": (("rows", 0, "reading_s"), 13.0, ["real: the same, beyond compiling - reading"]),
+    "scratch": (
+        ("rows", 5, "layers", 3, "extra_bytes", "prepare"),
+        301 * MIB,
+        ["scratch while preparing"],
+    ),
+    "compiled": (("compiles", 1, "new_objects"), 1, [f"{COMPILE}: kernels compiled"]),
+    "compile-time": (("compiles", 1, "seconds"), 10.1, [f"{COMPILE}: whole process"]),
+    "failure": (("rows", 2, "failure"), "out of memory", ["real: in all, warm, beyond Marlin"]),
+}
 
 
-def change_marlin(results: dict) -> None:
-    results["rows"][2]["layers"] = [layer(0.01)] * 4
-
-
-def change_cold(results: dict) -> None:
-    results["rows"][0]["layers"][0]["seconds"]["compile"] = 12.1
-
-
-def change_reading(results: dict) -> None:
-    results["rows"][0]["reading_s"] = 13.0
-
-
-def change_scratch(results: dict) -> None:
-    results["rows"][5]["layers"][3]["extra_bytes"]["prepare"] = 301 * MIB
-
-
-def change_compiled(results: dict) -> None:
-    results["compiles"][1]["new_objects"] = 1
-
-
-def change_compile_time(results: dict) -> None:
-    results["compiles"][1]["seconds"] = 10.1
-
-
-def change_to_failure(results: dict) -> None:
-    results["rows"][2] = {**results["rows"][2], "failure": "out of memory"}
-
-
-@pytest.mark.parametrize(
-    ("change", "missed"),
-    [
-        (change_warm, ["real: median layer prepared"]),
-        (change_marlin, ["real: in all, warm, beyond Marlin"]),
-        (
-            change_cold,
-            [
-                "real: in all, objects cold, beyond warm",
-                "real: the same, beyond compiling - reading",
-            ],
-        ),
-        (change_reading, ["real: the same, beyond compiling - reading"]),
-        (change_scratch, ["scratch while preparing"]),
-        (change_compiled, ["second `dsv4-moe compile`: kernels compiled"]),
-        (change_compile_time, ["second `dsv4-moe compile`: whole process"]),
-        (change_to_failure, ["real: in all, warm, beyond Marlin"]),
-    ],
-)
-def test_a_bar_that_is_missed(change, missed):
+@pytest.mark.parametrize(("path", "value", "missed"), CHANGES.values(), ids=CHANGES)
+def test_a_bar_that_is_missed(path, value, missed):
     results = some_results()
-    change(results)
+    reduce(getitem, path[:-1], results)[path[-1]] = value
     assert [bar.name for bar in load_report.bars(results) if not bar.met] == missed
 
 
