@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from dsv4_kernels.sm90 import gemm as sm90
-from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
+from dsv4_kernels.sm90.spec import Sm90Config
 
 from tests.emulator import sm90_emulation, sm100_emulation
 from tests.emulator import test_grouped_gemm_sm100 as on_sm100
@@ -345,7 +345,7 @@ def test_fc2_of_the_sm90_kernel_that_does_not_wait_for_fc1(monkeypatch):
 def test_faults_in_the_sm90_kernel_of_a_cluster(monkeypatch, keep_sm90_choice):
     problem = sm90_problems.Problem("faults", 75, 4, 1, 384, 320, counts=(33, 0, 41, 1))
     config = Sm90Config(1, 2, (16, 32, 48), 64, cluster=2)
-    sm90_problems.use_choice(lambda *_: LayerConfig(False, config, config))
+    sm90_problems.use_config(config)
     kernel = sm90_kernel(monkeypatch, problem, ORDERS + MORE_ORDERS, num_sms=4)
     check_all(kernel, SM90_CLUSTER_FAULTS)
     starved = kernel._replace(orders=[("starved", FIRST_WARP_OF_THE_SECOND)])
@@ -355,6 +355,6 @@ def test_faults_in_the_sm90_kernel_of_a_cluster(monkeypatch, keep_sm90_choice):
 def test_faults_under_starved_lanes_of_the_sm90_kernel(monkeypatch, keep_sm90_choice):
     problem = sm90_problems.Problem("starved", 3, 2, 2, 320, 128)
     config = Sm90Config(1, 4, (8, 16, 24, 32), 64)
-    sm90_problems.use_choice(lambda *_: LayerConfig(True, config, config))
+    sm90_problems.use_config(config, gather=True)
     upper_lanes = 20  # after its 20 warps
     check_all(sm90_kernel(monkeypatch, problem, [("starved", upper_lanes)]), SM90_STARVED_FAULTS)

@@ -5,11 +5,19 @@ import time
 import pytest
 import torch
 from dsv4_kernels.sm90 import gemm as sm90
-from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
+from dsv4_kernels.sm90.spec import Sm90Config
 
 from tests.emulator.ptx_emulator.findings import Finding
 from tests.emulator.sm90_emulation import PRODUCED, emulated
-from tests.support.sm90_problems import PROBLEMS, Problem, check, make_inputs, run, use_choice
+from tests.support.sm90_problems import (
+    PROBLEMS,
+    Problem,
+    check,
+    make_inputs,
+    run,
+    run_and_check,
+    use_config,
+)
 
 MODES = [("eager", 0), ("lazy", 0), ("random", 1)]
 MODE_IDS = [mode for mode, _ in MODES]
@@ -19,10 +27,8 @@ MODE_IDS = [mode for mode, _ in MODES]
 @pytest.mark.parametrize("problem", PROBLEMS, ids=[p.name for p in PROBLEMS])
 @pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
 def test_equals_the_oracle(emulation, problem, op, mode, seed):
-    inputs = make_inputs(problem)
     emulation.mode, emulation.seed = mode, seed
-    out = run(problem, inputs, op)
-    check(problem, inputs, op, out)
+    run_and_check(problem, op)
     assert emulation.spills[0], "no tile is split"
 
 
@@ -61,26 +67,14 @@ TILES = {
 }
 
 
-@pytest.fixture
-def use_config(emulation, keep_sm90_choice):
-    """Runs both GEMMs by a config, whatever the rows; neither gathers."""
-
-    def use(config: Sm90Config) -> None:
-        use_choice(lambda shape, num_tokens: LayerConfig(False, config, config))
-
-    return use
-
-
 @pytest.mark.parametrize("op", ["fc1", "fc2"])
 @pytest.mark.parametrize("config", TILES.values(), ids=TILES)
-def test_registers_are_not_overwritten_under_wgmma(emulation, use_config, config, op):
+def test_registers_are_not_overwritten_under_wgmma(emulation, keep_sm90_choice, config, op):
     problem = Problem("tiles", 40, 2, 1, 384, 256, counts=(7, 33))
     use_config(config)
-    inputs = make_inputs(problem)
     emulation.mode = "lazy"
-    out = run(problem, inputs, op)
+    run_and_check(problem, op)
     assert emulation.spills[0], "no tile is split"
-    check(problem, inputs, op, out)
 
 
 CLUSTERS = {
@@ -92,26 +86,22 @@ CLUSTERS = {
 @pytest.mark.parametrize("op", ["fc1", "fc2"])
 @pytest.mark.parametrize("config", CLUSTERS.values(), ids=CLUSTERS)
 @pytest.mark.parametrize("mode", ["eager", "lazy", "random", "starved"])
-def test_a_cluster_shares_rows(emulation, use_config, config, mode, op):
+def test_a_cluster_shares_rows(emulation, keep_sm90_choice, config, mode, op):
     """With 640 weight rows, of which the last tile of a cluster lacks some, and parts of tiles."""
     problem = Problem("cluster", 75, 4, 1, 384 if op == "fc1" else 640, 320, counts=(33, 0, 41, 1))
     use_config(config)
-    inputs = make_inputs(problem)
     emulation.mode, emulation.num_sms = mode, 8
-    out = run(problem, inputs, op)
+    run_and_check(problem, op)
     assert emulation.spills[0], "no tile is split"
-    check(problem, inputs, op, out)
 
 
 @pytest.mark.parametrize(("mode", "seed"), MODES, ids=MODE_IDS)
 def test_a_tile_in_more_parts_than_a_warp_has_lanes(emulation, mode, seed):
     """37 stages of one tile, a stage or none to each of 38 blocks."""
     problem = Problem("parts", 1, 2, 1, 37 * 64, 64)
-    inputs = make_inputs(problem)
     emulation.mode, emulation.seed, emulation.num_sms = mode, seed, 38
-    out = run(problem, inputs, "fc1")
+    run_and_check(problem, "fc1")
     assert emulation.spills == [36]
-    check(problem, inputs, "fc1", out)
 
 
 @pytest.mark.parametrize("op", ["fc1", "fc2"])
@@ -120,12 +110,10 @@ def test_the_grids_of_other_gpus(emulation, blocks, op):
     """With one resident block, which waits for those that have ended. Of fc2 many blocks have no
     work: they wait for the kernel before as well."""
     problem = Problem("grid", 1, 4, 2, 1024, 1024)
-    inputs = make_inputs(problem)
     emulation.blocks, emulation.num_sms = blocks, 1
-    out = run(problem, inputs, op)
+    run_and_check(problem, op)
     assert emulation.spills[0], "no tile is split"
     assert emulation.statistics[0].counts["griddepcontrol.wait"] >= blocks
-    check(problem, inputs, op, out)
 
 
 def test_four_experts_and_a_k_of_1024_take_less_than_ten_seconds(emulation):

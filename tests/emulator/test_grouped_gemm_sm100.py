@@ -123,26 +123,24 @@ def quantized_rows(
     return QuantizedRows(aligned(codes), blocks, aligned(used)), meaning
 
 
-def to_blocks(scales: torch.Tensor) -> torch.Tensor:
-    """(R, C) bytes -> 128x4 blocks, written out byte by byte from the PTX ISA's figure."""
+def places(scales: torch.Tensor) -> torch.Tensor:
+    """Of each of (R, C) bytes in 128x4 blocks, from the PTX ISA's figure."""
     row = torch.arange(scales.shape[0])[:, None]
     column = torch.arange(scales.shape[1])[None]
     block = row // 128 * (scales.shape[1] // 4) + column // 4
-    place = block * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+    place = (block * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4).flatten()
+    assert torch.equal(place.sort().values, torch.arange(scales.numel()))
+    return place
+
+
+def to_blocks(scales: torch.Tensor) -> torch.Tensor:
     out = torch.empty(scales.numel(), dtype=torch.uint8)
-    out[place.flatten()] = scales.flatten()
+    out[places(scales)] = scales.flatten()
     return out.view(scales.shape)
 
 
 def from_blocks(blocks: torch.Tensor) -> torch.Tensor:
-    index = torch.arange(blocks.numel()).view(blocks.shape)
-    # The permutation's inverse, from where each place came.
-    row = torch.arange(blocks.shape[0])[:, None]
-    column = torch.arange(blocks.shape[1])[None]
-    block = row // 128 * (blocks.shape[1] // 4) + column // 4
-    place = block * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
-    assert torch.equal(place.flatten().sort().values, index.flatten())
-    return blocks.flatten()[place.flatten()].view(blocks.shape)
+    return blocks.flatten()[places(blocks)].view(blocks.shape)
 
 
 @pytest.fixture

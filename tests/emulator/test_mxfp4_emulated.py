@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
+from dsv4_kernels.sm90.spec import Sm90Config
 
 from tests.support.mxfp4_weights import SIZE, WINDOW, every_code, every_scale, exact, multiplied
-from tests.support.sm90_problems import PROBLEMS, Problem, check, make_inputs, run, use_choice
+from tests.support.sm90_problems import PROBLEMS, Problem, run_and_check, use_config
 
 
 def test_every_scale_byte_and_code_is_exact(emulation):
@@ -63,10 +63,8 @@ MXFP4_PROBLEMS = [problem._replace(weight_format="mxfp4") for problem in PROBLEM
 @pytest.mark.parametrize("problem", MXFP4_PROBLEMS, ids=[p.name for p in MXFP4_PROBLEMS])
 @pytest.mark.parametrize("mode", ["lazy", "random"])
 def test_equals_the_oracle(emulation, problem, op, mode):
-    inputs = make_inputs(problem)
     emulation.mode = mode
-    out = run(problem, inputs, op)
-    check(problem, inputs, op, out)
+    run_and_check(problem, op)
     assert emulation.spills[0], "no tile is split"
 
 
@@ -81,9 +79,7 @@ TILES = {
 @pytest.mark.parametrize("config", TILES.values(), ids=TILES)
 def test_every_kind_of_tile_equals_the_oracle(emulation, keep_sm90_choice, config, op):
     problem = Problem("tiles", 40, 2, 1, 384, 256, counts=(7, 33), weight_format="mxfp4")
-    use_choice(lambda shape, num_tokens: LayerConfig(False, config, config))
-    inputs = make_inputs(problem)
+    use_config(config)
     emulation.mode, emulation.num_sms = "lazy", 10
-    out = run(problem, inputs, op)
+    run_and_check(problem, op)
     assert emulation.spills[0], "no tile is split"
-    check(problem, inputs, op, out)

@@ -14,6 +14,7 @@ from dsv4_kernels.backends import SM90
 from dsv4_kernels.padding import padded_weights
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90 import heuristic
+from dsv4_kernels.sm90.spec import LayerConfig, Sm90Config
 from dsv4_kernels.types import MXFP4_BLOCK, ExpertLayout, ExpertWeights, MoeLayer, MoeShape
 
 from tests.support.layers import aligned, rounding_error
@@ -201,6 +202,11 @@ def check(problem: Problem, inputs: Inputs, op: str, out: torch.Tensor) -> None:
     assert out[~live].isnan().all(), "padding rows were written"
 
 
+def run_and_check(problem: Problem, op: str) -> None:
+    inputs = make_inputs(problem)
+    check(problem, inputs, op, run(problem, inputs, op))
+
+
 def digest(inputs: Inputs) -> str:
     """Of the problem, as the checkpoint has its weights: recordings are compared with the same."""
     tensors = [*inputs.weights, *inputs.layout, inputs.routing_weights, inputs.x, inputs.h]
@@ -215,3 +221,8 @@ def use_choice(choose_config: Callable) -> None:
     heuristic.choose_config = choose_config
     sm90.gemms.cache_clear()
     sm90.all_gemms.cache_clear()
+
+
+def use_config(config: Sm90Config, gather: bool = False) -> None:
+    """In both GEMMs, whatever the rows."""
+    use_choice(lambda *_: LayerConfig(gather, config, config))

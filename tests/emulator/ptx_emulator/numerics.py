@@ -33,6 +33,16 @@ E5M2 = _with_sign(_E5M2_POSITIVE)  # (256,) float32
 CANONICAL_NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 UE8M0 = np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32)  # (256,)
 
+# Of atomics and reductions.
+FUNCTIONS = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
+
 
 def unpack_e2m1(codes: np.ndarray) -> np.ndarray:
     """(..., n) uint8, two codes a byte, low nibble first -> (..., 2 n) float32."""

@@ -5,6 +5,7 @@ import numpy as np
 from tests.emulator.ptx_emulator.barriers import ClusterBarrier, NamedBarrier
 from tests.emulator.ptx_emulator.dependence import learn, share
 from tests.emulator.ptx_emulator.findings import Finding
+from tests.emulator.ptx_emulator.numerics import FUNCTIONS
 from tests.emulator.ptx_emulator.operands import Binder, dtype_of
 from tests.emulator.ptx_emulator.program import BRANCH, COLLECTIVE, EXIT, PLAIN, Signal, Step
 from tests.emulator.ptx_emulator.threads import WARP, Gang
@@ -116,16 +117,9 @@ def compile_redux(binder: Binder) -> Step:
     """redux.sync: add, min, max, and, or, xor over a warp; f32 min and max with .abs and .NaN."""
     name, kind = binder.parts[2], binder.parts[-1]
     dtype = dtype_of(kind)
-    functions = {
-        "add": np.add,
-        "min": np.minimum,
-        "max": np.maximum,
-        "and": np.bitwise_and,
-        "or": np.bitwise_or,
-        "xor": np.bitwise_xor,
-    }
+    functions = FUNCTIONS
     if kind == "f32" and not binder.has("NaN"):
-        functions |= {"min": np.fmin, "max": np.fmax}
+        functions = functions | {"min": np.fmin, "max": np.fmax}
     function = functions[name]
     absolute = binder.has("abs")
     write = binder.write(binder.operands[0])

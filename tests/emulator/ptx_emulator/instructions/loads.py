@@ -5,7 +5,7 @@ import numpy as np
 from tests.emulator.ptx_emulator.dependence import check_global
 from tests.emulator.ptx_emulator.findings import Finding
 from tests.emulator.ptx_emulator.memory import OFFSET_MASK, SHARED_LIMIT
-from tests.emulator.ptx_emulator.numerics import from_bf16, from_f16, to_bf16, to_f16
+from tests.emulator.ptx_emulator.numerics import FUNCTIONS, from_bf16, from_f16, to_bf16, to_f16
 from tests.emulator.ptx_emulator.operands import Binder, dtype_of
 from tests.emulator.ptx_emulator.program import COLLECTIVE, CONTROL, PLAIN, Signal, Step
 from tests.emulator.ptx_emulator.threads import WARP, Gang
@@ -146,13 +146,7 @@ def _atomic_function(binder: Binder, name: str, kind: str):
         ).view(np.uint32)
     if kind in half:
         raise binder.unsupported()
-    functions = {
-        "add": np.add,
-        "min": np.minimum,
-        "max": np.maximum,
-        "and": np.bitwise_and,
-        "or": np.bitwise_or,
-        "xor": np.bitwise_xor,
+    functions = FUNCTIONS | {
         "exch": lambda old, new: new,
         "inc": lambda old, new: np.where(old >= new, 0, old + 1).astype(old.dtype),
     }
