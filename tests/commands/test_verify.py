@@ -94,6 +94,59 @@ def test_what_is_missing_or_of_another_shape_is_named(checkpoint, capsys):
     assert "not verified: 2 of 3 kinds of layer are not as they should be" in out
 
 
+def test_the_last_expert_is_missed_by_the_gate(checkpoint, capsys):
+    """All others would agree with arithmetic that leaves it out as well."""
+    for linear in ("w1", "w2", "w3"):
+        for leaf in ("weight", "scale", "weight_scale", "weight_scale_2", "input_scale"):
+            change(checkpoint, f"layers.0.ffn.experts.7.{linear}.{leaf}", lambda t: None)
+    assert main(["verify", str(checkpoint)]) == 1
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first.endswith("layers.0.ffn.experts.7.w1.weight is missing from the checkpoint: NOT OK")
+    assert second.endswith(": ok")
+
+
+@pytest.mark.parametrize("expert", [-1, 8])
+def test_an_expert_of_a_table_that_there_is_not_is_named(checkpoint, expert, capsys):
+    """Of whichever token id, drawn or not."""
+
+    def put(table):
+        table[300, 2] = expert
+        return table
+
+    change(checkpoint, "layers.0.ffn.gate.tid2eid", put)
+    assert main(["verify", str(checkpoint)]) == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"tid2eid[300, 2] is {expert}, and expert ids go from 0 to 7: NOT OK" in first
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9 and there are 8 experts"),
+        ({"num_experts_per_tok": 5}, "gate.tid2eid is [512, 6] and a token has 5 experts"),
+        ({"swiglu_limit": "10"}, "swiglu_limit is '10': it bounds gate and up"),
+    ],
+    ids=["top-k", "table", "limit"],
+)
+def test_a_config_of_another_model_is_a_sentence(checkpoint, changes, says, capsys):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert main(["verify", str(checkpoint)]) == 1
+    assert says in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_config_without_a_size_is_refused(checkpoint, capsys):
+    (checkpoint / "config.json").write_text("{}")
+    assert main(["verify", str(checkpoint)]) == 2
+    assert "config.json has num_experts_per_tok None" in capsys.readouterr().err
+
+
+def test_a_backend_of_gpus_is_refused_where_there_is_none(original, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_DSV4_MOE_BACKEND", "sm90")
+    assert main(["verify", str(original)]) == 2
+    assert "the sm90 backend runs on NVIDIA GPUs, and vLLM sees none" in capsys.readouterr().err
+
+
 def test_a_scale_that_is_no_number_is_found(checkpoint, capsys):
     scale = scale_name(checkpoint)
     nan = 0x7F if scale == "weight_scale" else 0xFF
@@ -163,14 +216,26 @@ def test_image_tokens_of_v41_go_by_their_own_bias(tmp_path, monkeypatch, capsys)
     assert "the router prefers other experts" in capsys.readouterr().out
 
 
-def test_mxfp4_is_vllms_where_no_kernel_runs_it(original, monkeypatch):
+def test_mxfp4_is_vllms_where_no_kernel_runs_it(original):
     stored = read_checkpoint(original)
     config = json.loads((original / "config.json").read_text())
     (draft,) = [layer for layer in verify.layers_of(stored.tensors, config) if layer.is_draft]
     from vllm_dsv4_moe.settings import Settings
 
-    words, agrees = verify.verify(draft, stored.tensors, Settings(backend="sm100"))
-    assert agrees and words == "vLLM's, as the sm100 backend runs NVFP4 alone"
+    reason = verify.vllms_reason(draft, Settings(), "sm100")
+    assert reason == "the sm100 backend runs NVFP4 alone"
+    assert verify.vllms_reason(draft, Settings(), "sm90") is None
+
+
+def test_layers_that_the_setting_leaves_to_vllm_are_not_run(original, monkeypatch, capsys):
+    other = {"nvfp4": "mxfp4", "mxfp4": "nvfp4"}[original.name]
+    monkeypatch.setenv("VLLM_DSV4_MOE_FORMATS", other)
+    drafts_are_ours = other == "mxfp4"
+    assert main(["verify", str(original)]) == (0 if drafts_are_ours else 2)
+    said = capsys.readouterr()
+    assert f"layers.0 (hash, {original.name.upper()}): vLLM's, as the setting formats" in said.out
+    assert ("verified: 1 kinds of layer" in said.out) == drafts_are_ours
+    assert ("this plugin runs no layer of" in said.err) != drafts_are_ours
 
 
 def test_a_draft_of_v41_has_its_own_counts(original):

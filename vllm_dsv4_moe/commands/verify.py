@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dsv4_moe.commands.releases import read_config, text_config
 from vllm_dsv4_moe.commands.tiny_config import IMAGE_TOKEN_ID
+from vllm_dsv4_moe.layer_config import SCORING, LayerConfig
 from vllm_dsv4_moe.safetensors_files import StoredTensor, read_checkpoint
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ REPLAYS = 20
 TOLERANCE = {"bf16": 0.006, "fp8": 0.15, "nvfp4": 0.3}
 # By which a score may differ from float64's where an expert is preferred to another.
 SCORE_TOLERANCE = 1e-5
-EXPERT = re.compile(r"((?:.*\.)?(layers|mtp)\.\d+\.ffn\.)experts\.(\d+)\.w1\.(weight_scale|scale)")
+EXPERT = re.compile(r"((?:.*\.)?(layers|mtp)\.\d+\.ffn\.)experts\.\d+\.w1\.(weight_scale|scale)")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -79,46 +80,79 @@ def run(args: argparse.Namespace) -> int:
     kinds = {layer.kind: layer for layer in reversed(layers)}
     if not kinds:
         raise ValueError(f"{args.checkpoint} holds no layer with NVFP4 or MXFP4 experts")
-    failed = 0
+    backend = usable_backend(settings)
+    num_ours = failed = 0
     for layer in reversed(kinds.values()):
+        reason = vllms_reason(layer, settings, backend)
+        if reason is not None:
+            print(f"{layer}: vLLM's, as {reason}")
+            continue
+        num_ours += 1
         try:
             words, agrees = verify(layer, stored.tensors, settings)
         except ValueError as error:
             words, agrees = str(error), False
         failed += not agrees
         print(f"{layer}: {words}: {'ok' if agrees else 'NOT OK'}", flush=True)
+    if not num_ours:
+        raise ValueError(f"this plugin runs no layer of {args.checkpoint} here")
     if failed:
-        print(f"not verified: {failed} of {len(kinds)} kinds of layer are not as they should be")
+        print(f"not verified: {failed} of {num_ours} kinds of layer are not as they should be")
         return 1
-    print(f"verified: {len(kinds)} kinds of layer, each as plain arithmetic has it")
+    print(f"verified: {num_ours} kinds of layer, each as plain arithmetic has it")
     return 0
 
 
 def layers_of(stored: dict[str, StoredTensor], config: Mapping[str, Any]) -> list[Layer]:
     """The layers with FP4 experts, in the order of their numbers, the model's before drafts'."""
     config = text_config(config)
-    found: dict[str, tuple[str, int]] = {}
-    for match in filter(None, map(EXPERT.fullmatch, stored)):
-        prefix, _, _, scale = match.groups()
-        found[prefix] = (scale, found.get(prefix, ("", 0))[1] + 1)
+    # By prefix, the name of a scale.
+    found = {match[1]: match[3] for match in filter(None, map(EXPERT.fullmatch, stored))}
     layers = []
     for prefix in sorted(found, key=lambda p: ("mtp." in p, int(re.findall(r"\d+", p)[-1]))):
-        scale, num_experts = found[prefix]
+        scale, gate = found[prefix], stored.get(f"{prefix}gate.weight")
         is_draft = "mtp." in prefix
         top_k = config.get("dspark_num_experts_per_tok") if is_draft else None
+        top_k = top_k or config.get("num_experts_per_tok")
+        if not isinstance(top_k, int):
+            raise ValueError(f"config.json has num_experts_per_tok {top_k!r}, which is no number")
         layers.append(
             Layer(
                 prefix=prefix,
                 weight_format="nvfp4" if scale == "weight_scale" else "mxfp4",
                 router="hash" if f"{prefix}gate.tid2eid" in stored else "dense",
                 is_draft=is_draft,
-                num_experts=num_experts,
-                top_k=top_k or config["num_experts_per_tok"],
+                # The files may have lost some experts.
+                num_experts=gate.shape[0] if gate is not None else 0,
+                top_k=top_k,
                 limit=config.get("swiglu_limit"),
                 scaling=config.get("routed_scaling_factor", 1.0),
             )
         )
     return layers
+
+
+def usable_backend(settings: "Settings") -> str:
+    """The backend that serves here; ValueError where this machine cannot run it."""
+    import torch
+
+    from vllm_dsv4_moe.moe_method import backend_name, check_device
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    name = backend_name(settings, capability)
+    check_device(name, capability, is_eager=True)
+    return name
+
+
+def vllms_reason(layer: Layer, settings: "Settings", backend: str) -> str | None:
+    """Why vLLM runs the layer; None where this plugin does."""
+    from vllm_dsv4_moe.settings import MXFP4_BACKENDS
+
+    if layer.weight_format not in settings.formats.split(","):
+        return f"the setting formats is {settings.formats}"
+    if layer.weight_format == "mxfp4" and backend not in MXFP4_BACKENDS:
+        return f"the {backend} backend runs NVFP4 alone"
+    return None
 
 
 def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") -> tuple[str, bool]:
@@ -133,14 +167,13 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
 
     from vllm_dsv4_moe.kernel_cache import COMPILATION
     from vllm_dsv4_moe.moe_method import NUMERICS, activation_mode, backend_name
-    from vllm_dsv4_moe.settings import MXFP4_BACKENDS
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     device = torch.device("cpu" if capability is None else "cuda")
     name = backend_name(settings, capability)
-    is_mxfp4 = layer.weight_format == "mxfp4"
-    if is_mxfp4 and name not in MXFP4_BACKENDS:
-        return f"vLLM's, as the {name} backend runs NVFP4 alone", True
+    config = LayerConfig(layer.limit, SCORING, layer.top_k, layer.num_experts, {})
+    if config.problems():
+        raise ValueError(config.problems()[0])
     mode = activation_mode(settings, capability, layer.weight_format)
     torch.set_float32_matmul_precision("highest")
     with torch.no_grad():
@@ -282,7 +315,7 @@ def route(
     table = bias = token_ids = image_bias = None
     is_image = torch.zeros(NUM_TOKENS, dtype=torch.bool, device=device)
     if layer.router == "hash":
-        table = read(stored, f"{layer.prefix}gate.tid2eid", "I64 I32").to(device)
+        table = read_table(layer, stored).to(device)
         token_ids = torch.randint(len(table), (NUM_TOKENS,), generator=generator).to(device)
         expected = table[token_ids].long()
     else:
@@ -314,6 +347,22 @@ def route(
     shares = scores.gather(1, ids)
     shares = shares / shares.sum(1, keepdim=True) * layer.scaling
     return x.to(device), routing, agrees and torch.allclose(shares.float(), routing.weights, 1e-4)
+
+
+def read_table(layer: Layer, stored: dict[str, StoredTensor]) -> "torch.Tensor":
+    """The experts of every token id; ValueError where the layer has no such experts."""
+    name = f"{layer.prefix}gate.tid2eid"
+    table = read(stored, name, "I64 I32")
+    if table.ndim != 2 or table.shape[1] != layer.top_k:
+        raise ValueError(f"{name} is {list(table.shape)} and a token has {layer.top_k} experts")
+    outside = ((table < 0) | (table >= layer.num_experts)).nonzero()
+    if len(outside):
+        row, slot = outside[0].tolist()
+        raise ValueError(
+            f"{name}[{row}, {slot}] is {int(table[row, slot])}, and expert ids go from 0 to "
+            f"{layer.num_experts - 1}"
+        )
+    return table
 
 
 def add_every_expert(
