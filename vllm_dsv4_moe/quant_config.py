@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dsv4_kernels.backends import AUTO
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -82,7 +83,10 @@ class OurLayers(QuantizationConfig):
             return f"--moe-backend {layer.moe_config.moe_backend} asks for it"
         if not current_platform.is_cuda() and not current_platform.is_cpu():
             return "this plugin runs on NVIDIA GPUs"
-        backend = backend_name(settings, current_platform.get_device_capability())
+        capability = current_platform.get_device_capability()
+        if settings.backend == "auto" and capability is not None and capability[0] not in AUTO:
+            return "no backend is made for compute capability {}.{}".format(*capability)
+        backend = backend_name(settings, capability)
         if weight_format == "mxfp4" and backend not in MXFP4_BACKENDS:
             return f"they are MXFP4, and the {backend} backend runs NVFP4 alone"
         return None

@@ -142,6 +142,14 @@ WHOSE = {
     ),
     "MXFP4 for Marlin": ({"backend": "marlin"}, 2, None, "marlin asks for it"),
     "MXFP4 on a B200": ({"capability": (10, 0)}, 2, None, "sm100 backend runs NVFP4 alone"),
+    "NVFP4 on an A100": ({"capability": (8, 0)}, 0, None, "is made for compute capability 8.0"),
+    "MXFP4 on an RTX": ({"capability": (12, 0)}, 2, None, "is made for compute capability 12.0"),
+    "on an A100, asked for": (
+        {"capability": (8, 0), "_settings": Settings(backend="reference")},
+        0,
+        "nvfp4",
+        "runs NVFP4 experts",
+    ),
     "NVFP4, not asked for": (
         {"_settings": Settings(formats="mxfp4")}, 0, None, "are NVFP4, and the setting formats is"
     ),
