@@ -1,11 +1,12 @@
 """`dsv4-moe compile`: kernels made without a GPU, kept where a server finds them."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.support.deployments import DEPLOYMENTS, parse
 from vllm_dsv4_moe.commands import compile as command
 from vllm_dsv4_moe.commands.cli import main
 from vllm_dsv4_moe.commands.compile import shapes_of_config
+from vllm_dsv4_moe.commands.config import find
 from vllm_dsv4_moe.commands.deployment import moe_sizes, read_deployment
 from vllm_dsv4_moe.commands.releases import RELEASES
 
@@ -26,6 +28,7 @@ SIZES = {
     "num_experts_per_tok": 2,
     "hidden_size": 256,
     "moe_intermediate_size": 128,
+    "swiglu_limit": 10.0,
 }
 
 
@@ -82,11 +85,26 @@ def test_a_second_time_nothing_is_compiled(arch, for_image, tmp_path):
         (["--model", "pro", "--ep-size", "7"], "384 experts cannot be divided among 7 ranks"),
         (["--model", "pro", "--tp-size", "128"], "intermediate size 24 of this rank is not a"),
         (["--config", "/dev/null"], "/dev/null does not say max-num-batched-tokens and model"),
+        (["--model", "LIST"], "LIST is JSON, but no object with the sizes of a model"),
+        (["--model", "BROKEN"], "BROKEN is not JSON"),
+        (["--config", "BROKEN"], "BROKEN is not YAML"),
+        (["--config", "LIST"], "LIST holds no options"),
+        (["--config", "TOKENS"], "max-num-batched-tokens of TOKENS is '8k': write a whole number"),
+        (["--config", "SETTINGS"], "additional-config is '{x', which is not JSON"),
+        (["--config", "WORD"], "speculative-config is 3: it must be an object"),
     ],
-    ids=["model", "format", "experts", "intermediate", "config"],
+    ids=["model", "format", "experts", "intermediate", "config", "list", "JSON", "YAML"]
+    + ["YAML of a list", "tokens", "additional config", "draft"],
 )
-def test_a_users_mistake_is_a_sentence(arguments, message, tmp_path, capsys):
+def test_a_users_mistake_is_a_sentence(arguments, message, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    flash = "model: flash\nmax-num-batched-tokens: 16\n"
+    files = {"LIST": "[1, 2]", "BROKEN": "{x: [", "TOKENS": flash.replace("16", "8k")}
+    files |= {"SETTINGS": f"{flash}additional-config: '{{x'"}
+    files |= {"WORD": f"{flash}speculative-config: 3"}
+    for name, text in files.items():
+        Path(name).write_text(text)
     assert main(["compile", "--arch", "sm_100a", "--out", str(out), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
@@ -108,7 +126,9 @@ def test_pro_on_eight_ranks_is_what_a_rank_serves():
     assert {gemm.config.tile for gemm in more} == {64, 128, 256}
 
 
-def served_shape(args, capability, monkeypatch, prefix: str, weight_format: str) -> MoeShape:
+def served_shape(
+    args, capability, monkeypatch, prefix: str, weight_format: str, environ=MappingProxyType({})
+) -> MoeShape:
     """What a layer of that server asks for, by vLLM's own parser and parallel arithmetic."""
     from vllm.model_executor.layers.fused_moe import config as moe
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -144,7 +164,7 @@ def served_shape(args, capability, monkeypatch, prefix: str, weight_format: str)
         swiglu_limit=10.0,  # of every release
         max_num_tokens=args.max_num_batched_tokens,
     )
-    settings = read_settings(args.additional_config, {})
+    settings = read_settings(args.additional_config, environ)
     return moe_shape(config, settings, capability, weight_format)
 
 
@@ -169,9 +189,82 @@ def test_an_image_has_every_kernel_of_its_deployments(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "arch", "capability", "setting"),
+    [
+        ("flash-2xh200", "sm_90a", (9, 0), {"ACTIVATIONS": "fp8"}),
+        ("v41-8xh200", "sm_90a", (9, 0), {"ACTIVATIONS": "fp8"}),
+        ("flash-b200", "sm_100a", (10, 0), {"ACTIVATION_SCALE": "token"}),
+    ],
+)
+def test_settings_of_the_environment_are_followed(name, arch, capability, setting, monkeypatch):
+    """As beside a file they should be set: the server looks for other kernels then."""
+    environ = {f"VLLM_DSV4_MOE_{key}": value for key, value in setting.items()}
+    path = find(name)
+    own = read_deployment(path, {}).weight_format
+    served = served_shape(parse(path), capability, monkeypatch, "", own, environ)
+    before = shapes_of_config(path, arch)
+    for key, value in environ.items():
+        monkeypatch.setenv(key, value)
+    filled = shapes_of_config(path, arch)
+    assert filled[0] == served._replace(max_num_tokens=filled[0].max_num_tokens)
+    assert filled[0] != before[0]
+
+
+@pytest.mark.parametrize(
+    ("arch", "text", "setting", "message"),
+    [
+        ("sm_100a", "nvidia/DeepSeek-V4-Flash-NVFP4", "fp8", "sm100 backend multiplies nvfp4 only"),
+        ("sm_100a", "nvidia/DeepSeek-V4-Flash-NVFP4", "bf16", "sm100 backend multiplies nvfp4"),
+        ("sm_90a", "nvidia/DeepSeek-V4-Flash-NVFP4", "nvfp4", "multiplies bf16 or fp8 only"),
+    ],
+    ids=["fp8", "bf16", "nvfp4"],
+)
+def test_activations_that_the_server_refuses_are_not_compiled_for(
+    arch, text, setting, message, tmp_path
+):
+    path = tmp_path / "flash.yaml"
+    path.write_text(
+        f"model: {text}\nmax-num-batched-tokens: 100\n"
+        f"additional-config: {{dsv4_moe: {{activations: {setting}}}}}\n"
+    )
+    with pytest.raises(ValueError, match=message):
+        shapes_of_config(path, arch)
+
+
+@pytest.mark.parametrize(
+    ("arch", "quant", "option", "found"),
+    [
+        ("sm_90a", {"quant_method": "fp8"}, [], "mxfp4"),
+        ("sm_90a", {"quant_method": "fp8", "moe_quant_algo": "NVFP4"}, [], "nvfp4"),
+        ("sm_90a", None, [], "mxfp4"),
+        ("sm_90a", None, ["--experts", "nvfp4"], "nvfp4"),
+        ("sm_100a", None, [], "nvfp4"),
+    ],
+)
+def test_a_models_kernels_are_of_its_experts_format(arch, quant, option, found, tmp_path):
+    config = SIZES | ({} if quant is None else {"quantization_config": quant})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = ["--arch", arch, "--model", str(tmp_path), *option]
+    assert command.shape_of(parser.parse_args(given)).weight_format == found
+
+
+def test_a_models_kernels_are_of_the_settings(tmp_path, monkeypatch):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["--arch", "sm_90a", "--model", "v41", "--tp-size", "8"])
+    shape = command.shape_of(args)
+    assert (shape.intermediate, shape.weight_format, shape.fp8) == (288, "mxfp4", False)
+    monkeypatch.setenv("VLLM_DSV4_MOE_ACTIVATIONS", "fp8")
+    assert command.shape_of(args) == shape._replace(fp8=True)
+
+
+@pytest.mark.parametrize(
     ("text", "changes"),
     [
         ("tensor-parallel-size: 4", {"intermediate": 512}),
+        ("tensor_parallel_size: 4", {"intermediate": 512}),
         ("tensor-parallel-size: 4\nenable-expert-parallel: true", {"num_local_experts": 64}),
         (
             "data-parallel-size: 2\nenable-expert-parallel: true",
@@ -195,7 +288,7 @@ def test_an_image_has_every_kernel_of_its_deployments(path, monkeypatch):
             {"scale_per_row": True},
         ),
     ],
-    ids=["tp", "tp-ep", "dp-ep", "sequence", "eplb", "deepep", "token-scale"],
+    ids=["tp", "underscores", "tp-ep", "dp-ep", "sequence", "eplb", "deepep", "token-scale"],
 )
 def test_a_deployment_is_divided_as_vllm_divides_it(text, changes, tmp_path):
     path = tmp_path / "flash.yaml"

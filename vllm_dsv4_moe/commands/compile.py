@@ -1,8 +1,9 @@
 """Compile the expert kernels ahead of time, with no GPU, so that serving compiles nothing.
 
 What is compiled is what one rank of the server needs, told by the files that `vllm serve --config`
-reads, or by a model and how it is divided. It is kept where the server looks: in this user's folder
-under vLLM's cache root, or in a folder for an image, /opt/dsv4-moe/kernels there.
+reads, or by a model and how it is divided, and by the settings in the environment. It is kept where
+the server looks: in this user's folder under vLLM's cache root, or in a folder for an image,
+/opt/dsv4-moe/kernels there.
 """
 
 import argparse
@@ -12,8 +13,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_dsv4_moe.commands.deployment import BACKENDS, moe_sizes, rank_shape, read_deployment
-from vllm_dsv4_moe.commands.releases import model_config
+from vllm_dsv4_moe.commands.deployment import (
+    BACKENDS,
+    format_of,
+    moe_sizes,
+    rank_shape,
+    read_deployment,
+)
+from vllm_dsv4_moe.commands.releases import model_config, text_config
+from vllm_dsv4_moe.settings import read_settings
 
 if TYPE_CHECKING:
     from dsv4_kernels.trusted_folder import TrustedFolder
@@ -40,12 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one call: max_num_batched_tokens times the data-parallel ranks",
     )
     parser.add_argument(
-        "--experts", choices=("nvfp4", "mxfp4"), default="nvfp4", help="format (default nvfp4)"
-    )
-    parser.add_argument(
-        "--scale-per-row",
-        action="store_true",
-        help="for activation_scale token, or without swiglu_limit",
+        "--experts",
+        choices=("nvfp4", "mxfp4"),
+        help="format (default the one that config.json says, or this GPU's: mxfp4 on Hopper)",
     )
 
 
@@ -103,22 +108,28 @@ def _warn(sentence: str) -> None:
 
 def shape_of(args: argparse.Namespace) -> "MoeShape":
     """Of one rank, by the command's options; ValueError where it cannot run."""
+    config = text_config(model_config(args.model))
+    quant = config.get("quantization_config")
+    weight_format = args.experts or ("nvfp4" if args.arch != "sm_90a" else "mxfp4")
+    if args.experts is None and quant:
+        weight_format = format_of(quant)
     shape = rank_shape(
-        moe_sizes(model_config(args.model)),
+        moe_sizes(config),
         args.arch,
         ep_size=args.ep_size,
         tp_size=args.tp_size,
         redundant_experts=args.redundant_experts,
         max_num_tokens=args.max_num_tokens,
-        scale_per_row=args.scale_per_row,
-        weight_format=args.experts,
+        settings=read_settings({}, os.environ),
+        no_limit=config.get("swiglu_limit") is None,
+        weight_format=weight_format,
     )
     return _checked(shape, args.arch)
 
 
 def shapes_of_config(path: Path, arch: str) -> "list[MoeShape]":
     """Of one rank of `vllm serve --config PATH`: the model's layers and its drafts'."""
-    deployment = read_deployment(path, {})
+    deployment = read_deployment(path, os.environ)
     shapes = [_checked(shape, arch) for shape in deployment.shapes(arch) if shape is not None]
     if not shapes:
         raise ValueError(

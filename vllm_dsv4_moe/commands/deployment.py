@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dsv4_moe.commands.releases import model_config, text_config
-from vllm_dsv4_moe.settings import MXFP4_BACKENDS, Settings, read_settings
+from vllm_dsv4_moe.settings import MXFP4_BACKENDS, Settings, activations_on, read_settings
 
 if TYPE_CHECKING:
     from dsv4_kernels.types import MoeShape
@@ -53,15 +53,14 @@ class Deployment:
 
     def shapes(self, arch: str) -> "tuple[MoeShape | None, MoeShape | None]":
         """A rank's layers of the model, and of its drafts; None where vLLM runs them or there are
-        none. ValueError where the sizes do not divide."""
+        none. ValueError where the sizes do not divide or the settings cannot be followed."""
         drafts = self._shape(arch, "mxfp4", "dspark_") if self.draft_method else None
         return self._shape(arch, self.weight_format, ""), drafts
 
     @property
     def weight_format(self) -> str:
         """Of the model's experts; those of drafts are MXFP4 in every release."""
-        quant = text_config(self.config).get("quantization_config") or {}
-        return "nvfp4" if (quant.get("moe_quant_algo") or "").upper() == "NVFP4" else "mxfp4"
+        return format_of(text_config(self.config).get("quantization_config") or {})
 
     def _shape(self, arch: str, weight_format: str, prefix: str) -> "MoeShape | None":
         if weight_format not in self.settings.formats.split(","):
@@ -77,12 +76,10 @@ class Deployment:
             tp_size=1 if self.is_expert_parallel else self.ranks,
             redundant_experts=self.redundant_experts,
             max_num_tokens=per_rank * self.data_parallel * self.context_parallel,
-            scale_per_row=self.settings.activation_scale == "token",
+            settings=self.settings,
+            no_limit=text_config(self.config).get("swiglu_limit") is None,
             weight_format=weight_format,
         )
-        if self.settings.activations == "fp8":
-            no_limit = text_config(self.config).get("swiglu_limit") is None
-            shape = shape._replace(quantize_activations=False, fp8=True, scale_per_row=no_limit)
         dispatches = self.is_expert_parallel and self.data_parallel > 1
         groups = dispatches and self.all2all_backend in ("deepep_low_latency", "nixl_ep")
         return shape._replace(
@@ -93,37 +90,65 @@ class Deployment:
 
 def read_deployment(path: Path, environ: Mapping[str, str]) -> Deployment:
     """A file's; environ may hold settings of this plugin. ValueError says what the file lacks."""
-    import yaml
-
-    options = yaml.safe_load(path.read_text()) or {}
+    options = _options(path)
     missing = {"model", "max-num-batched-tokens"} - set(options)
     if missing:
         raise ValueError(f"{path} does not say {' and '.join(sorted(missing))}: add it")
     redundant = 0
     if options.get("enable-eplb", False):
         redundant = _mapping(options, "eplb-config").get("num_redundant_experts", 0)
-    micro_batches = 2 if options.get("enable-dbo", False) else options.get("ubatch-size", 0)
+
+    def number(name: str) -> int:
+        value = options.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} of {path} is {value!r}: write a whole number from 1 on")
+        return value
+
     return Deployment(
         config=model_config(options["model"]),
         settings=read_settings(_mapping(options, "additional-config"), environ),
-        max_num_batched_tokens=options["max-num-batched-tokens"],
-        tensor_parallel=options.get("tensor-parallel-size", 1),
-        data_parallel=options.get("data-parallel-size", 1),
-        context_parallel=options.get("prefill-context-parallel-size", 1),
-        pipeline_parallel=options.get("pipeline-parallel-size", 1),
+        max_num_batched_tokens=number("max-num-batched-tokens"),
+        tensor_parallel=number("tensor-parallel-size"),
+        data_parallel=number("data-parallel-size"),
+        context_parallel=number("prefill-context-parallel-size"),
+        pipeline_parallel=number("pipeline-parallel-size"),
         is_expert_parallel=options.get("enable-expert-parallel", False),
         redundant_experts=redundant,
         all2all_backend=options.get("all2all-backend", Deployment.all2all_backend),
-        micro_batches=max(1, micro_batches),
+        micro_batches=2 if options.get("enable-dbo", False) else options.get("ubatch-size") or 1,
         draft_method=_mapping(options, "speculative-config").get("method"),
         gpu_memory_utilization=options.get("gpu-memory-utilization", 0.92),
     )
 
 
+def _options(path: Path) -> dict[str, Any]:
+    """By name, with dashes: vLLM takes underscores, too."""
+    import yaml
+
+    try:
+        options = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds no options: write NAME: VALUE in each line")
+    return {str(name).replace("_", "-"): value for name, value in options.items()}
+
+
 def _mapping(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """An option that is an object, written as one or as JSON."""
-    value = options.get(name, {})
-    return json.loads(value) if isinstance(value, str) else value
+    value = options.get(name) or {}
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name} is {value!r}, which is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r}: it must be an object")
+    return value
+
+
+def format_of(quant: Mapping[str, Any]) -> str:
+    """Of the model's experts, by config.json's quantization_config."""
+    return "nvfp4" if (quant.get("moe_quant_algo") or "").upper() == "NVFP4" else "mxfp4"
 
 
 def moe_sizes(config: Mapping[str, Any], prefix: str = "") -> tuple[int, int, int, int]:
@@ -144,10 +169,14 @@ def rank_shape(
     tp_size: int,
     redundant_experts: int,
     max_num_tokens: int,
-    scale_per_row: bool,
+    settings: Settings,
+    no_limit: bool,
     weight_format: str,
 ) -> "MoeShape":
-    """Of a rank; ValueError where the sizes do not divide."""
+    """Of a rank; ValueError where the sizes do not divide or the settings cannot be followed.
+
+    no_limit: config.json has no swiglu_limit.
+    """
     from dsv4_kernels.types import MoeShape
 
     experts, top_k, hidden, intermediate = sizes
@@ -159,6 +188,9 @@ def rank_shape(
     ):
         if parts < 1 or size < 1 or size % parts:
             raise ValueError(f"{size} {name} cannot be divided among {parts} ranks evenly")
+    mode = activations_on(BACKENDS[arch], settings.activations, weight_format)
+    policy = settings.activation_scale
+    scale_per_row = policy == "token" or (policy == "warmup" and no_limit)
     return MoeShape(
         num_experts=experts,
         num_local_experts=experts // ep_size,
@@ -166,7 +198,8 @@ def rank_shape(
         hidden=hidden,
         intermediate=intermediate // tp_size,
         max_num_tokens=max_num_tokens,
-        quantize_activations=arch != "sm_90a" and weight_format == "nvfp4",
-        scale_per_row=scale_per_row,
+        quantize_activations=mode == "nvfp4",
+        scale_per_row=no_limit if mode == "fp8" else scale_per_row,
         weight_format=weight_format,
+        fp8=mode == "fp8",
     )

@@ -15,6 +15,7 @@ _V4: dict[str, Any] = {
     "num_hash_layers": 3,
     "num_nextn_predict_layers": 1,
     "o_lora_rank": 1024,
+    "swiglu_limit": 10.0,
     "vocab_size": 129280,
 }
 FLASH = _V4 | {
@@ -53,6 +54,7 @@ V41_FLASH: dict[str, Any] = {
         "o_groups": 8,
         "o_lora_rank": 1024,
         "q_lora_rank": 1280,
+        "swiglu_limit": 10.0,
         "vocab_size": 129280,
         "compress_ratios": [0, 0, *[2] * 18, *[1] * 20],
         "kv_source_layer_ids": [2, 8, 14, 20],
@@ -112,18 +114,25 @@ def model_config(model: str) -> Mapping[str, Any]:
             f"{model} is not flash, pro, v41, the name of a published checkpoint, a config.json or "
             "a folder with one"
         )
-    return json.loads(path.read_text())
+    return _parsed(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Of a downloaded checkpoint; ValueError where there is none, or what is there is not JSON."""
+    """Of a downloaded checkpoint; ValueError where there is none, or what is there is no config."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: give the folder of a downloaded checkpoint")
+    return _parsed(path)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is JSON, but no object with the sizes of a model")
+    return config
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
