@@ -89,7 +89,8 @@ class ModelSizes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSizes":
-        """Read config.json. Raises ValueError that names each key that is absent."""
+        """Read config.json. Raises ValueError that names each key that is absent, or one that has
+        no size."""
         if config.get("model_type") == V41:
             return cls._from_v41(config)
         if "mlp_layer_types" in config:  # what transformers writes for num_hash_layers
@@ -145,6 +146,11 @@ def _require(config: Mapping[str, Any], keys: list[str], model: str) -> None:
     absent = [key for key in keys if key not in config]
     if absent:
         raise ValueError(f"config.json lacks {', '.join(absent)}: it is not a {model} config")
+    for key in keys:
+        values = config[key] if key == "compress_ratios" else [config[key]]
+        if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
+            kind = "a list of sizes" if key == "compress_ratios" else "a size"
+            raise ValueError(f"{key} of config.json is {config[key]!r}: it must be {kind}")
 
 
 def _expert_formats(quant: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,12 +87,14 @@ def read_checkpoint(folder: Path) -> StoredCheckpoint:
     stored = StoredCheckpoint(folder)
     index = folder / INDEX
     weight_map: dict[str, str] = {}
+    names: list[str] = []
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} has no weight_map that can be read: {error!r}") from error
-    names = sorted(set(weight_map.values()) or {path.name for path in _shards(folder)})
+    names = names or sorted(path.name for path in _shards(folder))
     if not names:
         raise ValueError(f"{folder} holds no .safetensors file")
     for name in names:

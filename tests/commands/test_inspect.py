@@ -313,6 +313,41 @@ def test_a_block_of_another_format_is_not_held_against_nvfp4(checkpoint):
     assert not any("group_size" in problem for problem in inspect(checkpoint).problems)
 
 
+@pytest.mark.parametrize("expert", [-1, 8])
+def test_rows_of_a_table_that_no_layer_could_be_loaded_with_are_counted(checkpoint, expert):
+    shard = Shard(checkpoint / "model-00002-of-00005.safetensors")
+    name = "layers.0.ffn.gate.tid2eid"
+    table = np.tile(np.arange(6, dtype="<i8"), (512, 1))
+    table[[7, 300], 2] = expert
+    shard.put(name, table.tobytes())
+    shard.save()
+    found = inspect(checkpoint)
+    assert found.problems == [
+        f"2 of 512 rows of {name} have ids that are not of the 8 experts, the first 7"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", "[1]", "is JSON, but no object with the sizes of a model"),
+        ("config.json", {"hidden_size": "128"}, "hidden_size of config.json is '128'"),
+        ("config.json", {"num_experts_per_tok": None}, "num_experts_per_tok of config.json is Non"),
+        ("config.json", {"compress_ratios": 4}, "compress_ratios of config.json is 4"),
+        ("model.safetensors.index.json", "[1]", "has no weight_map that can be read"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "has no weight_map that can be"),
+    ],
+    ids=["list", "word", "null", "ratios", "index of a list", "weight map of a list"],
+)
+def test_what_can_not_be_read_is_a_sentence(checkpoint, name, content, says, capsys):
+    if isinstance(content, dict):
+        change_config(checkpoint, **content)
+    else:
+        (checkpoint / name).write_text(content)
+    assert main(["inspect", str(checkpoint)]) == 2
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["<i8", "<i4"])
 def test_rows_that_name_an_expert_twice_are_counted(checkpoint, dtype):
     shard = Shard(checkpoint / "model-00002-of-00005.safetensors")

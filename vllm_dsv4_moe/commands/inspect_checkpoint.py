@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +116,7 @@ def inspect(
     _compare(found, stored.tensors, expected, another_model(sizes, stored.tensors))
     _add_bytes(found, expected)
     found.kinds = kinds(expected)
-    found.notes += _repeated_experts(found.layers, stored.tensors)
+    _check_tables(found, stored.tensors, sizes.num_experts)
     if scales:
         _add_scales(found, sizes, stored.tensors, num_sampled)
     division = Deployment(
@@ -141,20 +140,28 @@ def _activations(weight_format: str, wanted: str) -> dict[str, str]:
     return found
 
 
-def _repeated_experts(layers: list[Layer], stored: dict[str, StoredTensor]) -> Iterator[str]:
-    """A sentence for each hash table with rows that name an expert more than once."""
+def _check_tables(found: Inspection, stored: dict[str, StoredTensor], num_experts: int) -> None:
+    """A sentence for each hash table with ids of no expert, or rows that name one repeatedly."""
     import numpy as np
 
-    for layer in layers:
+    for layer in found.layers:
         name = f"{layer.name}.ffn.gate.tid2eid"
         tensor = stored.get(name)
         if tensor is None or len(tensor.shape) != 2 or tensor.dtype not in ("I64", "I32"):
             continue
         dtype = np.int64 if tensor.dtype == "I64" else np.int32
         table = np.sort(np.frombuffer(tensor.read(), dtype).reshape(tensor.shape), axis=1)
+        outside = ((table < 0) | (table >= num_experts)).any(axis=1)
+        if outside.any():
+            found.problems.append(
+                f"{outside.sum():,} of {len(table):,} rows of {name} have ids that are not of the "
+                f"{num_experts} experts, the first {int(outside.argmax())}"
+            )
         count = int((table[:, 1:] == table[:, :-1]).any(axis=1).sum())
         if count:
-            yield f"{count:,} of {len(table):,} rows of {name} name an expert twice: both count"
+            found.notes.append(
+                f"{count:,} of {len(table):,} rows of {name} name an expert twice: both count"
+            )
 
 
 def _recognised(sizes: ModelSizes) -> dict[str, int]:
