@@ -8,7 +8,7 @@ from dsv4_kernels.backends import AUTO, choose_backend
 from dsv4_kernels.compile_processes import num_processes
 from dsv4_kernels.compiled import arch_of
 from dsv4_kernels.moe import prepare_layer
-from dsv4_kernels.types import ActivationScales, MoeLayer, MoeShape
+from dsv4_kernels.types import ActivationScales, MoeLayer, MoeShape, fp8_h_scale
 from torch.nn import Parameter
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
@@ -332,7 +332,7 @@ def moe_shape(
         intermediate=config.intermediate_size_per_partition,
         max_num_tokens=max_num_tokens(config),
         quantize_activations=mode == "nvfp4",
-        scale_per_row=no_limit if mode == "fp8" else scale_per_row,
+        scale_per_row=fp8_h_scale(config.swiglu_limit) is None if mode == "fp8" else scale_per_row,
         weight_format=weight_format,
         all_tokens_local=config.moe_parallel_config.use_deepep_ht_kernels,
         fp8=mode == "fp8",

@@ -30,6 +30,7 @@ from dsv4_kernels.types import (
     MoeShape,
     QuantizedRows,
     Routing,
+    fp8_h_scale,
 )
 
 
@@ -180,7 +181,7 @@ def prepare_layer(
     per_row = activation_scales is not None and activation_scales.fc2 is None
     assert per_row or None not in (activation_scales or ()), "FC1 alone has no scale per row"
     if shape.fp8:
-        per_row = limit is None
+        per_row = fp8_h_scale(limit) is None
     shape = padded_shape(backend, shape)._replace(scale_per_row=per_row)
     weights = padded_weights(backend, weights, shape.fp8)
     device = weights.w13.device

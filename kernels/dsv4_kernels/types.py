@@ -20,6 +20,7 @@ MXFP4_BLOCK = 32
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 NUM_IMAGE_TOKEN_IDS = 5
+LARGEST_H_LIMIT = 32.0
 # Largest |x| that a global scale of 1 can represent: block scale 448 times code 6.
 NVFP4_MAX = E2M1_MAX * E4M3_MAX
 
@@ -112,7 +113,7 @@ class MoeShape(NamedTuple):
     intermediate: int  # of this rank, if tensor-parallel
     max_num_tokens: int  # in one call, all dispatched ranks' tokens together
     quantize_activations: bool  # W4A4; otherwise W4A16
-    # Of x or h: `token`, and `warmup` of a layer without a limit. W4A8: of h, without a limit.
+    # Of x or h: `token`, and `warmup` of a layer without a limit. W4A8: of h, see `fp8_h_scale`.
     scale_per_row: bool = False
     weight_format: str = "nvfp4"  # or "mxfp4"
     all_tokens_local: bool = False  # the dispatch left out tokens that no local expert has
@@ -160,9 +161,12 @@ def rows_per_expert(shape: MoeShape, num_tokens: int) -> float:
 
 def fp8_h_scale(limit: float | None) -> float | None:
     """W4A8: a 448th of max(limit, 0.279) * limit, which bounds |h| of a SwiGLU that is clamped at
-    the limit; None without one. A power of two would round clamped values, of a limit of 10 by 4 %,
-    all one way."""
-    return None if limit is None else max(limit, 0.279) * limit / E4M3_MAX
+    the limit, 1 where that is 0; None without one, or with one so large that the h of ordinary
+    tokens would be among E4M3's subnormals under this scale, or 0. A power of two would round
+    clamped values, of a limit of 10 by 4 %, all one way."""
+    if limit is None or limit > LARGEST_H_LIMIT:
+        return None
+    return max(max(limit, 0.279) * limit / E4M3_MAX, 2.0**-100) if limit > 0 else 1.0
 
 
 def capacity(num_tokens: int, top_k: int, num_local_experts: int, tile: int) -> int:

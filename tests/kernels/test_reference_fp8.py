@@ -130,13 +130,39 @@ def test_the_layer_is_the_formula(limit, weight_format):
     assert error < 2.0**-6, error
 
 
-@pytest.mark.parametrize("limit", [0.1, 0.5, 1.0, 7.0, 10.0, 448**0.5, 14.97, 15.0, 1e4])
+@pytest.mark.parametrize("limit", [0.1, 0.5, 1.0, 7.0, 10.0, 448**0.5, 14.97, 15.0, 32.0])
 def test_no_h_under_a_limit_is_over_448_of_its_scale(limit):
     gate = torch.cat((torch.linspace(-20, 20, 40001), torch.tensor([1e30, -1e30, limit])))
     largest = reference.swiglu(gate, torch.full_like(gate, 1e30), limit).abs().max()
     scale = fp8_h_scale(limit)
     assert largest <= 448 * scale * (1 + 1e-6)
     assert largest * 4 > 448 * scale, "a fourth of it would do"
+
+
+@pytest.mark.parametrize("limit", [0, 1e-30, 10, 40.0, 1e3, 1e30, math.inf])
+def test_any_limit_that_a_config_may_have(limit):
+    """One of 0 leaves nothing; under a huge one's scale nothing would be left, either."""
+    weights = ExpertWeights(
+        torch.full((1, 64, 32), 0x21, dtype=torch.uint8),
+        torch.ones(1, 64, 4).to(torch.float8_e4m3fn),
+        torch.full((1, 2), 0.1),
+        torch.full((1, 64, 16), 0x21, dtype=torch.uint8),
+        torch.ones(1, 64, 2).to(torch.float8_e4m3fn),
+        torch.full((1,), 0.1),
+    )
+    shape = MoeShape(1, 1, 1, 64, 32, 4, quantize_activations=False, fp8=True)
+    layer = moe.prepare_layer(
+        BACKENDS["reference"], shape, weights, limit=limit, activation_scales=None
+    )
+    routing = Routing(torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int32))
+    x = (torch.linspace(0.5, 2, 4)[:, None] * torch.ones(4, 64)).bfloat16()
+    out = moe.moe(x, routing, layer, torch.empty(0, dtype=torch.uint8), out=torch.empty_like(x))
+    expected = reference.moe(x, routing, weights, limit=limit).float()
+    assert layer.shape.scale_per_row == (limit > 32)
+    if limit < 1e-20:
+        assert (out == 0).all()
+    else:
+        assert (out.float() - expected).norm() < 0.05 * expected.norm()
 
 
 def test_without_a_limit_h_has_a_scale_a_row():

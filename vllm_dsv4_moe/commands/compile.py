@@ -121,7 +121,7 @@ def shape_of(args: argparse.Namespace) -> "MoeShape":
         redundant_experts=args.redundant_experts,
         max_num_tokens=args.max_num_tokens,
         settings=read_settings({}, os.environ),
-        no_limit=config.get("swiglu_limit") is None,
+        limit=config.get("swiglu_limit"),
         weight_format=weight_format,
     )
     return _checked(shape, args.arch)

@@ -77,7 +77,7 @@ class Deployment:
             redundant_experts=self.redundant_experts,
             max_num_tokens=per_rank * self.data_parallel * self.context_parallel,
             settings=self.settings,
-            no_limit=text_config(self.config).get("swiglu_limit") is None,
+            limit=text_config(self.config).get("swiglu_limit"),
             weight_format=weight_format,
         )
         dispatches = self.is_expert_parallel and self.data_parallel > 1
@@ -170,14 +170,14 @@ def rank_shape(
     redundant_experts: int,
     max_num_tokens: int,
     settings: Settings,
-    no_limit: bool,
+    limit: float | None,
     weight_format: str,
 ) -> "MoeShape":
     """Of a rank; ValueError where the sizes do not divide or the settings cannot be followed.
 
-    no_limit: config.json has no swiglu_limit.
+    limit is config.json's swiglu_limit.
     """
-    from dsv4_kernels.types import MoeShape
+    from dsv4_kernels.types import MoeShape, fp8_h_scale
 
     experts, top_k, hidden, intermediate = sizes
     experts += redundant_experts
@@ -190,7 +190,7 @@ def rank_shape(
             raise ValueError(f"{size} {name} cannot be divided among {parts} ranks evenly")
     mode = activations_on(BACKENDS[arch], settings.activations, weight_format)
     policy = settings.activation_scale
-    scale_per_row = policy == "token" or (policy == "warmup" and no_limit)
+    scale_per_row = policy == "token" or (policy == "warmup" and limit is None)
     return MoeShape(
         num_experts=experts,
         num_local_experts=experts // ep_size,
@@ -199,7 +199,7 @@ def rank_shape(
         intermediate=intermediate // tp_size,
         max_num_tokens=max_num_tokens,
         quantize_activations=mode == "nvfp4",
-        scale_per_row=no_limit if mode == "fp8" else scale_per_row,
+        scale_per_row=fp8_h_scale(limit) is None if mode == "fp8" else scale_per_row,
         weight_format=weight_format,
         fp8=mode == "fp8",
     )

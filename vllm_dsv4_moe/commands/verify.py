@@ -163,7 +163,7 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
     from dsv4_kernels.compile_processes import num_processes
     from dsv4_kernels.compiled import arch_of
     from dsv4_kernels.moe import moe, prepare_layer, workspace_bytes
-    from dsv4_kernels.types import MoeShape
+    from dsv4_kernels.types import MoeShape, fp8_h_scale
 
     from vllm_dsv4_moe.kernel_cache import COMPILATION
     from vllm_dsv4_moe.moe_method import NUMERICS, activation_mode, backend_name
@@ -189,7 +189,7 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
             intermediate=weights.intermediate,
             max_num_tokens=max(len(x), *TIMED_TOKENS),
             quantize_activations=mode == "nvfp4",
-            scale_per_row=mode == "fp8" and layer.limit is None,
+            scale_per_row=mode == "fp8" and fp8_h_scale(layer.limit) is None,
             weight_format=layer.weight_format,
             fp8=mode == "fp8",
         )

@@ -110,7 +110,7 @@ def fc1(
     assert x.is_contiguous() and out.is_contiguous() and routing_weights.is_contiguous()
     weights = layer.weights
     gemm, _ = gemms(layer.shape, num_tokens or len(routing_weights))
-    one_byte = layer.shape.fp8 and layer.limit is not None
+    one_byte = layer.shape.fp8 and not layer.shape.scale_per_row
     assert out.dtype == (torch.float8_e4m3fn if one_byte else torch.bfloat16), out.dtype
     assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape
     launch(
