@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +161,22 @@ def test_bad_prompts_end_in_one_sentence(tmp_path, capsys, name, content, words)
 def test_bad_options_end_in_one_sentence(tmp_path, capsys, options, words):
     assert main(["calibrate", "model", "prompts", str(tmp_path / "out"), *options]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_model_without_scales_is_refused(tmp_path, capsys, monkeypatch):
+    """Whatever the environment says of formats, MXFP4 layers are not recorded."""
+    given = {}
+
+    def engine(**options):
+        given.update(options)
+        return SimpleNamespace(collective_rpc=lambda method: [0])
+
+    monkeypatch.setattr("vllm.LLM", engine)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The quick brown fox")
+    assert main(["calibrate", "model", str(prompts), str(tmp_path / "out")]) == 2
+    assert "model has no layer with NVFP4 experts" in capsys.readouterr().err
+    assert given["additional_config"]["dsv4_moe"]["formats"] == "nvfp4"
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def layer_of(backend, problem: LayerProblem, weights: ExpertWeights) -> MoeLayer
     return moe.prepare_layer(backend, shape, copy, limit=problem.limit, activation_scales=None)
 
 
-LAYERS = [(160, "mxfp4", 10.0), (160, "nvfp4", None), (192, "nvfp4", 10.0), (320, "mxfp4", None)]
+LAYERS = [(160, "mxfp4", 10.0), (160, "nvfp4", None), (192, "nvfp4", 10.0), (320, "mxfp4", 40.0)]
 
 
 @pytest.mark.parametrize(("intermediate", "weight_format", "limit"), LAYERS, ids=str)

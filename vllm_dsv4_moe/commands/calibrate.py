@@ -20,6 +20,8 @@ from vllm_dsv4_moe.commands.serving import server_environment
 if TYPE_CHECKING:
     from dsv4_kernels.activation_scale import LayerScales
 
+# Layers in MXFP4, which have no such scales, are vLLM's.
+SETTINGS = {"backend": "reference", "activations": "bf16", "formats": "nvfp4"}
 Prompt = str | list[dict[str, Any]]  # text, or the messages of a chat
 
 
@@ -102,7 +104,10 @@ def record(args: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[list[li
     except RuntimeError as error:
         raise ValueError(f"vLLM did not start ({error}): its log above says why") from error
     if not all(llm.collective_rpc("dsv4_moe_start_recording")):
-        raise ValueError(f"{args.model} has no layer that this plugin runs: there is no scale")
+        raise ValueError(
+            f"{args.model} has no layer with NVFP4 experts: activations of no others have scales "
+            "that a file could hold"
+        )
     sampling = SamplingParams(max_tokens=args.max_tokens, temperature=0, ignore_eos=True)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
@@ -127,7 +132,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         enable_prefix_caching=False,  # a cached token would not be seen
         enforce_eager=True,  # a captured graph would not record
         worker_extension_cls="vllm_dsv4_moe.commands.calibration_worker.CalibrationWorker",
-        additional_config={"dsv4_moe": {"backend": "reference", "activations": "bf16"}},
+        additional_config={"dsv4_moe": SETTINGS},
     )
 
 
