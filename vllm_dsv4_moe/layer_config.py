@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dsv4_kernels.types import MAX_EXPERTS, MAX_TOP_K
+
 from vllm_dsv4_moe.checkpoint_layout import NVFP4_BLOCK
 
 SCORING = "sqrtsoftplus"
@@ -36,6 +38,15 @@ class LayerConfig(NamedTuple):
                 f"num_experts_per_tok is {self.num_experts_per_tok} and there are "
                 f"{self.n_routed_experts} experts (n_routed_experts): a token's experts must differ"
             )
+        for name, number, most in (
+            ("num_experts_per_tok", self.num_experts_per_tok, MAX_TOP_K),
+            ("n_routed_experts", self.n_routed_experts, MAX_EXPERTS),
+        ):
+            if number > most:
+                found.append(
+                    f"{name} is {number}, and this plugin's router takes at most {most}: choose "
+                    "vLLM's own experts with --moe-backend"
+                )
         for where, size in group_sizes(self.quantization_config):
             if size != NVFP4_BLOCK:
                 found.append(

@@ -20,6 +20,7 @@ MXFP4_BLOCK = 32
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 NUM_IMAGE_TOKEN_IDS = 5
+MAX_EXPERTS, MAX_TOP_K = 512, 16  # of the router
 LARGEST_H_LIMIT = 32.0
 # Largest |x| that a global scale of 1 can represent: block scale 448 times code 6.
 NVFP4_MAX = E2M1_MAX * E4M3_MAX

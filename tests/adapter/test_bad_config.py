@@ -73,6 +73,19 @@ def test_limits_that_can_be(limit):
     assert LayerConfig(limit, "sqrtsoftplus", 8, 8, QUANT).problems() == []
 
 
+@pytest.mark.parametrize(
+    ("top_k", "experts", "says"),
+    [
+        (17, 512, "num_experts_per_tok is 17, and this plugin's router takes at most 16"),
+        (16, 513, "n_routed_experts is 513, and this plugin's router takes at most 512"),
+    ],
+)
+def test_more_than_the_router_takes_is_refused(top_k, experts, says):
+    (problem,) = LayerConfig(10.0, "sqrtsoftplus", top_k, experts, {}).problems()
+    assert problem.startswith(says)
+    assert LayerConfig(10.0, "sqrtsoftplus", 16, 512, {}).problems() == []
+
+
 def test_every_layers_block_is_read():
     assert group_sizes({}) == []
     assert group_sizes(QUANT) == [

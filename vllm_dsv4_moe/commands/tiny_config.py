@@ -69,8 +69,9 @@ class TinyConfig:
             f"hash_layers {self.hash_layers} must be from 0 to the number of layers, {self.layers}",
         )
         _require(
-            self.heads % 4 == 0,
-            f"heads {self.heads} must be a multiple of 4, the output projection's groups",
+            self.heads % output_groups(self.heads) == 0,
+            f"heads {self.heads} must be a multiple of the output projection's groups, "
+            f"{output_groups(self.heads)} for so many",
         )
         _require(
             self.vocab >= MIN_VOCAB,
@@ -193,7 +194,7 @@ def _attention_config(config: TinyConfig) -> dict[str, Any]:
         "qk_rope_head_dim": 64,
         "q_lora_rank": 256,
         "o_lora_rank": 128,
-        "o_groups": max(4, config.heads // 8),
+        "o_groups": output_groups(config.heads),
         "index_n_heads": 64,
         "index_head_dim": 128,
         "index_topk": 512,
@@ -208,6 +209,11 @@ def _attention_config(config: TinyConfig) -> dict[str, Any]:
             "original_max_position_embeddings": 65536,
         },
     }
+
+
+def output_groups(heads: int) -> int:
+    """Of attention's output projection."""
+    return max(4, heads // 8)
 
 
 def _quantization_config(config: TinyConfig) -> dict[str, Any]:

@@ -14,10 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.types import NUM_IMAGE_TOKEN_IDS, ImageBias, Routing
+from dsv4_kernels.types import MAX_EXPERTS, MAX_TOP_K, NUM_IMAGE_TOKEN_IDS, ImageBias, Routing
 
-MAX_EXPERTS = 512
-MAX_TOP_K = 16
 CHUNK = 128  # experts side by side: four per thread of a warp, one 16-byte load
 FINITE_MAX = tl.constexpr(3.4028234663852886e38)
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # normal number; exp2 of less is 0 on a GPU
