@@ -84,6 +84,7 @@ def test_a_second_time_nothing_is_compiled(arch, for_image, tmp_path):
         ),
         (["--model", "pro", "--ep-size", "7"], "384 experts cannot be divided among 7 ranks"),
         (["--model", "pro", "--tp-size", "128"], "intermediate size 24 of this rank is not a"),
+        (["--config", "flash-3xh200"], "there is no deployment or file flash-3xh200: there are fl"),
         (["--config", "/dev/null"], "/dev/null does not say max-num-batched-tokens and model"),
         (["--model", "LIST"], "LIST is JSON, but no object with the sizes of a model"),
         (["--model", "BROKEN"], "BROKEN is not JSON"),
@@ -93,7 +94,7 @@ def test_a_second_time_nothing_is_compiled(arch, for_image, tmp_path):
         (["--config", "SETTINGS"], "additional-config is '{x', which is not JSON"),
         (["--config", "WORD"], "speculative-config is 3: it must be an object"),
     ],
-    ids=["model", "format", "experts", "intermediate", "config", "list", "JSON", "YAML"]
+    ids=["model", "format", "experts", "intermediate", "name", "config", "list", "JSON", "YAML"]
     + ["YAML of a list", "tokens", "additional config", "draft"],
 )
 def test_a_users_mistake_is_a_sentence(arguments, message, tmp_path, capsys, monkeypatch):

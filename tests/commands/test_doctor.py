@@ -18,6 +18,11 @@ OTHER = EntryPoint("other", "other:register", doctor.PLUGIN_GROUP)
 H200 = doctor.Gpu("NVIDIA H200", (9, 0), 150_754_820_096)
 
 
+def test_a_gpu_without_a_deployment_is_refused(capsys):
+    assert main(["doctor", "--gpu", "h200"]) == 2
+    assert "name a deployment with --config" in capsys.readouterr().err
+
+
 def only(checks):
     (check,) = checks
     return check

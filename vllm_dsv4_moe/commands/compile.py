@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_dsv4_moe.commands.config import find
 from vllm_dsv4_moe.commands.deployment import (
     BACKENDS,
     format_of,
@@ -32,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", required=True, choices=BACKENDS)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--config", nargs="+", type=Path, metavar="FILE", help="YAML files for vllm serve --config"
+        "--config",
+        nargs="+",
+        metavar="FILE",
+        help="deployments' names, or files for vllm serve --config",
     )
     what.add_argument("--model", help="pro, flash, v41, or a config.json (or its folder)")
     parser.add_argument("--out", type=Path, help="folder to fill instead of this user's own")
@@ -62,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from dsv4_kernels.compiled import KernelCache
 
     start = time.perf_counter()
-    shapes = [shape for path in args.config or () for shape in shapes_of_config(path, args.arch)]
+    paths = map(find, args.config or ())
+    shapes = [shape for path in paths for shape in shapes_of_config(path, args.arch)]
     shapes = shapes or [shape_of(args)]
     backend = backends[BACKENDS[args.arch]]
     assert backend.kernels is not None, backend

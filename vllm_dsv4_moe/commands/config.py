@@ -37,6 +37,6 @@ def find(name: str) -> Path:
     if name in found:
         return found[name]
     path = Path(name)
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # a pipe, too
         return path
     raise ValueError(f"there is no deployment or file {name}: there are {', '.join(found)}")

@@ -66,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.gpu is not None and args.config is None:
+        raise ValueError("--gpu is what --config is summed up for: name a deployment with --config")
     # vLLM logs to stdout, which is the checks' alone.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     checks = list(diagnose())
