@@ -187,7 +187,8 @@ def _unit_weights(
     codes: torch.Tensor, block_scales: torch.Tensor, fp8: bool
 ) -> tuple[torch.Tensor, float]:
     """(rows, K) float32, without the global scale, and a power of two that products with them are
-    multiplied by: MXFP4's are over their largest scale, so that none overflows.
+    multiplied by: MXFP4's are over the largest scale of a block that is not all zeros, so that none
+    overflows.
 
     fp8: rounded to E4M3, NVFP4's at an eighth of their size and MXFP4's with the largest scale as
     64, of which scales down to a 2^-14th are exact.
@@ -195,9 +196,9 @@ def _unit_weights(
     if block_scales.dtype != torch.uint8:
         unit = nvfp4_dequantize(codes, block_scales, 1.0)
         return (_rounded_to_e4m3(unit / 8) * 8 if fp8 else unit), 1.0
-    largest = int(block_scales.max())
     blocks = unpack_e2m1(codes).unflatten(-1, (-1, MXFP4_BLOCK))
-    scales = torch.exp2(block_scales.double() - largest).float()
+    largest = int(block_scales.masked_fill((blocks == 0).all(-1), 0).max())
+    scales = torch.exp2((block_scales.double() - largest).clamp(max=0)).float()
     unit = (blocks * scales[..., None]).flatten(-2)
     return (_rounded_to_e4m3(unit * 64) / 64 if fp8 else unit), 2.0 ** (largest - 127)
 

@@ -365,6 +365,30 @@ def test_mxfp4_is_the_format():
     assert nan.isnan().all()
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("byte", [0, 254])
+def test_the_scale_of_zeros_is_nothing_to_mxfp4(byte, fp8):
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(scale_of_zeros):
+        codes = [torch.randint(0, 256, size, generator=generator) for size in ((1, 64, 32),) * 2]
+        scales = [torch.randint(110, 116, (1, 64, 2), generator=generator) for _ in codes]
+        for tensor, scale in zip(codes, scales, strict=True):
+            tensor[:, 5, :16] = 0x80  # 0 and -0
+            scale[:, 5, 0] = scale_of_zeros
+        w13, w2 = (tensor.to(torch.uint8) for tensor in (codes[0], codes[1][:, :, :16]))
+        s13, s2 = (tensor.to(torch.uint8) for tensor in (scales[0], scales[1][:, :, :1]))
+        ones = torch.ones(1, 2), torch.ones(1)
+        weights = ExpertWeights(w13, s13, ones[0], w2, s2, ones[1])
+        x = torch.randn(4, 64, generator=generator).bfloat16()
+        routing = Routing(torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int32))
+        return reference.moe(x, routing, weights, limit=10.0, fp8=fp8)
+
+    expected = layer(112)
+    generator.manual_seed(0)
+    assert expected.any() and torch.equal(layer(byte), expected)
+
+
 @pytest.mark.parametrize("byte", [0, 20, 127, 254])
 def test_products_with_mxfp4_are_finite_where_they_can_be(byte):
     """Weights of 6 * 2^127 are infinite in float32, and their products with small numbers not."""
