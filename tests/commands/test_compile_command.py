@@ -21,6 +21,7 @@ from vllm_dsv4_moe.commands.cli import main
 from vllm_dsv4_moe.commands.compile import shapes_of_config
 from vllm_dsv4_moe.commands.config import find
 from vllm_dsv4_moe.commands.deployment import moe_sizes, read_deployment
+from vllm_dsv4_moe.commands.memory import GPUS, rank_memory
 from vllm_dsv4_moe.commands.releases import RELEASES
 
 SIZES = {
@@ -322,6 +323,20 @@ def test_drafts_have_kernels_of_their_own_counts(tmp_path):
     layers, drafts = shapes_of_config(path, "sm_90a")
     assert layers == MoeShape(384, 96, 6, 5120, 2304, 64, False, weight_format="mxfp4")
     assert drafts == layers._replace(num_experts=128, num_local_experts=32, top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "drafts"), [("mtp", 1), ("deepseek_mtp", 1), ("dspark", 1), ("ngram", 0)]
+)
+def test_only_drafts_of_the_checkpoint_have_layers(method, drafts, tmp_path):
+    path = tmp_path / "flash.yaml"
+    path.write_text(
+        "model: flash\nmax-num-batched-tokens: 16\n"
+        f"speculative-config: {{method: {method}, num_speculative_tokens: 2}}\n"
+    )
+    assert len(shapes_of_config(path, "sm_90a")) == 1 + drafts
+    found = rank_memory(read_deployment(path, {}), *GPUS["h200"])
+    assert (found.weights.drafts > 0) == (drafts > 0)
 
 
 def test_a_deployment_whose_layers_are_vllms_is_refused(tmp_path, capsys):

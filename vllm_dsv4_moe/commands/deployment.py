@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dsv4_kernels.types import MoeShape
 
 BACKENDS = {"sm_90a": "sm90", "sm_100a": "sm100", "sm_103a": "sm100"}
+# Speculative methods that run layers of the checkpoint, by vLLM's name; others have none of ours.
+DRAFTS: dict[str | None, str] = {"mtp": "mtp", "deepseek_mtp": "mtp", "dspark": "dspark"}
 # n_routed_experts, num_experts_per_tok, hidden_size, moe_intermediate_size
 SIZES = ("n_routed_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size")
 
@@ -116,7 +118,7 @@ def read_deployment(path: Path, environ: Mapping[str, str]) -> Deployment:
         redundant_experts=redundant,
         all2all_backend=options.get("all2all-backend", Deployment.all2all_backend),
         micro_batches=2 if options.get("enable-dbo", False) else options.get("ubatch-size") or 1,
-        draft_method=_mapping(options, "speculative-config").get("method"),
+        draft_method=DRAFTS.get(_mapping(options, "speculative-config").get("method")),
         gpu_memory_utilization=options.get("gpu-memory-utilization", 0.92),
     )
 
