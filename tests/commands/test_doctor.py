@@ -5,10 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from unittest import mock
 
 import pytest
+from dsv4_kernels.compiled import key_of
 
 from vllm_dsv4_moe.commands import doctor
 from vllm_dsv4_moe.commands.cli import COMMANDS, main
@@ -16,6 +17,24 @@ from vllm_dsv4_moe.commands.cli import COMMANDS, main
 OURS = EntryPoint("dsv4_moe", "vllm_dsv4_moe:register", doctor.PLUGIN_GROUP)
 OTHER = EntryPoint("other", "other:register", doctor.PLUGIN_GROUP)
 H200 = doctor.Gpu("NVIDIA H200", (9, 0), 150_754_820_096)
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [("torch", ["tiny"]), ("nvidia-cutlass-dsl", ["compile", "--arch=sm_90a", "--model=flash"])],
+)
+def test_a_library_that_is_missing_is_a_sentence(missing, arguments, tmp_path, capsys, monkeypatch):
+    out = str(tmp_path / "out")
+    arguments = [*arguments, out] if arguments[0] == "tiny" else [*arguments, "--out", out]
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    if missing == "torch":
+        monkeypatch.setitem(sys.modules, "torch", None)
+    no_version = mock.Mock(side_effect=PackageNotFoundError(missing))
+    with mock.patch("dsv4_kernels.compiled.metadata.version", no_version):
+        key_of.cache_clear()
+        assert main(arguments) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert missing in error and "`dsv4-moe doctor` says what is missing" in error
 
 
 def test_a_gpu_without_a_deployment_is_refused(capsys):

@@ -45,12 +45,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. A user's mistake ends in one sentence on stderr and status 2."""
+    """Run one command. A user's mistake, or a library that is not there, ends in one sentence on
+    stderr and status 2."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
         print(f"dsv4-moe: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"dsv4-moe: {error}: `dsv4-moe doctor` says what is missing", file=sys.stderr)
         return 2
 
 
