@@ -290,6 +290,12 @@ class TestFile:
         with pytest.raises(ValueError, match="cannot be read|is not an activation scale file"):
             self.read(path)
 
+    @pytest.mark.parametrize("layers", [None, [], [7], {"7": [0.7]}], ids=str)
+    def test_layers_of_another_kind_are_a_sentence(self, path, layers):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"layers": layers}))
+        with pytest.raises(ValueError, match="no scales for layer 7"):
+            self.read(path)
+
     @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 1e-60, "1", None, True])
     def test_a_value_that_is_not_a_positive_number_is_named(self, path, value):
         content = json.loads(path.read_text())
