@@ -270,6 +270,7 @@ FORMATS = {
     "H200, both": ((9, 0), "nvfp4,mxfp4", "ok", "NVFP4 and MXFP4 experts are this plugin's"),
     "B200": ((10, 0), "nvfp4", "ok", "NVFP4 experts are this plugin's"),
     "B200, both": ((10, 0), "nvfp4,mxfp4", "note", "vLLM's here: the sm100 backend runs NVFP4"),
+    "A100": ((8, 0), "nvfp4,mxfp4", "note", "all experts are vLLM's here: no backend is made"),
     "CPU, MXFP4 alone": (None, "mxfp4", "ok", "MXFP4 experts are this plugin's"),
 }
 
