@@ -39,7 +39,7 @@ class WarmUp:
         packs: bool = False,
     ) -> None:
         """router None where vLLM's own stays; ids_dtype is what vLLM's dispatch wants; packs where
-        tokens are packed before it."""
+        tokens, unless they are few, are packed before it."""
         routes = None
         if router is not None:
             routes = (router.table is None, router.uses_token_ids, router.gate is None)
@@ -68,8 +68,10 @@ class WarmUp:
                 torch.zeros((count, shape.top_k), device=device),
                 torch.full((count, shape.top_k), -1, dtype=ids_dtype, device=device),
             )
-            tokens = pack_tokens(x[:count], routing.ids, layer) if packs else x[:count]
-            moe(tokens, routing, layer, workspace, expert_map=expert_map, out=out[:count])
+            moe(x[:count], routing, layer, workspace, expert_map=expert_map, out=out[:count])
+            if packs:
+                tokens = pack_tokens(x[:count], routing.ids, layer)
+                moe(tokens, routing, layer, workspace, expert_map=expert_map, out=out[:count])
         torch.cuda.synchronize(device)
 
 

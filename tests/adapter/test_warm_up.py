@@ -210,11 +210,13 @@ def test_where_tokens_are_packed_so_are_the_warm_ups(monkeypatch, variants, back
     layer, calls = layer_of(backend, quantize=backend is SM100, fp8=backend is SM90)
     expert_map, warm_up = torch.zeros(16, dtype=torch.int32), WarmUp()
     warm_up(layer, None, expert_map, torch.int32)
-    launched = {name for name, *_ in variants}
-    assert placed_by not in launched
+    launched = set(variants)
+    assert placed_by not in {name for name, *_ in launched}
+    variants.clear()
     warm_up(layer, None, expert_map, torch.int32, packs=True)
-    assert len(calls) == 28
-    assert {name for name, *_ in variants} == launched | {placed_by}
+    assert len(calls) == 14 + 28
+    # Few tokens travel as they are.
+    assert launched < set(variants) and placed_by in {name for name, *_ in variants}
 
 
 def test_layers_whose_routers_launch_other_kernels_are_run_each(monkeypatch, variants):
