@@ -241,8 +241,8 @@ def from_file(
             f"{path} is not an activation scale file of version {FILE_VERSION}: write one with "
             "dsv4-moe calibrate"
         )
-    layers = content.get("layers")
-    entry = layers.get(str(layer)) if isinstance(layers, dict) else None
+    layers: Any = content.get("layers")
+    entry: Any = layers.get(str(layer)) if isinstance(layers, dict) else None
     if not isinstance(entry, dict):
         known = ", ".join(map(str, layers or ())) or "none"
         raise ValueError(f"{path} has no scales for layer {layer} (it has {known})")
