@@ -241,12 +241,13 @@ def from_file(
             f"{path} is not an activation scale file of version {FILE_VERSION}: write one with "
             "dsv4-moe calibrate"
         )
-    layers: Any = content.get("layers")
-    entry: Any = layers.get(str(layer)) if isinstance(layers, dict) else None
+    layers = content.get("layers")
+    entry = layers.get(str(layer)) if isinstance(layers, dict) else None
     if not isinstance(entry, dict):
         known = ", ".join(map(str, layers or ())) or "none"
         raise ValueError(f"{path} has no scales for layer {layer} (it has {known})")
-    fc1, fc2 = entry.get("fc1"), entry.get("fc2")
+    fc1: Any = entry.get("fc1")
+    fc2: Any = entry.get("fc2")
     _check_layer(str(path), layer, fc1, fc2)
     if len(fc2) != num_experts:
         raise ValueError(
