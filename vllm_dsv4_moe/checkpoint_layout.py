@@ -147,6 +147,8 @@ def _require(config: Mapping[str, Any], keys: list[str], model: str) -> None:
     if absent:
         raise ValueError(f"config.json lacks {', '.join(absent)}: it is not a {model} config")
     for key in keys:
+        if key == "n_shared_experts" and config[key] is None:
+            continue  # there are none
         values = config[key] if key == "compress_ratios" else [config[key]]
         if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
             kind = "a list of sizes" if key == "compress_ratios" else "a size"

@@ -348,6 +348,11 @@ def test_what_can_not_be_read_is_a_sentence(checkpoint, name, content, says, cap
     assert says in capsys.readouterr().err
 
 
+def test_a_model_without_shared_experts_may_say_null(checkpoint):
+    change_config(checkpoint, n_shared_experts=None)
+    assert all("shared_experts" in problem for problem in inspect(checkpoint).problems)
+
+
 @pytest.mark.parametrize("dtype", ["<i8", "<i4"])
 def test_rows_that_name_an_expert_twice_are_counted(checkpoint, dtype):
     shard = Shard(checkpoint / "model-00002-of-00005.safetensors")
