@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def install() -> str | None:
-    """Replace vLLM's router and experts. Where that cannot be, why, and no layer is replaced.
+    """Replace vLLM's router and experts; or say why that cannot be, and replace nothing.
 
     vLLM logs and forgets an error in *importing* a plugin, so everything is imported in here.
     """

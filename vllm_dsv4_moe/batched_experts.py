@@ -11,7 +11,8 @@ from vllm_dsv4_moe.experts import Dsv4Experts
 
 
 class Dsv4BatchedExperts(Dsv4Experts):
-    """One layer's experts on (local experts, rows, hidden); combine weights and sums the rows."""
+    """One layer's experts on x (local experts, rows, hidden) bf16. vLLM's combine multiplies the
+    rows by their routing weights and sums them."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class Dsv4BatchedExperts(Dsv4Experts):
         return mk.FusedMoEActivationFormat.BatchedExperts
 
     def output_shape(self, rows: int, num_local_experts: int) -> tuple[int, ...]:
-        """Of an expert, so many rows."""
+        """rows is the number of rows of each expert."""
         return num_local_experts, rows, self.layer.shape.hidden
 
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
@@ -49,7 +50,7 @@ class Dsv4BatchedExperts(Dsv4Experts):
         meta: mk.ExpertTokensMetadata | None,
         output: torch.Tensor,
     ) -> None:
-        """The routing is of this rank's tokens: the others are taken to have as many."""
+        """routing is of this rank's tokens. For the choice of tiles the others count as many."""
         assert meta is not None and meta.expert_num_tokens is not None
         assert self.num_dispatchers is not None
         shape = self.layer.shape

@@ -3,7 +3,7 @@
 Sizes come from the config alone. Dtypes are written as safetensors headers write them: BF16, F32,
 U8, I8, I64, F8_E4M3, F8_E8M0. The tables were checked against the published V4-Flash (69,187
 tensors) and V4-Pro (145,116 tensors). Of V4.1 only gates and experts are listed, as vLLM loads
-them: they are V4's, without hash layers and with a second bias, by which image tokens select.
+them: they are V4's, without hash layers and with a second bias, which routes image tokens.
 """
 
 import fnmatch
@@ -89,8 +89,8 @@ class ModelSizes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSizes":
-        """Read config.json. Raises ValueError that names each key that is absent, or one that has
-        no size."""
+        """Read config.json. ValueError names each key that is absent, or one whose value is no
+        size."""
         if config.get("model_type") == V41:
             return cls._from_v41(config)
         if "mlp_layer_types" in config:  # what transformers writes for num_hash_layers
@@ -120,7 +120,7 @@ class ModelSizes:
 
     @classmethod
     def _from_v41(cls, config: Mapping[str, Any]) -> "ModelSizes":
-        """The text model's sizes are in text_config; there are draft layers, which are not ours."""
+        """The text model's sizes are in text_config. Draft layers are left out."""
         text = {**config, **(config.get("text_config") or {})}
         keys = {field: CONFIG_KEYS[field] for field in MOE_FIELDS}
         _require(text, list(keys.values()), "DeepSeek-V4.1")
@@ -163,7 +163,7 @@ def _expert_formats(quant: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_tensors(sizes: ModelSizes) -> Named:
-    """Every tensor, layer by layer, MTP layers last; of V4.1, the gates and experts alone."""
+    """Every tensor, layer by layer, MTP layers last; of V4.1, gates and experts only."""
     if sizes.is_v41:
         for layer in range(sizes.num_layers):
             yield from _gate_and_experts(sizes, f"layers.{layer}.ffn.", is_hash=False)

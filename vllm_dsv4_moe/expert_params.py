@@ -1,8 +1,8 @@
 """The expert tensors of a layer: created, loaded with a record of what came, and checked.
 
 Names: `w13_weight` in vLLM is what the checkpoint calls `experts.E.w1.weight` (gate) above
-`experts.E.w3.weight` (up), and so on with `weight_scale`, `weight_scale_2` and `input_scale`. What
-is `w13_weight_scale` of MXFP4 experts is `scale` in the checkpoint, and there is no other scale.
+`experts.E.w3.weight` (up), and so on with `weight_scale`, `weight_scale_2` and `input_scale`. MXFP4
+experts have block scales only: `w13_weight_scale` in vLLM, `scale` in the checkpoint.
 """
 
 import math
@@ -39,7 +39,7 @@ class ExpertSizes(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """How a checkpoint keeps one of a linear's tensors."""
+    """How a checkpoint stores one tensor of a linear layer."""
 
     suffix: str  # of its name
     # Of the same bytes: the checkpoint's first, the parameter's last.
@@ -64,7 +64,7 @@ FORMATS = {
 
 
 class CheckpointTensor(NamedTuple):
-    """What one parameter wants of the checkpoint, for each expert and shard (w1, w2, w3)."""
+    """What a parameter is loaded from, for each expert and shard (w1, w2, w3)."""
 
     suffix: str
     dtypes: tuple[torch.dtype, ...]
@@ -98,7 +98,7 @@ def create_expert_params(
 
 
 def add_global_scales(layer: Module) -> None:
-    """Of MXFP4 experts, whose checkpoint has none: all 1, for the backend to change."""
+    """For MXFP4 experts, whose checkpoint has none: all 1, which the backend may change."""
     num_experts, device = layer.local_num_experts, layer.w13_weight.device
     for name, shape in zip(GLOBAL_SCALES, ((num_experts, 2), (num_experts,)), strict=True):
         scales = torch.ones(shape, dtype=torch.float32, device=device)
@@ -186,7 +186,7 @@ class LoadRecord:
 
 
 def expected_tensors(sizes: ExpertSizes, weight_format: str) -> dict[str, CheckpointTensor]:
-    """By parameter, what the checkpoint has for each expert."""
+    """Parameter -> what the checkpoint must have for each expert."""
     hidden, inter = sizes.hidden, sizes.intermediate * sizes.tp_size
     expected = {}
     for prefix, shards, rows, columns in (
@@ -292,7 +292,7 @@ def expert_weights(layer: Module) -> ExpertWeights:
 
 
 def take_weights(layer: Module, prepared: ExpertWeights) -> None:
-    """The parameters become what the kernels read, for EPLB to move and reloading to copy to: new
-    tensors where weights were padded, the same ones elsewhere."""
+    """Have the parameters name the tensors that the kernels read, which EPLB moves and a reload
+    overwrites: new ones where weights were padded, otherwise the same."""
     for name, tensor in zip(WEIGHTS, prepared, strict=True):
         getattr(layer, name).data = tensor

@@ -1,4 +1,4 @@
-"""The modular experts class: vLLM's arena in, `dsv4_kernels.moe` out."""
+"""The modular experts class: it runs `dsv4_kernels.moe` in a workspace (arena) that vLLM owns."""
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -66,7 +66,7 @@ class Dsv4Experts(mk.FusedMoEExpertsModular):
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The arena is the second workspace, because the output may lie in the first.
 
-        It has the size of the most tokens whatever M is: the first call makes it, none grows it.
+        It is sized for the most tokens whatever M is: the first call allocates it, none grows it.
         K is the width of what was dispatched, which may be packed tokens.
         """
         return (0,), self.arena, self.output_shape(M, local_num_experts)

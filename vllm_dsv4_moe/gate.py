@@ -26,8 +26,8 @@ FEWEST_DENSE, FEWEST_HASH = 17, 4
 class FusedGate:
     """A layer's gate, for its router to apply.
 
-    linear is vLLM's module, for the batches that one launch is not faster for; its weight is
-    (num_experts, hidden) bf16. op is gate_route or the like of it.
+    linear is vLLM's module, which serves the batches where one launch is not faster; its weight
+    is (num_experts, hidden) bf16. op has the signature of gate_route.
     """
 
     def __init__(self, linear: GateLinear, op: Callable, is_hash: bool) -> None:
@@ -47,10 +47,10 @@ class FusedGate:
         return self.linear.weight
 
     def scratch(self) -> GateScratch:
-        """Of the micro-batch that runs now; all layers of a shape share it.
+        """The running micro-batch's scratch; all layers of a shape share it.
 
-        Ask in every call, large batches included: vLLM's profiling run makes it then, and no
-        capture does.
+        Call this for every batch, large ones too: then vLLM's profiling run allocates it, before
+        any graph capture.
         """
         num_experts, hidden = self.weight.shape
         lanes = _lane_scratch(hidden, num_experts, self.weight.device, self.num_lanes)

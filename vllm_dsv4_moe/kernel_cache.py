@@ -42,7 +42,7 @@ def num_local_ranks(config: "ParallelConfig") -> int:
 
 
 def open_folders(warn: Callable[[str], None]) -> tuple[list[TrustedFolder], TrustedFolder | None]:
-    """(folders to look through, the last of them if it can be written to)."""
+    """(folders to look through, the user's own if it can be written to)."""
     folders, writable = [], None
     try:
         folders.append(TrustedFolder(IMAGE_FOLDER))
@@ -63,7 +63,7 @@ def open_folders(warn: Callable[[str], None]) -> tuple[list[TrustedFolder], Trus
 
 
 class Compilation:
-    """Of this process: layers of one shape need it once."""
+    """What this process compiles; once for all layers of a shape."""
 
     def __init__(self) -> None:
         self.cache: KernelCache | None = None
@@ -72,7 +72,7 @@ class Compilation:
         self.running: list[CompileProcesses] = []
 
     def begin(self, backend: Backend, shape: MoeShape, arch: str, processes: int) -> None:
-        """Start to compile what the layer's kernels lack on disk; returns at once."""
+        """Start to compile those of the layer's kernels that are not on disk; returns at once."""
         if (backend.name, shape, arch) in self.begun or backend.kernels is None:
             return
         self.begun.add((backend.name, shape, arch))
@@ -94,7 +94,7 @@ class Compilation:
         logger.info("%s, %d at a time; kept in %s", words, job.num_processes, kept)
 
     def wait(self) -> None:
-        """Until all that was begun has ended. What failed is compiled when it is called for."""
+        """Wait for all that was begun. This process compiles what failed when it needs it."""
         if not self.running:
             return
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What config.json may say of a layer that this plugin computes; at load and for `inspect`."""
+"""Values of config.json that decide whether a layer can be served, for loading and `inspect`."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class LayerConfig(NamedTuple):
 
 
 def group_sizes(quant: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What is said of NVFP4's block in ModelOpt's quantization_config, and where."""
+    """(where, group_size) of the entries of ModelOpt's quantization_config that have one."""
     layers = quant.get("quantized_layers") or {}
     said = [("quantization_config", quant)]
     said += [(name, entry) for name, entry in layers.items() if entry.get("quant_algo") == "NVFP4"]

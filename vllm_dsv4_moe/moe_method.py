@@ -147,13 +147,13 @@ class Dsv4Method(FusedMoEMethodBase):
         return moe_layer
 
     def _take_scales(self, layer: RoutedExperts) -> ActivationScales | None:
-        """Check the scales that only this format has, leave the layer with the global scales of its
-        weights, and give the scales of its activations; None but in W4A4."""
+        """Check the scales that only this format has, keep the weights' global scales as parameters
+        of the layer, and return the activations' scales, which only W4A4 has."""
         raise NotImplementedError
 
     def _take_over(self, reloaded: MoeLayer) -> None:
-        """vLLM copies the parameters' bytes to those that the running layer and its graphs read;
-        FC1's scale is no parameter."""
+        """Copy FC1's activation scale to the running layer's. vLLM itself copies parameters, which
+        this scale is not, to those that the layer and its graphs read."""
         scales = self.moe_kernel.fused_experts.layer.activation_scales
         new = reloaded.activation_scales
         if scales is not None and new is not None and scales.fc1 is not None:
@@ -185,7 +185,7 @@ class Dsv4Method(FusedMoEMethodBase):
         WARM_UP(moe_layer, self.router, layer.expert_map, ids_dtype, packs)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
-        """What vLLM needs to know: it quantises no activations."""
+        """Has vLLM quantise no activations."""
         return FusedMoEQuantConfig.make(None, weight_dtype=self.weight_format)
 
     def apply(
@@ -229,7 +229,7 @@ class Dsv4Method(FusedMoEMethodBase):
 
 
 class ModelOptNvFp4Dsv4Method(Dsv4Method):
-    """An NVFP4 layer's. vLLM's weight loader goes by "ModelOpt" in the class's name."""
+    """For NVFP4 experts. vLLM's weight loader looks for "ModelOpt" in the class's name."""
 
     weight_format = "nvfp4"
     # vLLM's weight loader then also loads the input scales of experts on other ranks.
@@ -261,8 +261,8 @@ class ModelOptNvFp4Dsv4Method(Dsv4Method):
 
 
 class Mxfp4Dsv4Method(Dsv4Method):
-    """An MXFP4 layer's: DeepSeek's own files, and the drafts of NVFP4 copies. "ModelOpt" must not
-    be in the class's name."""
+    """For MXFP4 experts: those of DeepSeek's own checkpoints, and the drafts of NVFP4 ones. The
+    class's name must not have "ModelOpt" in it."""
 
     weight_format = "mxfp4"
 
@@ -319,7 +319,7 @@ def moe_shape(
     capability: tuple[int, int] | None,
     weight_format: str = "nvfp4",
 ) -> MoeShape:
-    """What the kernels are chosen and the arena is sized by, from vLLM's description of a layer."""
+    """The sizes and modes of a layer, by which kernels are chosen and the arena is sized."""
     mode = activation_mode(settings, capability, weight_format)
     no_limit = config.swiglu_limit is None
     policy = settings.activation_scale
@@ -341,8 +341,8 @@ def moe_shape(
 
 
 def batch_rows(config: FusedMoEConfig) -> int:
-    """Rows that a dispatch which groups them leaves room for, of each expert: all that any rank
-    may send. 0 for other dispatches."""
+    """Rows of each expert that a dispatch which groups them by expert has room for: as many as all
+    ranks together may send. 0 for other dispatches."""
     parallel = config.moe_parallel_config
     return config.max_num_tokens * parallel.ep_size * parallel.use_batched_activation_format
 
@@ -358,8 +358,8 @@ def max_num_tokens(config: FusedMoEConfig) -> int:
 
 
 def backend_name(settings: Settings, capability: tuple[int, int] | None) -> str:
-    """What `auto` means here, or the backend that is set; `reference` where nothing is made for
-    the GPU."""
+    """The backend that is set, or what `auto` means on this GPU; `reference` where there is no GPU,
+    or no backend for it."""
     if settings.backend != "auto":
         return settings.backend
     return "reference" if capability is None else AUTO.get(capability[0], "reference")
@@ -368,6 +368,6 @@ def backend_name(settings: Settings, capability: tuple[int, int] | None) -> str:
 def activation_mode(
     settings: Settings, capability: tuple[int, int] | None, weight_format: str = "nvfp4"
 ) -> str:
-    """A key of NUMERICS: what a layer's activations are multiplied in. ValueError for a backend
-    that has others only."""
+    """A key of NUMERICS: what a layer's activations are multiplied in. ValueError where the backend
+    lacks the one that is set."""
     return activations_on(backend_name(settings, capability), settings.activations, weight_format)

@@ -183,7 +183,7 @@ def _offload(config: VllmConfig, layer_name: str) -> str | None:
 
 
 def _is_of_experts(segments: str, layer_name: str) -> bool:
-    """Whether vLLM would offload a parameter of this layer for that: whole segments must match."""
+    """Whether a parameter of this layer has these whole segments in its name, as vLLM offloads."""
     return any(
         f".{segments}." in f".{layer_name}.routed_experts.{weight}{scale}."
         for weight in ("w13_weight", "w2_weight")

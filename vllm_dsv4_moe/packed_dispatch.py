@@ -1,4 +1,4 @@
-"""vLLM's all-gather of tokens between ranks, of tokens quantised before it."""
+"""vLLM's all-gather of tokens between ranks, with each rank's tokens quantised before it."""
 
 import torch
 from dsv4_kernels.packed_tokens import pack_tokens, packs, row_bytes
@@ -18,11 +18,11 @@ FEWEST_TOKENS = 64
 
 
 class PackedDispatch(MoEPrepareAndFinalizeNaiveDPEPModular):
-    """Each rank packs its own tokens; the experts class gets the packed tokens of all ranks, or, of
-    less than FEWEST_TOKENS, those in bf16.
+    """Each rank packs its own tokens, and the experts class gets the packed tokens of all ranks.
+    Where all ranks together have fewer than FEWEST_TOKENS, tokens stay in bf16.
 
     vLLM gathers rows of any dtype where experts ask it not to quantise, as ours do. Its own
-    quantiser takes no scale a token and gives other bits.
+    quantiser has no scale per token and gives other bits.
     """
 
     def __init__(self, plain: MoEPrepareAndFinalizeNaiveDPEPModular, layer: MoeLayer) -> None:
@@ -36,7 +36,7 @@ class PackedDispatch(MoEPrepareAndFinalizeNaiveDPEPModular):
 
 
 def tokens_of_all_ranks(own: int, num_ranks: int) -> int:
-    """The same number on each: what data-parallel ranks have is in vLLM's forward context."""
+    """The same sum on every rank: vLLM's forward context has each data-parallel rank's number."""
     metadata = get_forward_context().dp_metadata if is_forward_context_available() else None
     sizes = metadata.get_chunk_sizes_across_dp_rank() if metadata is not None else None
     return own * num_ranks if sizes is None else sum(sizes)

@@ -1,7 +1,7 @@
 """Which layers are ours: RoutedExperts in one of the formats that are set. The rest stays vLLM's.
 
-The name `deepseek_v4_fp8` is what vLLM resolves a DeepSeek-V4 checkpoint to, so answering to it
-needs no flag. Module level throughout: vLLM pickles the config to its other processes.
+vLLM resolves a DeepSeek-V4 checkpoint to the method `deepseek_v4_fp8`, so a config registered under
+that name needs no flag. Its class is at module level: vLLM pickles it to other processes.
 """
 
 import os
@@ -34,7 +34,7 @@ logger = init_logger("vllm.dsv4_moe")
 
 
 class OurLayers(QuantizationConfig):
-    """To be mixed into the class that vLLM has for this method name, before it."""
+    """Mixin for the class that vLLM has for this method name; the first of the two bases."""
 
     # What that class has.
     ignored_layers: list[str]
@@ -113,7 +113,7 @@ class OurLayers(QuantizationConfig):
         return self._settings
 
     def announce_ours(self, weight_format: str, backend: str, numerics: str) -> None:
-        """Say once which layers are ours. All of a model's are built when its first is loaded."""
+        """Log once which layers are ours: when the first is loaded, all of a model's are built."""
         layers = tuple(number for kind, number in self._ours if kind == weight_format)
         if layers:
             logger.info(
@@ -134,7 +134,7 @@ class OurLayers(QuantizationConfig):
             read_header(path)
 
     def _announce(self, what: str, prefix: str) -> None:
-        """Say once whose the layers of one kind are."""
+        """Log once who runs the layers of one kind."""
         if what not in self._announced:
             self._announced |= {what}
             logger.info("dsv4-moe: %s (first: %s)", what, prefix)
@@ -173,5 +173,5 @@ class Dsv4Fp8Config(OurLayers, _VllmsOwn):
 
 
 def install() -> None:
-    """Answer for the method name. Registering overwrites, so a second time changes nothing."""
+    """Register the config under the method's name. A second time changes nothing."""
     register_quantization_config(METHOD_NAME)(Dsv4Fp8Config)

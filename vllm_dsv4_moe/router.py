@@ -27,9 +27,9 @@ class Dsv4Router(BaseRouter):
     """sqrt(softplus) scores; the experts are the top k with bias, or a token id's row of a table.
 
     bias (num_experts,) float32 or table (vocab, top_k) int32, one of them; num_experts counts the
-    experts that the checkpoint has, not their EPLB copies. bias_vl (num_experts,) float32 is what
-    image tokens select by, ids image_sentinel_lo onwards; V4.1's model may set it later. gate is
-    what makes the logits; None where the runner does, and router_logits are logits.
+    experts that the checkpoint has, not their EPLB copies. bias_vl (num_experts,) float32 takes
+    the place of either for image tokens, whose ids begin at image_sentinel_lo; V4.1's model may
+    set it later. gate makes the logits; where it is None, router_logits has them from the runner.
     """
 
     gate: FusedGate | None = None
@@ -92,7 +92,7 @@ class Dsv4Router(BaseRouter):
         padding: torch.Tensor | None,
         ids_dtype: torch.dtype | None,
     ) -> Routing:
-        """The op on this layer's bias and table. token_ids where uses_token_ids says so."""
+        """Route logits by this layer's bias or table. token_ids only where uses_token_ids."""
         return self.route(logits, self.top_k, **self._options(token_ids, padding, ids_dtype))
 
     def gate_and_select(
@@ -103,7 +103,7 @@ class Dsv4Router(BaseRouter):
         padding: torch.Tensor | None,
         ids_dtype: torch.dtype | None,
     ) -> Routing:
-        """`select` of the gate's logits, in one launch. num_tokens are as many as the gate fits."""
+        """The gate and `select` in one launch, for a number of tokens that `gate.fits`."""
         assert self.gate is not None
         options = self._options(token_ids, padding, ids_dtype)
         return self.gate.op(hidden_states, self.gate.weight, self.top_k, scratch=scratch, **options)

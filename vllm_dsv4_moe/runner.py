@@ -72,7 +72,7 @@ def _our_router(
 
 
 def _mark_as_not_loaded(router: Dsv4Router) -> None:
-    """vLLM fills the table at random; a checkpoint without one would go unnoticed."""
+    """Replace vLLM's random values, with which a checkpoint without these would go unnoticed."""
     nan = torch.nan
     for tensor, value in ((router.table, -1), (router.bias, nan), (router.bias_vl, nan)):
         if tensor is not None:
@@ -82,7 +82,7 @@ def _mark_as_not_loaded(router: Dsv4Router) -> None:
 def install() -> None:
     """Have vLLM build its MoE layers with Dsv4MoERunner.
 
-    RuntimeError if another plugin has one, or if vLLM's is not built as it was.
+    RuntimeError if another plugin has replaced the runner, or if its arguments have changed.
     """
     taken = inspect.signature(MoERunner.__init__).parameters
     if not set(READ) <= taken.keys():

@@ -59,7 +59,7 @@ class SaturationLog:
             logger.warning("dsv4-moe: %s", describe(grown))
 
     def look(self) -> dict[str, int]:
-        """Blocks by layer since the last look, where there are any. Blocks its own stream only."""
+        """Layer -> blocks since the last look, if there are any. Waits for its own stream only."""
         names, counters = zip(*list(self.counters.items()), strict=True)
         if counters[0].is_cuda:
             if self.stream is None:

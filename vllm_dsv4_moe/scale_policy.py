@@ -11,7 +11,7 @@ from vllm_dsv4_moe.settings import Settings
 
 
 def activation_scales(layer: Module, settings: Settings) -> ActivationScales:
-    """On the layer's device; from its weights in checkpoint layout, so before they are shuffled.
+    """The layer's scales, on its device. Call it while weights are in the checkpoint's layout.
 
     ValueError for scales that the chosen source does not have.
     """

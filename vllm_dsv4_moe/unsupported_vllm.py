@@ -1,6 +1,6 @@
 """On a vLLM where the plugin cannot work: vLLM runs every layer, and options of ours are refused.
 
-Relies on as little of vLLM as it can: the registry of quantisation configs, and their method.
+It relies on little of vLLM: the registry of quantisation configs and their `get_quant_method`.
 """
 
 import os

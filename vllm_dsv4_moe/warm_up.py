@@ -1,8 +1,8 @@
-"""Launch every kernel that serving can launch once, at load, so that no request compiles one.
+"""At load, launch once every kernel that serving can launch, so that no request compiles one.
 
-What Triton compiles depends on how many tokens there are through a few thresholds in the ops'
-choose_config, none of which are closer together than a factor of two: the powers of two reach
-every variant. The tokens go to no expert, so the GEMMs (compiled by prepare_layer) do nothing.
+Which variant Triton compiles depends on the number of tokens, through thresholds in the ops'
+choose_config. No two are closer together than a factor of two, so the powers of two reach every
+variant. The tokens go to no expert: the GEMMs, which prepare_layer has compiled, do nothing.
 """
 
 from typing import TYPE_CHECKING
@@ -38,8 +38,8 @@ class WarmUp:
         ids_dtype: torch.dtype,
         packs: bool = False,
     ) -> None:
-        """router None where vLLM's own stays; ids_dtype is what vLLM's dispatch wants; packs where
-        tokens, unless they are few, are packed before it."""
+        """router is None where vLLM's own stays; ids_dtype is that of vLLM's dispatch; packs says
+        whether tokens, unless they are few, are packed before the dispatch."""
         routes = None
         if router is not None:
             routes = (router.table is None, router.uses_token_ids, router.gate is None)

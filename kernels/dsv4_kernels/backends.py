@@ -38,29 +38,29 @@ class GpuFolder(Protocol):
         """Why these kernels cannot run the layer, or None."""
 
     def padded_intermediate(self, size: int, fp8: bool = False) -> tuple[int, int]:
-        """Rows of the gate and of the up, and columns of w2, that an intermediate size needs:
-        the first is h's width. See `padding`."""
+        """What an intermediate size is padded to (see `padding`): rows of the gate and of the up,
+        which is h's width, and columns of w2."""
 
     def tile(self, shape: MoeShape, num_tokens: int) -> int:
         """Rows that a group is padded to."""
 
     def places_rows(self, shape: MoeShape, num_tokens: int) -> bool:
-        """Whether fc1 wants bf16 rows placed as the layout says, not by token."""
+        """Whether fc1 reads bf16 rows that were placed as the layout says; otherwise it gathers."""
 
     # weights
     def prepare_weights(
         self, weights: ExpertWeights, rounding: torch.Tensor, fp8: bool
     ) -> ExpertWeights:
-        """Checkpoint layout -> this GPU's, in place, once, at load; W4A8 has its own. rounding is
-        MoeLayer's."""
+        """Checkpoint layout -> this GPU's, in place, once, at load; W4A8 has a layout of its own.
+        rounding, MoeLayer's, is written."""
 
     # compile
     def kernels(self, shape: MoeShape, arch: str) -> list[Kernel]:
-        """What `compile_layer` finds in the kernel cache, or compiles; needs no GPU."""
+        """All that `compile_layer` takes from the kernel cache or compiles; needs no GPU."""
 
     # gemm
     def compile_layer(self, shape: MoeShape, device: torch.device) -> None:
-        """All that serving would otherwise compile or allocate; called at load."""
+        """At load, compile and allocate what serving would have to."""
 
     def fc1(
         self,
@@ -72,9 +72,9 @@ class GpuFolder(Protocol):
         out: torch.Tensor | QuantizedRows | Fp8Rows,
         num_tokens: int | None = None,
     ) -> None:
-        """x: hidden states, or placed rows, quantised or not -> h, bf16 in W4A16 and where
-        shape.scale_per_row, otherwise QuantizedRows or Fp8Rows. num_tokens, which choose the tiles,
-        if not as many as have routing weights."""
+        """x (hidden states, or placed rows, quantised or not) -> h in out: bf16 in W4A16 and where
+        shape.scale_per_row, otherwise QuantizedRows or Fp8Rows. num_tokens chooses the tiles, by
+        default the length of routing_weights."""
 
     def fc2(
         self,
@@ -86,8 +86,8 @@ class GpuFolder(Protocol):
         routing_weights: torch.Tensor | None = None,
         num_tokens: int | None = None,
     ) -> None:
-        """h -> bf16 rows for `combine`; given in W4A8, routing_weights multiply them. num_tokens as
-        for fc1."""
+        """h -> bf16 rows for `combine`, multiplied by routing_weights where they are given (W4A8).
+        num_tokens as for fc1."""
 
 
 MODULES = {
@@ -100,7 +100,7 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the layer: GpuFolder's functions, or `run`, which is all of it."""
+    """One way to run the layer: GpuFolder's functions, or `run`, which is the whole layer."""
 
     name: str
     # Compute capabilities that it is made for, by their first number; none are any device's.
@@ -155,7 +155,8 @@ def _quantize_reference(
     saturated: torch.Tensor,
     out: QuantizedRows | Fp8Rows,
 ) -> None:
-    """Rows of x with a live column, to the parts of out, where the layer's scale is already."""
+    """Quantise the rows of x that have a live slot into the parts of out, which has the layer's
+    scale, if there is one, already."""
     from dsv4_kernels import reference
 
     used = (live >= 0).any(1)
@@ -172,8 +173,8 @@ def _quantize_reference(
 
 
 def _unsupported_weights(shape: MoeShape) -> str | None:
-    """What no backend can do: a scale is of 16 or 32 values along hidden and intermediate, and
-    MXFP4 weights with NVFP4 activations are nobody's numerics."""
+    """Why no backend can run these weights, or None: hidden and intermediate are whole blocks of
+    16 (NVFP4) or 32 (MXFP4) values, and MXFP4 weights do not go with NVFP4 activations."""
     blocks = {"nvfp4": NVFP4_BLOCK, "mxfp4": MXFP4_BLOCK}
     if shape.weight_format not in blocks:
         return f"weight format {shape.weight_format} is not known: use {_listed(blocks)}"
@@ -229,7 +230,7 @@ AUTO = {major: backend.name for backend in BACKENDS.values() for major in backen
 def unsupported_reason(
     backend: Backend, shape: MoeShape, capability: tuple[int, int] | None
 ) -> str | None:
-    """Why the backend cannot run the layer on a GPU, or None; capability None asks of no GPU."""
+    """Why the backend cannot run the layer, or None; a capability of None is not checked."""
     if capability is not None and backend.majors and capability[0] not in backend.majors:
         made_for = " or ".join(f"{major}.x" for major in backend.majors)
         return (

@@ -26,11 +26,11 @@ def batched_moe(
     *,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """The layer on x (num_local_experts, batch_rows, hidden) bf16, of which counts
-    (num_local_experts,) int32 rows an expert exist.
+    """The layer on x (num_local_experts, batch_rows, hidden) bf16, of which the first counts
+    (num_local_experts,) int32 rows of each expert exist.
 
-    num_tokens of all ranks, about: tiles are chosen by them. workspace as for `moe`; out like x,
-    also returned: rows that do not exist may be anything.
+    num_tokens, of all ranks, chooses the tiles and may be an estimate. workspace as for `moe`; out
+    is like x, also returned, and undefined in rows that do not exist.
     """
     shape = layer.shape
     size = (shape.num_local_experts, shape.batch_rows, shape.hidden)

@@ -5,11 +5,12 @@
     y[t] = sum over local slots j of W2_e h,  e = routing.ids[t, j],
     h = routing.weights[t, j] * silu(min(W1_e x[t], L)) * clamp(W3_e x[t], -L, L)
 
-The bracketed steps exist in W4A4 and W4A8 only; W4A8's routing weight multiplies W2_e h instead, in
-FC2. Tokens of other ranks come quantised then (`packed_tokens`), and are placed. `run_kernels` is
-these calls in order; `moe` is what a model calls. Everything between the two ends lives in a
-workspace that all layers share, cut up by `workspace.py`. Nothing here synchronises, allocates or
-looks at a value on the device, the `reference` backend excepted.
+W4A4 and W4A8 (4-bit weights; activations in NVFP4 or FP8) have the steps in brackets, W4A16 (bf16
+activations) does not. In W4A8 the routing weight multiplies W2_e h instead, in FC2. Tokens that
+other ranks have quantised (`packed_tokens`) are only placed. `run_kernels` has these calls in
+order; `moe` is what a model calls. What lies between ids and output is in a workspace that all
+layers share (`workspace.py`). Nothing here synchronises, allocates or reads a value from the
+device, except the `reference` backend.
 """
 
 from dataclasses import replace
@@ -90,8 +91,8 @@ def run_kernels(
 def fc1_input(
     hidden_states: torch.Tensor, layout: ExpertLayout, layer: MoeLayer, buffers: arena.Buffers
 ) -> torch.Tensor | QuantizedRows | Fp8Rows:
-    """Tokens in the rows of the layout, quantised as the mode says; or as they are, where FC1
-    gathers them."""
+    """The tokens in the rows of the layout, quantised in W4A4 and W4A8; or the tokens themselves,
+    where FC1 gathers its rows."""
     from dsv4_kernels.rows.fp8_quantize import fp8_quantize
     from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
     from dsv4_kernels.rows.place_codes import place_codes
@@ -170,8 +171,8 @@ def prepare_layer(
     limit: float | None,
     activation_scales: ActivationScales | None,
 ) -> MoeLayer:
-    """A layer ready for `moe`. Weights are padded where the backend needs it, and shuffled in
-    place: keep only the result's."""
+    """A layer ready for `moe`. Weights are padded where the backend needs it and shuffled in
+    place: afterwards use the result's only."""
     assert weights.num_local_experts == shape.num_local_experts, weights.w13.shape
     assert weights.hidden == shape.hidden, weights.w13.shape
     assert weights.intermediate == shape.intermediate, weights.w2.shape

@@ -3,13 +3,13 @@
     W4A4 (num_tokens, row_bytes) uint8:  hidden // 2   E2M1 codes, two a byte, low nibble first
                                          hidden // 16  E4M3 block scales, row-major
                                          4             float32 global scale, if each row has its own
-    W4A8 (num_tokens, row_bytes) uint8:  hidden        E4M3 codes, in the order of `Fp8Rows`; the
-                                                       reference backend's as they are
+    W4A8 (num_tokens, row_bytes) uint8:  hidden        E4M3 codes, in the order of `Fp8Rows` (by
+                                                       column with the reference backend)
                                          4             float32 scale
 
-What is before the float32, and a row, ends at a multiple of 16 bytes. The layer's own global scale,
-if there is one, does not travel: all ranks have the same. One tensor, so that any exchange of rows
-carries it, in 0.28 (W4A4) and 0.50 (W4A8) times bf16's bytes.
+The part before the float32 is padded to a multiple of 16 bytes, and so is the row. A global scale
+of the whole layer does not travel: all ranks have it. All is one tensor, so that any exchange of
+rows can carry it, in 0.28 (W4A4) and 0.50 (W4A8) times bf16's bytes.
 """
 
 import torch
@@ -20,7 +20,7 @@ ALIGNMENT = 16
 
 
 def is_packed(tokens: torch.Tensor) -> bool:
-    """What `pack_tokens` made, not hidden states."""
+    """Whether these are what `pack_tokens` made, rather than hidden states."""
     return tokens.dtype == torch.uint8
 
 
@@ -30,7 +30,7 @@ def packs(shape: MoeShape) -> bool:
 
 
 def row_bytes(layer: MoeLayer) -> int:
-    """Of a token."""
+    """Bytes of a packed token."""
     return _row_scale_at(layer.shape) + ALIGNMENT * (_layer_scale(layer) is None)
 
 

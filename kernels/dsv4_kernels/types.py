@@ -2,7 +2,7 @@
 
 Rows are (token, slot) pairs that some expert of this rank owns, grouped by local expert; each
 group is padded to a whole number of row tiles. How many rows exist is known on the device only,
-so every buffer has a fixed capacity, and offsets say which part of it is alive.
+so every buffer has a fixed capacity, and offsets say which part of it is in use.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ class QuantizedRows(NamedTuple):
 
 
 class Fp8Rows(NamedTuple):
-    """E4M3 rows: value = code * the row's scale. Of each 64 columns the 16 words of four are a
-    transposed 4 x 4 matrix: column 16 q + 4 j + c is at 16 j + 4 q + c. If 32 are left, they are a
-    4 x 2 one: 8 q + 4 j + c is at 16 j + 4 q + c."""
+    """E4M3 rows: value = code * the row's scale. Columns are permuted in words of 4 bytes: each 64
+    columns are a 4 x 4 matrix of words, transposed, so that column 16 q + 4 j + c is at
+    16 j + 4 q + c. If 32 are left, they are a 4 x 2 one: 8 q + 4 j + c is at 16 j + 4 q + c."""
 
     codes: torch.Tensor  # (rows, K) float8_e4m3fn
     scales: torch.Tensor  # (rows,) float32
 
 
 class ExpertWeights(NamedTuple):
-    """The routed experts that this rank owns, as the checkpoint has them (or a kernel's shuffle).
+    """The routed experts that this rank owns, in the checkpoint's layout or, prepared, a backend's.
 
     w13 holds the gate's rows first, then the up's. Gate and up may have different global scales:
     both are kept, exactly.
@@ -147,10 +147,10 @@ class MoeLayer:
 
 @functools.lru_cache(maxsize=4096)
 def rows_per_expert(shape: MoeShape, num_tokens: int) -> float:
-    """Of a local expert, if num_tokens of a call choose experts evenly.
+    """Rows of a local expert, if the num_tokens of a call choose experts evenly.
 
-    Where each has a local one at least, they are more than those of as many tokens at large: by one
-    over the chance of having any, 1.8 for 48 of 384 experts and top-6.
+    Where the dispatch sends only tokens that have a local expert (all_tokens_local), that is more:
+    by one over the chance of having any, 1.8 for 48 of 384 experts and top-6.
     """
     rows = num_tokens * shape.top_k / shape.num_experts
     if not shape.all_tokens_local:
@@ -161,10 +161,10 @@ def rows_per_expert(shape: MoeShape, num_tokens: int) -> float:
 
 
 def fp8_h_scale(limit: float | None) -> float | None:
-    """W4A8: a 448th of max(limit, 0.279) * limit, which bounds |h| of a SwiGLU that is clamped at
-    the limit, 1 where that is 0; None without one, or with one so large that the h of ordinary
-    tokens would be among E4M3's subnormals under this scale, or 0. A power of two would round
-    clamped values, of a limit of 10 by 4 %, all one way."""
+    """W4A8's one scale of h: max(limit, 0.279) * limit, which bounds |h| of a SwiGLU clamped at the
+    limit, over E4M3's 448; 1 for a limit of 0. None, for a scale per row, without a limit or above
+    LARGEST_H_LIMIT, where the h of ordinary tokens would be 0 or among E4M3's subnormals. It is
+    no power of two: that would round clamped values, at a limit of 10 by 4 %, all one way."""
     if limit is None or limit > LARGEST_H_LIMIT:
         return None
     return max(max(limit, 0.279) * limit / E4M3_MAX, 2.0**-100) if limit > 0 else 1.0
