@@ -43,15 +43,23 @@ def vllm_arguments(arguments: list[str]) -> list[str]:
 
 
 def health_url(arguments: list[str]) -> str:
-    """Where a server with these arguments answers: options win over the file of --config."""
+    """Where a server with these arguments answers: options win over the file of --config.
+
+    ValueError for a file that holds no options.
+    """
     import yaml
 
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in ("--config", "--host", "--port", "--ssl-certfile", "--ssl_certfile"):
         parser.add_argument(name)
     options, _ = parser.parse_known_args(arguments)
-    config = yaml.safe_load(Path(options.config).read_text()) if options.config else {}
-    values = {name.replace("-", "_"): value for name, value in (config or {}).items()}
+    try:
+        config = yaml.safe_load(Path(options.config).read_text()) if options.config else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{options.config} is not YAML: {error}") from error
+    if not isinstance(config or {}, dict):
+        raise ValueError(f"{options.config} holds no options: write NAME: VALUE in each line")
+    values = {str(name).replace("-", "_"): value for name, value in (config or {}).items()}
     values.update({name: value for name, value in vars(options).items() if value is not None})
     host = values.get("host") or "0.0.0.0"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
@@ -106,7 +114,7 @@ def serve(arguments: list[str]) -> NoReturn:
         sys.exit(preflight.returncode)
     try:
         HEALTH_URL.write_text(health_url(arguments))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"serve: {error}")
     os.execvpe("vllm", ["vllm", "serve", *arguments], environ)
 

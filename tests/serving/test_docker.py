@@ -316,6 +316,12 @@ def test_refusals_are_sentences(container):
     absent = box.serve("--config", "/absent.yaml")
     assert absent.returncode == 1 and "No such file or directory: '/absent.yaml'" in absent.stderr
     assert "Traceback" not in unknown.stderr + absent.stderr
+    config = box.volumes / "bad.yaml"
+    for text, says in (("model: [", "is not YAML: while"), ("- model", "holds no options: write")):
+        config.write_text(text)
+        refused = box.serve("--config", str(config))
+        assert refused.returncode == 1 and f"serve: {config} {says}" in refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 @pytest.fixture
