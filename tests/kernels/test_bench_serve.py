@@ -10,7 +10,6 @@ from bench import serve, serve_report
 from bench.random_weights import real_config
 from bench.serve_contenders import Bench
 from bench.serve_load import Clocks, Load, kv_tokens, step_ms, sum_and_count
-from bench.serve_worker import Kernel, by_name, kernels_of, layer_windows, moe_layers, short_name
 
 ROOT = Path(__file__).parents[2]
 H200_BYTES = 143_771 * 2**20
@@ -236,66 +235,6 @@ def test_a_load_is_left_out_when_there_is_no_time_for_it(tmp_path):
     assert bench.expected_seconds(slow) == 60
     assert 30 < bench.expected_seconds(load) < 60
     assert not bench.loads([load, slow], 1, None, 0)
-
-
-def test_names_of_kernels():
-    of = {
-        "void at::native::elementwise<4, f<int>(int)>(int, Array<char*, 3>)": "elementwise",
-        "_combine_kernel": "_combine_kernel",
-        "void deep_gemm::sm90_fp8_gemm_1d2d_impl<(unsigned int)0, 4096u>(float*, int)": (
-            "sm90_fp8_gemm_1d2d_impl"
-        ),
-    }
-    assert {name: short_name(name) for name in of} == of
-
-
-def test_kernels_are_summed_by_name_and_step():
-    events = [
-        {"cat": "kernel", "name": "b", "ts": 10, "dur": 2, "args": {"stream": 7}},
-        {"cat": "cpu_op", "name": "x", "ts": 0, "dur": 50},
-        {"cat": "kernel", "name": "a", "ts": 0, "dur": 5, "args": {"stream": 7}},
-        {"cat": "kernel", "name": "b", "ts": 20, "dur": 4, "args": {"stream": 9}},
-    ]
-    kernels = kernels_of(events)
-    assert [kernel.name for kernel in kernels] == ["a", "b", "b"]
-    assert by_name(kernels, 2) == [
-        {"name": "b", "us": 3.0, "launches": 1.0},
-        {"name": "a", "us": 2.5, "launches": 0.5},
-    ]
-
-
-# A layer: gate and routed experts on stream 7, the shared expert on stream 9 until after combine.
-LAYER = [
-    Kernel(0, 5, 7, "mhc_pre_big_fuse_with_norm"),
-    Kernel(6, 8, 7, "LLBf16Dotprod"),
-    Kernel(6, 8, 9, "quant"),
-    Kernel(9, 10, 7, "_router_kernel"),
-    Kernel(9, 19, 9, "deep_gemm"),
-    Kernel(19, 33, 7, "fc1"),
-    Kernel(33, 42, 7, "fc2"),
-    Kernel(42, 44, 7, "_combine_kernel"),
-    Kernel(43, 50, 9, "deep_gemm"),
-    Kernel(51, 52, 7, "vectorized CUDAFunctor_add"),
-    Kernel(53, 59, 7, "mhc_fused"),
-]
-
-
-def test_a_layers_window_is_from_before_the_gate_to_the_sum():
-    later = [k._replace(start=k.start + 100, end=k.end + 100) for k in LAYER]
-    first, second = layer_windows(LAYER + later)
-    assert (first.start, first.end, len(first.kernels)) == (5, 52, 9)
-    assert (second.start, second.end, len(second.kernels)) == (105, 152, 9)
-
-
-def test_a_gate_without_a_sum_after_it_is_no_window():
-    assert layer_windows(LAYER[:-2]) == []
-
-
-def test_a_moe_layers_time_and_kernels():
-    later = [k._replace(start=k.start + 100, end=k.end + 100) for k in LAYER]
-    found = moe_layers(LAYER + later)
-    assert found["moe_us"] == 47 and found["timeline"][0] == [1, 3, 7, "LLBf16Dotprod"]
-    assert moe_layers(LAYER[:2]) == {}
 
 
 @pytest.mark.parametrize(("time", "met"), [(0.8, True), (0.9, False)])
