@@ -64,9 +64,10 @@ ARGUMENTS = (
     "--no-enable-prefix-caching",
     # One process that speaks HTTP would be the bound at 256 requests.
     "--api-server-count=4",
-    "--cudagraph-capture-sizes",
-    *map(str, (1, 8, 32, 64, 256)),  # those that are measured
+    # Otherwise the log names a kernel once, however often it is compiled.
+    "--jit-monitor-verbose",
 )
+SEQUENCES = (1, 8, 32, 64, 256)  # of the decode steps that are measured
 EXTENSION = "--worker-extension-cls=bench.serve_worker.ServeWorker"
 TOGETHER = (f"--kv-cache-memory-bytes={KV_BYTES}", "--gpu-memory-utilization=0.2", EXTENSION)
 ALONE = ("--gpu-memory-utilization=0.92",)
@@ -93,7 +94,7 @@ def run_bench(
         if "prompts" in parts:
             bench.loads(PROMPTS, 1, clocks, 0)
         if "profile" in parts:
-            bench.attempt("profile", bench.profile)
+            bench.profile()
         bench.attempt("memory", bench.memory)
         again = DECODES * ("decodes" in parts) + PROMPTS * ("prompts" in parts)
         for number in range(2, MOST_TIMES + 1):
@@ -115,6 +116,12 @@ def run_in_turn(
                 while number <= MOST_TIMES and bench.loads(loads, number, clocks, kept):
                     number += 1
                 bench.attempt("memory", bench.memory)
+
+
+def capture_sizes(drafted: int) -> tuple[str, ...]:
+    """Graphs of the steps that are measured alone: others take memory that servers share."""
+    sizes = (str(sequences * (1 + drafted)) for sequences in SEQUENCES)
+    return ("--cudagraph-capture-sizes", *sizes)
 
 
 def gpu_facts() -> dict:
@@ -192,6 +199,7 @@ def run(arguments: argparse.Namespace) -> None:
                 one_server = (*options, *ALONE, EXTENSION, *TOPOLOGIES[topology])
                 run_in_turn(bench, contenders, parts, one_server)
             else:
+                options = (*options, *capture_sizes(arguments.mtp))
                 run_bench(bench, contenders, parts, options)
             for one in contenders if "starts" in parts else ():
                 if bench.left() > START_SECONDS:

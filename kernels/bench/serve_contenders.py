@@ -214,19 +214,22 @@ class Bench:
     def profile(self) -> None:
         """The kernels of decode steps and of one prefill step."""
         for name, server in self.servers.items():
-            for sequences in PROFILED_SEQUENCES:
-                # A graph reads what the last step left in its buffers.
-                with self.client_log():
-                    self.loaded(name, Load(sequences, 32, 8), 0)
-                found = rpc(server, "bench_graph_kernels", sequences)
-                self.add("profile", {"contender": name, "step": f"decode {sequences}", **found})
-            prompt = self.tokens(PROFILED_PREFILL)
-            server.complete(prompt, max_tokens=1)
-            rpc(server, "bench_trace")
-            server.complete(prompt, max_tokens=1)
-            found = rpc(server, "bench_traced")
-            step = f"prefill {PROFILED_PREFILL}"
-            self.add("profile", {"contender": name, "step": step, **found})
+            self.attempt(f"profile of {name}", lambda: self.profile_one(name, server))
+
+    def profile_one(self, name: str, server: Server) -> None:
+        for sequences in PROFILED_SEQUENCES:
+            # A graph reads what the last step left in its buffers.
+            with self.client_log():
+                self.loaded(name, Load(sequences, 32, 8), 0)
+            found = rpc(server, "bench_graph_kernels", sequences)
+            self.add("profile", {"contender": name, "step": f"decode {sequences}", **found})
+        prompt = self.tokens(PROFILED_PREFILL)
+        server.complete(prompt, max_tokens=1)
+        rpc(server, "bench_trace")
+        server.complete(prompt, max_tokens=1)
+        found = rpc(server, "bench_traced")
+        step = f"prefill {PROFILED_PREFILL}"
+        self.add("profile", {"contender": name, "step": step, **found})
 
     def memory(self) -> None:
         for row in self.results["servers"]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from vllm_dsv4_moe.commands.serving import MODEL_NAME, Server
+from vllm_dsv4_moe.commands.serving import MODEL_NAME, Server, ServerError
 
 KEPT = (
     "duration",
@@ -54,7 +54,8 @@ class Load:
 
 
 def bench_serve(server: Server, model: Path, load: Load, seed: int, seconds: float) -> dict:
-    """`vllm bench serve`'s own numbers; TimeoutError after `seconds`."""
+    """`vllm bench serve`'s own numbers; TimeoutError after `seconds`, ServerError where a request
+    failed: the others' numbers are of another load."""
     import argparse
 
     from vllm.benchmarks.serve import add_cli_args, main_async
@@ -81,14 +82,29 @@ def bench_serve(server: Server, model: Path, load: Load, seed: int, seconds: flo
         ]
     )
     found = asyncio.run(asyncio.wait_for(main_async(arguments), seconds))
+    if found["completed"] != load.requests:
+        raise ServerError(f"{found['completed']} of {load.requests} requests were answered")
     return {key: float(found[key]) for key in KEPT if key in found}
 
 
 def measure(server: Server, model: Path, load: Load, seed: int, seconds: float) -> dict:
-    """What the client saw, and `step_ms`: the engine's own mean time between tokens."""
-    before = inter_token_seconds(server)
-    row = bench_serve(server, model, load, seed, seconds)
-    return row | {"step_ms": step_ms(before, inter_token_seconds(server))}
+    """What the client saw, `step_ms`, the engine's own mean time between tokens, and `compiled`,
+    kernels that vLLM's monitor saw being compiled meanwhile, of which it does not see DeepGEMM's.
+    """
+    before, log_bytes = inter_token_seconds(server), server.log.stat().st_size
+    row: dict = bench_serve(server, model, load, seed, seconds)
+    row["step_ms"] = step_ms(before, inter_token_seconds(server))
+    if names := compiled(server.log, log_bytes):
+        row["compiled"] = names
+    return row
+
+
+def compiled(log: Path, start: int) -> list[str]:
+    """Names of kernels that were compiled, as the log says from a byte on."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace")
+    return sorted(set(re.findall(r"compilation during inference: (\w+)", text)))
 
 
 def inter_token_seconds(server: Server) -> tuple[float, float]:

@@ -46,13 +46,15 @@ def peers(run: dict) -> list[str]:
 
 
 def value(run: dict, contender: str, load: str, metric: str) -> float | None:
-    """Median over the times that a load was measured."""
-    found = [
-        row[metric]
+    """Median over the times that a load was measured; over those in which no kernel was compiled,
+    if there are any."""
+    rows = [
+        row
         for row in run.get("loads", ())
         if row["contender"] == contender and row["load"] == load and row.get(metric) is not None
     ]
-    return median(found) if found else None
+    rows = [row for row in rows if not row.get("compiled")] or rows
+    return median(row[metric] for row in rows) if rows else None
 
 
 def speedup(run: dict, load: str, metric: str, contender: str = "plugin") -> float | None:
@@ -223,7 +225,7 @@ def kv_tokens(row: dict | None) -> str:
 def details(results: dict) -> str:
     """Of every run: its bars, and of every step the kernels that take most."""
     return "\n\n".join(
-        "\n".join((title(run), "", *bar_lines(run), *profile_lines(run)))
+        "\n".join((title(run), "", *bar_lines(run), *compiled_lines(run), *profile_lines(run)))
         for run in results["runs"].values()
     )
 
@@ -232,6 +234,17 @@ def bar_lines(run: dict) -> Iterator[str]:
     yield from ("| bar | limit | measured | met |", "|---|---|---|---|")
     for bar in bars(run):
         yield line(bar.name, bar.limit, bar.measured, "yes" if bar.met else "no")
+
+
+def compiled_lines(run: dict) -> Iterator[str]:
+    """Loads without a time in which no kernel was compiled, and the kernels."""
+    rows = [row for row in run.get("loads", ()) if "failure" not in row]
+    of = {(row["load"], row["contender"]): row["compiled"] for row in rows if row.get("compiled")}
+    for row in rows:
+        if not row.get("compiled"):
+            of.pop((row["load"], row["contender"]), None)
+    for (load, name), kernels in of.items():
+        yield f"\n{load}, {NAMES[name]}: kernels were compiled each time: {', '.join(kernels)}"
 
 
 def profile_lines(run: dict) -> Iterator[str]:

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from bench import serve, serve_report
+from bench import serve, serve_contenders, serve_load, serve_report
 from bench.random_weights import real_config
 from bench.serve_contenders import Bench
 from bench.serve_load import Clocks, Load, kv_tokens, step_ms, sum_and_count
@@ -211,6 +213,80 @@ def test_a_warm_up_is_short():
     assert Load(256, 32, 512).warm_up() == Load(256, 32, 8)
     assert Load(64, 8000, 256).warm_up() == Load(4, 8000, 8)
     assert Load(4, 2048, 1).warm_up() == Load(4, 2048, 1)
+
+
+@pytest.mark.parametrize("drafted", [0, 1, 2])
+def test_every_step_that_is_measured_has_a_graph(drafted):
+    sizes = set(map(int, serve.capture_sizes(drafted)[1:]))
+    sequences = {load.requests for load in (*serve.DECODES, *serve.PROMPTS) if load.new > 1}
+    sequences |= set(serve_contenders.PROFILED_SEQUENCES)
+    assert {n * (1 + drafted) for n in sequences} <= sizes
+
+
+@pytest.fixture
+def client(monkeypatch, tmp_path):
+    """A load of a server whose client finds what is given, while its log gets what is given."""
+    log = tmp_path / "log"
+    log.write_text("Triton kernel JIT compilation during inference: earlier. This\n")
+    server = SimpleNamespace(address="", log=log, get=lambda path: "")
+
+    def measured(found: dict, logged: str = "") -> dict:
+        async def main_async(arguments) -> dict:
+            log.write_text(log.read_text() + logged)
+            return found
+
+        def add_cli_args(parser) -> None:
+            parser.parse_args = lambda given: None
+
+        module = SimpleNamespace(main_async=main_async, add_cli_args=add_cli_args)
+        monkeypatch.setitem(sys.modules, "vllm.benchmarks.serve", module)
+        return serve_load.measure(server, tmp_path, Load(8, 32, 512), 1, 9.0)
+
+    return measured
+
+
+def test_a_load_of_which_a_request_failed_is_no_measurement(client):
+    found = {"completed": 8, "failed": 0, "median_tpot_ms": 3}
+    assert client(found) == found | {"step_ms": None}
+    with pytest.raises(serve_load.ServerError, match="7 of 8 requests were answered"):
+        client({"completed": 7, "failed": 1, "median_tpot_ms": 3})
+
+
+def test_kernels_compiled_during_a_load_are_named_and_that_time_does_not_count(client):
+    lines = (
+        "W [jit_monitor.py:134] Triton kernel JIT compilation during inference: _scan (x={}). This",
+        "W [jit_monitor.py:134] TileLang JIT compilation during inference: mhc_post. This causes",
+        "W [jit_monitor.py:134] Triton kernel JIT compilation during inference: _scan (y={}). This",
+    )
+    assert client({"completed": 8}, "\n".join(lines))["compiled"] == ["_scan", "mhc_post"]
+    run = a_run()
+    mine = [r for r in run["loads"] if (r["contender"], r["load"]) == ("plugin", "8 × 32 + 512")]
+    mine[0] |= {"compiled": ["_scan"], "median_tpot_ms": 99.0}
+    of = (run, "plugin", "8 × 32 + 512", "median_tpot_ms")
+    assert serve_report.value(*of) == mine[1]["median_tpot_ms"]
+    says = "8 × 32 + 512, this plugin: kernels were compiled each time: _scan"
+    assert says not in serve_report.details({"runs": {"": run}})
+    mine[1]["compiled"] = ["_scan"]
+    assert serve_report.value(*of) == (99 + mine[1]["median_tpot_ms"]) / 2
+    assert says in serve_report.details({"runs": {"": run}})
+
+
+def test_a_server_that_cannot_be_profiled_costs_no_other(monkeypatch, tmp_path):
+    results: dict = {}
+    config = real_config("flash", "nvfp4", 4) | {"vocab_size": 300}
+    bench = Bench(tmp_path, config, results, lambda: None, deadline=0)
+    bench.servers = {name: SimpleNamespace(complete=lambda *_, **__: {}) for name in "ab"}
+    bench.loaded = lambda *_: {}
+
+    def rpc(server, method: str, *arguments) -> dict:
+        if server is bench.servers["a"]:
+            raise RuntimeError("no graph")
+        return {"kernels": []}
+
+    monkeypatch.setattr(serve_contenders, "rpc", rpc)
+    bench.profile()
+    assert results["failures"] == [{"part": "profile of a", "failure": "no graph"}]
+    assert [row["contender"] for row in results["profile"]] == ["b"] * 3
 
 
 def test_a_row_has_the_clocks_of_its_own_time(monkeypatch):

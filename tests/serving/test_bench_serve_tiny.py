@@ -41,6 +41,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(serve, "real_config", config)
     monkeypatch.setattr(serve, "contender", tiny_contender)
     monkeypatch.setattr(serve, "ARGUMENTS", ARGUMENTS)
+    monkeypatch.setattr(serve, "capture_sizes", lambda drafted: ())
     monkeypatch.setattr(serve, "TOGETHER", serve.TOGETHER[-1:])
     monkeypatch.setattr(serve, "ALONE", ())
     monkeypatch.setattr(serve, "DECODES", (Load(4, 8, 6),))
@@ -76,7 +77,11 @@ def test_tiny_servers_are_compared_and_loaded(bench, tmp_path, capsys):
         assert 0 < row["step_ms"] and 0 < row["median_tpot_ms"]
     assert serve_report.speedup(run, "2 × 32 + 1", "total_token_throughput") > 0
     # There is no CUDA graph here: these parts fail, and cost no other.
-    assert {row["part"] for row in run["failures"]} == {"steps", "profile"}
+    assert {row["part"] for row in run["failures"]} == {
+        "steps",
+        "profile of plugin",
+        "profile of marlin",
+    }
     shown = capsys.readouterr().out
     assert "| 4 × 8 + 6: TPOT, ms |" in shown and "engine's step" in shown
     log = (tmp_path / "logs/plugin.log").read_text()
