@@ -78,7 +78,7 @@ class Mailbox:
     needs_profile_buffer_reservation = False
 
     def __init__(self, num_ranks: int) -> None:
-        self.barrier = threading.Barrier(num_ranks, timeout=60)
+        self.barrier = threading.Barrier(num_ranks, timeout=300)
         self.sent: dict[tuple, list[torch.Tensor]] = {}
 
     def of(self, rank: int):

@@ -95,7 +95,7 @@ def manager():
 
 def in_two_micro_batches(kernel, layer, batches) -> list[torch.Tensor]:
     """As vLLM's wrapper runs them: one thread at a time, the first one begins."""
-    started = threading.Barrier(3, timeout=60)
+    started = threading.Barrier(3, timeout=300)
     turns = [threading.Event() for _ in batches]
     ubatching._CURRENT_CONTEXTS[:] = [None] * len(batches)
 
@@ -113,7 +113,7 @@ def in_two_micro_batches(kernel, layer, batches) -> list[torch.Tensor]:
             running = [pool.submit(run, number) for number in range(len(batches))]
             started.wait()
             turns[0].set()
-            return [future.result(timeout=60) for future in running]
+            return [future.result(timeout=300) for future in running]
     finally:
         forward_context._forward_context = kept
 

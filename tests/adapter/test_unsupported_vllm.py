@@ -222,7 +222,7 @@ def test_a_runner_that_takes_other_arguments_is_built_as_vllm_builds_it(monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_vllm_that_calls_itself_0_34_serves_another_model(other_model, tmp_path):
     (tmp_path / "next").mkdir()
     paths = [str(installed_under_another_version(tmp_path / "next", "0.34.0"))]

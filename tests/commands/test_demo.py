@@ -114,11 +114,11 @@ def test_a_demo_that_is_ended_ends_its_server(stand_in, tmp_path):
     code += "from vllm_dsv4_moe.commands.cli import main\n"
     code += f"main(['demo', '--work', {str(tmp_path / 'work')!r}, '--max-tokens', '99'])"
     ended = subprocess.Popen([PYTHON, "-c", code])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (log.exists() and "dsv4-moe" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     ended.terminate()
-    assert ended.wait(30) == 143
+    assert ended.wait(120) == 143
     assert not Path(f"/proc/{log.read_text().split()[0]}").exists()
 
 

@@ -114,7 +114,7 @@ def setup(tmp_path, driver):
         given = {"PYTHON3": str(python), "CPUINFO": str(tmp_path / "cpuinfo")} | environment
         ran = subprocess.run(
             ["sh", "tests/setup.sh", "serve"],
-            cwd=root, env=os.environ | given, capture_output=True, text=True, timeout=60,
+            cwd=root, env=os.environ | given, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         return ran, (root / "pip.log").read_text()
 

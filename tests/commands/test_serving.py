@@ -1,5 +1,6 @@
 """The helper that starts and stops a server, without a server: logs, ports, process groups."""
 
+import io
 import os
 import subprocess
 import sys
@@ -62,6 +63,20 @@ def test_environment_with_a_gpu_interprets_nothing_and_compiles_no_flashinfer(mo
     assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
 
 
+def test_an_answer_may_take_as_long_as_a_start(monkeypatch, log):
+    """Many at once do, on a machine with other work."""
+    waited = []
+
+    def urlopen(request, timeout: float) -> io.BytesIO:
+        waited.append(timeout)
+        return io.BytesIO(b"{}")
+
+    monkeypatch.setattr(serving.urllib.request, "urlopen", urlopen)
+    server = serving.Server(1, log, None, 0.0)
+    assert server.get("/version") == "{}" and server.complete("a") == {}
+    assert waited == [600, 600]
+
+
 def test_stop_ends_children_that_ignore_the_first_signal(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "STOP_SECONDS", 1)
     # A child that ignores SIGTERM, started by a parent that waits for it.
@@ -74,7 +89,7 @@ def test_stop_ends_children_that_ignore_the_first_signal(tmp_path, monkeypatch):
     assert serving._group_runs(process.pid)
     started = time.monotonic()
     serving.stop(process)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert not serving._group_runs(process.pid)
 
 

@@ -10,14 +10,20 @@ from tests.support.cpu_build import needs_cpu_build
 from vllm_dsv4_moe.commands.deployment import SIZES
 from vllm_dsv4_moe.commands.releases import RELEASES
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow, needs_cpu_build]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow, needs_cpu_build]
 
 
 def test_two_ranks_are_right_and_timed_and_a_failure_costs_no_other(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(RELEASES, "flash", dict(zip(SIZES, (16, 2, 128, 64), strict=True)))
     monkeypatch.setattr(expert_parallel, "TOKENS", (1, 40))
     out = tmp_path / "out.json"
-    given = ["run", f"--out={out}", "--commit=abc", "--contenders=marlin,w4a8_packed"]
+    given = [
+        "run",
+        f"--out={out}",
+        "--commit=abc",
+        "--seconds=900",
+        "--contenders=marlin,w4a8_packed",
+    ]
     monkeypatch.setattr(sys, "argv", ["bench.expert_parallel", *given])
     expert_parallel.main()
 

@@ -51,7 +51,7 @@ W4A16_TOLERANCE = 0.006
 PARALLEL_TOLERANCE = 2.0**-7
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2")
 
-pytestmark = [pytest.mark.timeout(600), needs_cpu_build]
+pytestmark = [pytest.mark.timeout(1200), needs_cpu_build]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -27,7 +27,7 @@ ARGUMENTS = (
 MEMORY_BYTES = 32 * 2**20  # that the second half of the requests may add: 6.7 KB each of 5,000
 PROMPT = list(range(5, 5 + BATCHED_TOKENS - NEW_TOKENS))
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 2 * REQUESTS), needs_cpu_build]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 + 2 * REQUESTS), needs_cpu_build]
 
 
 def log_probabilities(server) -> list[float]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from vllm_dsv4_moe.commands.serving import MODEL_NAME, Server
 
-REQUEST_SECONDS = 300
-IDLE_SECONDS = 60
+REQUEST_SECONDS = 600
+IDLE_SECONDS = 300
 
 
 def soak(

@@ -36,6 +36,8 @@ GPU_ENVIRONMENT = {
 }
 SMALL_ARGUMENTS = ("--max-model-len=1024", "--max-num-seqs=4", "--max-num-batched-tokens=256")
 STOP_SECONDS = 20
+# For a start, and for an answer: a CPU with other work takes minutes for what alone takes seconds.
+PATIENCE_SECONDS = 600.0
 
 
 class ServerError(RuntimeError):
@@ -67,10 +69,12 @@ class Server:
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def get(self, path: str, timeout: float = 30) -> str:
+    def get(self, path: str, timeout: float = PATIENCE_SECONDS) -> str:
         return self._ask(urllib.request.Request(self.address + path), timeout)
 
-    def post(self, path: str, body: Mapping[str, Any], timeout: float = 120) -> dict[str, Any]:
+    def post(
+        self, path: str, body: Mapping[str, Any], timeout: float = PATIENCE_SECONDS
+    ) -> dict[str, Any]:
         request = urllib.request.Request(
             self.address + path,
             data=json.dumps({"model": MODEL_NAME, **body}).encode(),
@@ -103,7 +107,7 @@ def serve(
     log: Path,
     arguments: Sequence[str] = SMALL_ARGUMENTS,
     environment: Mapping[str, str] | None = None,
-    timeout: float = 600,
+    timeout: float = PATIENCE_SECONDS,
     progress: Callable[[float, str], None] | None = None,
 ) -> Iterator[Server]:
     """`vllm serve model` for the length of a `with`; its whole process group is stopped after.
