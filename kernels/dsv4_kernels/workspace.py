@@ -44,15 +44,17 @@ def _specs(shape: MoeShape, tile: int, num_tokens: int) -> tuple[Spec, Spec, Spe
 
     local, top_k = shape.num_local_experts, shape.top_k
     rows = capacity(num_tokens, top_k, local, tile)
+    tiles = rows // tile
     if shape.batch_rows:
         # Each row is a token's only slot, and FC2 writes the output itself.
         rows, num_tokens, top_k = local * shape.batch_rows, local * shape.batch_rows, 1
+        tiles = local * -(-shape.batch_rows // tile)
     stays: Spec = {
         "slot_to_row": ((num_tokens, top_k), torch.int32),
         "row_to_slot": ((rows,), torch.int32),
         "counts": ((local,), torch.int32),
         "offsets": ((local + 1,), torch.int32),
-        "tile_to_expert": ((rows // tile,), torch.int32),
+        "tile_to_expert": ((tiles,), torch.int32),
         "layout_scratch": ((scratch_size(num_tokens, top_k, local),), torch.int32),
     }
     before_fc2: Spec = {}

@@ -109,3 +109,10 @@ def test_a_workspace_that_is_too_small_names_both_sizes():
     needed = call_bytes(SHAPE, 128, 16)
     with pytest.raises(ValueError, match=f"16 tokens need {needed} bytes .* given {needed - 256}"):
         carve(torch.empty(needed - 256, dtype=torch.uint8), SHAPE, 128, 16)
+
+
+def test_every_tile_of_full_groups_has_its_place():
+    """An expert's last tile need not be whole: 45 rows are 6 tiles of 8."""
+    shape = SHAPE._replace(quantize_activations=False, batch_rows=45)
+    workspace = torch.empty(call_bytes(shape, 8, 33), dtype=torch.uint8)
+    assert len(carve(workspace, shape, 8, 33).layout.tile_to_expert) == 6 * 6
