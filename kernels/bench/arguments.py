@@ -42,6 +42,10 @@ def _measures(parser: argparse.ArgumentParser) -> None:
 
 def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
+    if "out" in arguments and not arguments.out.parent.is_dir():
+        parser.error(f"--out: there is no folder {arguments.out.parent}")
+    if "results" in arguments and not arguments.results.is_file():
+        parser.error(f"there is no file {arguments.results}")
     if "commit" in arguments and arguments.commit is None:
         arguments.commit = checkout_commit()
     return arguments

@@ -212,6 +212,9 @@ def kept(path: Path, facts: dict) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
+    chosen = arguments.parts.split(",")
+    if not set(chosen) <= set(PARTS):
+        raise ValueError(f"--parts is {arguments.parts}: there are {','.join(PARTS)}")
     facts: dict[str, Any] = {
         "cores": len(os.sched_getaffinity(0)),
         "vllm": importlib.metadata.version("vllm"),
@@ -226,7 +229,6 @@ def run(arguments: argparse.Namespace) -> None:
             "compiles": compiles(bench),
             "starts": starts(bench, arguments.server_seconds),
         }
-        chosen = arguments.parts.split(",")
         if "rows" in chosen:
             bench.write_checkpoints(SIZES, DUMMY_LAYERS, "cuda")
             torch.cuda.empty_cache()

@@ -158,6 +158,11 @@ def run(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
     peers = (arguments.peers or PEERS[arguments.format]).split(",")
     ours = arguments.ours.split(",") if arguments.ours else OURS[arguments.format]
+    if not set(ours) <= set(serve_report.OURS) or set(peers) & set(serve_report.OURS):
+        raise ValueError(
+            f"--ours is {','.join(ours)} and --peers {','.join(peers)}: this plugin's are "
+            f"{' and '.join(serve_report.OURS)}, and no peers"
+        )
     contenders = [contender(name, arguments.format) for name in (*ours, *peers)]
     facts, topology = gpu_facts(), arguments.topology
     parts = arguments.parts or (PARTS_OF_RANKS if topology else PARTS[:-1])

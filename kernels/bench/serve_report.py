@@ -37,8 +37,13 @@ class Bar(NamedTuple):
 
 
 def columns_of(run: dict) -> list[str]:
+    """In the order of NAMES, then others as they were given."""
     names = [row["contender"] for row in run.get("servers", ())]
-    return [name for name in NAMES if name in names]
+    return [name for name in dict.fromkeys((*NAMES, *names)) if name in names]
+
+
+def name_of(contender: str) -> str:
+    return NAMES.get(contender, contender)
 
 
 def peers(run: dict) -> list[str]:
@@ -169,7 +174,7 @@ def run_lines(run: dict) -> Iterator[str]:
     yield title(run)
     yield ""
     columns = columns_of(run)
-    yield line("requests × prompt + new tokens", *(NAMES[c] for c in columns), "over the better")
+    yield line("requests × prompt + new tokens", *(name_of(c) for c in columns), "over the better")
     yield "|---" * (2 + len(columns)) + "|"
     loads = list(dict.fromkeys(row["load"] for row in run.get("loads", ())))
     for load in sorted(loads, key=lambda name: [int(n) for n in name.split() if n.isdigit()][::-1]):
@@ -244,7 +249,7 @@ def compiled_lines(run: dict) -> Iterator[str]:
         if not row.get("compiled"):
             of.pop((row["load"], row["contender"]), None)
     for (load, name), kernels in of.items():
-        yield f"\n{load}, {NAMES[name]}: kernels were compiled each time: {', '.join(kernels)}"
+        yield f"\n{load}, {name_of(name)}: kernels were compiled each time: {', '.join(kernels)}"
 
 
 def profile_lines(run: dict) -> Iterator[str]:
@@ -259,7 +264,11 @@ def profile_lines(run: dict) -> Iterator[str]:
             for name in columns
             if name in rows
         }
-        yield from ("", line(step, *(NAMES[c] for c in columns)), "|---" * (1 + len(columns)) + "|")
+        yield from (
+            "",
+            line(step, *(name_of(c) for c in columns)),
+            "|---" * (1 + len(columns)) + "|",
+        )
         most: dict[str, float] = {}
         for kernels in tables.values():
             for name, kernel in kernels.items():
@@ -315,7 +324,7 @@ def plot(results: dict, path: Path) -> None:
                 if (tpot := value(run, name, load, "median_tpot_ms")) is not None
             ]
             if points:
-                above.plot(*zip(*points, strict=True), marker="o", label=NAMES[name])
+                above.plot(*zip(*points, strict=True), marker="o", label=name_of(name))
         above.set(xscale="log", title=f"{run['format'].upper()}, vLLM {run['vllm']}")
         above.set_xticks(list(decodes), [str(n) for n in decodes])
         above.minorticks_off()
@@ -324,7 +333,7 @@ def plot(results: dict, path: Path) -> None:
         for i, name in enumerate(names):
             rates = [value(run, name, x, "total_token_throughput") or 0 for x in PREFILL_BARS]
             places = [place + (i - (len(names) - 1) / 2) * width for place in range(len(rates))]
-            below.bar(places, rates, width, label=NAMES[name])
+            below.bar(places, rates, width, label=name_of(name))
         below.set_xticks(range(len(PREFILL_BARS)), [x.removesuffix(" + 1") for x in PREFILL_BARS])
         below.set(xlabel="requests × prompt", ylabel="prefill, tokens/s")
         for axes in (above, below):

@@ -256,6 +256,13 @@ def test_the_commands_arguments():
     assert load.build_parser().parse_args(["report", "x.json"]).call is load.report
 
 
+def test_parts_that_there_are_not():
+    given = ["run", "--out=x", "--commit=a", "--parts=rows,start"]
+    arguments = load.build_parser().parse_args(given)
+    with pytest.raises(ValueError, match="--parts is rows,start: there are rows,compiles,starts"):
+        arguments.call(arguments)
+
+
 def test_parts_of_the_same_machine_are_kept_with_their_commits(tmp_path):
     out = tmp_path / "load.json"
     nothing = {"rows": [], "compiles": [], "starts": [], "commits": {}}

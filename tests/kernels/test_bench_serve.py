@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from bench import serve, serve_contenders, serve_load, serve_report
+from bench import serve, serve_contenders, serve_report
+from bench.arguments import call
 from bench.random_weights import real_config
 from bench.serve_contenders import Bench
 from bench.serve_load import Clocks, Load, kv_tokens, step_ms, sum_and_count
@@ -223,42 +224,7 @@ def test_every_step_that_is_measured_has_a_graph(drafted):
     assert {n * (1 + drafted) for n in sequences} <= sizes
 
 
-@pytest.fixture
-def client(monkeypatch, tmp_path):
-    """A load of a server whose client finds what is given, while its log gets what is given."""
-    log = tmp_path / "log"
-    log.write_text("Triton kernel JIT compilation during inference: earlier. This\n")
-    server = SimpleNamespace(address="", log=log, get=lambda path: "")
-
-    def measured(found: dict, logged: str = "") -> dict:
-        async def main_async(arguments) -> dict:
-            log.write_text(log.read_text() + logged)
-            return found
-
-        def add_cli_args(parser) -> None:
-            parser.parse_args = lambda given: None
-
-        module = SimpleNamespace(main_async=main_async, add_cli_args=add_cli_args)
-        monkeypatch.setitem(sys.modules, "vllm.benchmarks.serve", module)
-        return serve_load.measure(server, tmp_path, Load(8, 32, 512), 1, 9.0)
-
-    return measured
-
-
-def test_a_load_of_which_a_request_failed_is_no_measurement(client):
-    found = {"completed": 8, "failed": 0, "median_tpot_ms": 3}
-    assert client(found) == found | {"step_ms": None}
-    with pytest.raises(serve_load.ServerError, match="7 of 8 requests were answered"):
-        client({"completed": 7, "failed": 1, "median_tpot_ms": 3})
-
-
-def test_kernels_compiled_during_a_load_are_named_and_that_time_does_not_count(client):
-    lines = (
-        "W [jit_monitor.py:134] Triton kernel JIT compilation during inference: _scan (x={}). This",
-        "W [jit_monitor.py:134] TileLang JIT compilation during inference: mhc_post. This causes",
-        "W [jit_monitor.py:134] Triton kernel JIT compilation during inference: _scan (y={}). This",
-    )
-    assert client({"completed": 8}, "\n".join(lines))["compiled"] == ["_scan", "mhc_post"]
+def test_a_time_in_which_a_kernel_was_compiled_does_not_count():
     run = a_run()
     mine = [r for r in run["loads"] if (r["contender"], r["load"]) == ("plugin", "8 × 32 + 512")]
     mine[0] |= {"compiled": ["_scan"], "median_tpot_ms": 99.0}
@@ -358,6 +324,33 @@ def test_parts_that_a_topology_has_not(monkeypatch):
     arguments = serve.build_parser().parse_args(given)
     with pytest.raises(ValueError, match="with --topology, decodes and prompts"):
         arguments.call(arguments)
+
+
+@pytest.mark.parametrize("given", ["--ours=plugin,plugin_bf16", "--peers=marlin,plugin_fp8"])
+def test_names_that_are_not_this_plugins(monkeypatch, given):
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    arguments = serve.build_parser().parse_args(["run", "--out=x", "--commit=a", given])
+    with pytest.raises(ValueError, match="this plugin's are plugin and plugin_fp8, and no peers"):
+        arguments.call(arguments)
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["run", "--out=absent/x.json", "--commit=a"], "there is no folder absent"),
+        (["report", "absent.json"], "there is no file absent.json"),
+    ],
+)
+def test_files_are_looked_for_before_anything_is_measured(monkeypatch, capsys, given, says):
+    monkeypatch.setattr(sys, "argv", ["bench.serve", *given])
+    with pytest.raises(SystemExit):
+        call(serve.build_parser())
+    assert says in capsys.readouterr().err
+
+
+def test_a_peer_of_any_name_is_a_column():
+    run = json.loads(json.dumps(a_run()).replace("humming", "flashinfer_x"))
+    assert "| this plugin | Marlin | flashinfer_x |" in serve_report.markdown({"runs": {"": run}})
 
 
 def test_the_commands_arguments():
