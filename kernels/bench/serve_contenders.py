@@ -68,6 +68,7 @@ class Bench:
         self.vocab = config["vocab_size"]
         self.compared: dict[str, list[float]] = {}
         self.prompts = [self.tokens(64) for _ in range(4)]
+        self.is_ended = False
         self.memory_fraction: float | None = None  # of a GPU's, for each server that shares it
 
     def left(self) -> float:
@@ -89,7 +90,11 @@ class Bench:
         several = len(contenders) > 1
         self.memory_fraction = OF_PYTORCH / len(contenders) if several else None
         with ExitStack() as stack, ThreadPoolExecutor(len(contenders)) as pool:
-            list(pool.map(lambda each: self.start(stack, each, arguments), contenders))
+            try:
+                list(pool.map(lambda each: self.start(stack, each, arguments), contenders))
+            except BaseException:
+                self.is_ended = True
+                raise
             names = [each.name for each in contenders if each.name in self.servers]
             self.servers = {name: self.servers[name] for name in names}
             try:
@@ -118,7 +123,13 @@ class Bench:
         self.add("starts", row)
 
     def server(self, one: Contender, arguments: Sequence[str], log: Path):
-        return serve(self.model, log, arguments, self.environment(one), timeout=self.left())
+        environment, left = self.environment(one), self.left()
+        return serve(self.model, log, arguments, environment, left, progress=self.go_on)
+
+    def go_on(self, *_) -> None:
+        """Of a server that starts; ServerError where this process is to end."""
+        if self.is_ended:
+            raise ServerError("the bench was ended")
 
     @contextmanager
     def failing(self, row: dict) -> Iterator[None]:

@@ -1,9 +1,17 @@
-"""One load of bench.serve, with a client and a server that are not there."""
+"""Servers and loads of bench.serve, with a client and servers that are not there."""
 
+import os
+import signal
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from bench import serve_contenders
+from bench.random_weights import real_config
+from bench.serve_contenders import Bench, Contender
 from bench.serve_load import Load, ServerError, measure
 
 
@@ -43,3 +51,45 @@ def test_kernels_compiled_during_a_load_are_named(client):
         "W [jit_monitor.py:134] Triton kernel JIT compilation during inference: _scan (y={}). This",
     )
     assert client({"completed": 8}, "\n".join(lines))["compiled"] == ["_scan", "mhc_post"]
+
+
+def test_a_bench_that_is_ended_waits_for_no_server(monkeypatch, tmp_path):
+    """As by the signal of a time limit, while they start."""
+    begun, ended, stopped = threading.Barrier(3, timeout=60), [], []
+
+    @contextmanager
+    def serve(*_, progress, **__):
+        begun.wait()
+        deadline = time.monotonic() + 20
+        try:
+            while time.monotonic() < deadline:
+                progress(0.0, "")
+                time.sleep(0.01)
+            yield None
+        finally:
+            stopped.append(time.monotonic() < deadline)
+
+    def end() -> None:
+        begun.wait()
+        while not ended:  # a signal just before the main thread waits does not wake it
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
+
+    def handler(*_) -> None:
+        if not ended:
+            ended.append(True)
+            sys.exit(1)
+
+    monkeypatch.setattr(serve_contenders, "serve", serve)
+    config = real_config("flash", "nvfp4", 4) | {"vocab_size": 300}
+    bench = Bench(tmp_path, config, {}, lambda: None, deadline=0)
+    sender = threading.Thread(target=end)
+    earlier = signal.signal(signal.SIGUSR1, handler)
+    try:
+        sender.start()
+        with pytest.raises(SystemExit), bench.started([Contender("a"), Contender("b")], ()):
+            raise AssertionError("they cannot be up")
+    finally:
+        sender.join()
+        signal.signal(signal.SIGUSR1, earlier)
+    assert stopped == [True, True]
