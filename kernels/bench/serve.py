@@ -77,7 +77,7 @@ PARTS = ("decodes", "steps", "prompts", "profile", "starts")
 # The others replay a graph of one rank, whose collectives would wait for the other's.
 PARTS_OF_RANKS = ("decodes", "prompts")
 MOST_TIMES = 5  # that a load is measured
-START_SECONDS = 80  # of a server alone, whose kernels are compiled
+START_SECONDS = 120  # of a server alone, whose kernels are compiled; 75 of them are imports
 
 
 def run_bench(
@@ -133,11 +133,12 @@ def gpu_facts() -> dict:
 
 
 def layers_that_fit(config: dict, servers: int, memory_bytes: int) -> int:
-    """How many layers each of so many servers can have, MAX_LAYERS at most."""
+    """How many layers each of so many servers can have beside its drafts', MAX_LAYERS at most."""
     hidden, inter = config["hidden_size"], config["moe_intermediate_size"]
     layer = 3 * config["n_routed_experts"] * hidden * inter * 9 / 16 * LAYER_OVERHEAD
     others = OTHER_BYTES + 4 * config["vocab_size"] * hidden
-    return min(MAX_LAYERS, int((memory_bytes / servers - others) / layer))
+    drafts = config["num_nextn_predict_layers"]
+    return min(MAX_LAYERS, int((memory_bytes / servers - others) / layer) - drafts)
 
 
 def keeper(path: Path, key: str, results: dict) -> Callable[[], None]:
@@ -177,7 +178,8 @@ def run(arguments: argparse.Namespace) -> None:
         if topology:
             all_layers = num_layers(arguments.model)
             return real_config(*of, layers or all_layers, arguments.mtp)
-        fit = layers_that_fit(real_config(*of, 4), servers, facts["memory_mib"] * 2**20)
+        any_number = real_config(*of, 4, arguments.mtp)
+        fit = layers_that_fit(any_number, servers, facts["memory_mib"] * 2**20)
         return real_config(*of, layers or fit, arguments.mtp)
 
     together = config(len(contenders), arguments.layers)

@@ -196,6 +196,8 @@ def test_as_many_layers_as_fit():
     flash, v41 = (real_config(model, "nvfp4", 4) for model in ("flash", "v41"))
     fit = [serve.layers_that_fit(flash, servers, H200_BYTES) for servers in (1, 2, 3)]
     assert fit == [24, 14, 8]
+    drafts = real_config("flash", "nvfp4", 4, mtp=2)
+    assert serve.layers_that_fit(drafts, 3, H200_BYTES) == 8 - 2
     assert serve.layers_that_fit(v41, 2, H200_BYTES) == 6
 
 
