@@ -104,7 +104,7 @@ def compiled(log: Path, start: int) -> list[str]:
     with log.open("rb") as file:
         file.seek(start)
         text = file.read().decode(errors="replace")
-    return sorted(set(re.findall(r"compilation during inference: (\w+)", text)))
+    return sorted(set(re.findall(r"compilation during inference: (\S+?)(?: \(|\. )", text)))
 
 
 def inter_token_seconds(server: Server) -> tuple[float, float]:
