@@ -365,6 +365,11 @@ def backend_name(settings: Settings, capability: tuple[int, int] | None) -> str:
     return "reference" if capability is None else AUTO.get(capability[0], "reference")
 
 
+def has_backend(settings: Settings, capability: tuple[int, int] | None) -> bool:
+    """False where `auto` finds no backend for the GPU, whose experts vLLM then keeps."""
+    return settings.backend != "auto" or capability is None or capability[0] in AUTO
+
+
 def activation_mode(
     settings: Settings, capability: tuple[int, int] | None, weight_format: str = "nvfp4"
 ) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsv4_kernels.backends import AUTO
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -26,7 +25,7 @@ from vllm.platforms import current_platform
 
 from vllm_dsv4_moe import METHOD_NAME, options
 from vllm_dsv4_moe.layer_config import LayerConfig
-from vllm_dsv4_moe.moe_method import METHODS, backend_name
+from vllm_dsv4_moe.moe_method import METHODS, backend_name, has_backend
 from vllm_dsv4_moe.safetensors_files import read_header
 from vllm_dsv4_moe.settings import MXFP4_BACKENDS, Settings, read_settings
 
@@ -84,7 +83,7 @@ class OurLayers(QuantizationConfig):
         if not current_platform.is_cuda() and not current_platform.is_cpu():
             return "this plugin runs on NVIDIA GPUs"
         capability = current_platform.get_device_capability()
-        if settings.backend == "auto" and capability is not None and capability[0] not in AUTO:
+        if not has_backend(settings, capability):
             return "no backend is made for compute capability {}.{}".format(*capability)
         backend = backend_name(settings, capability)
         if weight_format == "mxfp4" and backend not in MXFP4_BACKENDS:

@@ -147,6 +147,14 @@ def test_a_backend_of_gpus_is_refused_where_there_is_none(original, monkeypatch,
     assert "the sm90 backend runs on NVIDIA GPUs, and vLLM sees none" in capsys.readouterr().err
 
 
+def test_a_gpu_without_a_backend_verifies_nothing(original, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_DSV4_MOE_BACKEND", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert main(["verify", str(original)]) == 2
+    assert "no backend is made for compute capability 8.0: vLLM runs" in capsys.readouterr().err
+
+
 def test_a_scale_that_is_no_number_is_found(checkpoint, capsys):
     scale = scale_name(checkpoint)
     nan = 0x7F if scale == "weight_scale" else 0xFF

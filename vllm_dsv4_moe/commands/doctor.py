@@ -308,16 +308,14 @@ def check_formats(
     capability: tuple[int, int] | None, environ: Mapping[str, str]
 ) -> Iterator[Check]:
     """Which experts this plugin would run here: by the setting, MXFP4 where a backend runs it."""
-    from dsv4_kernels.backends import AUTO
-
-    from vllm_dsv4_moe.moe_method import backend_name
+    from vllm_dsv4_moe.moe_method import backend_name, has_backend
     from vllm_dsv4_moe.settings import ENV_PREFIX, MXFP4_BACKENDS, read_settings
 
     try:
         settings = read_settings({}, environ)
     except ValueError:
         return  # said already
-    if settings.backend == "auto" and capability is not None and capability[0] not in AUTO:
+    if not has_backend(settings, capability):
         words = "all experts are vLLM's here: no backend is made for this compute capability"
         yield Check("formats", "note", words)
         return

@@ -133,12 +133,17 @@ def layers_of(stored: dict[str, StoredTensor], config: Mapping[str, Any]) -> lis
 
 
 def usable_backend(settings: "Settings") -> str:
-    """The backend that serves here; ValueError where this machine cannot run it."""
+    """The backend that serves here; ValueError where there is none that this machine can run."""
     import torch
 
-    from vllm_dsv4_moe.moe_method import backend_name, check_device
+    from vllm_dsv4_moe.moe_method import backend_name, check_device, has_backend
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if capability is not None and not has_backend(settings, capability):
+        major, minor = capability
+        raise ValueError(
+            f"no backend is made for compute capability {major}.{minor}: vLLM runs every layer here"
+        )
     name = backend_name(settings, capability)
     check_device(name, capability, is_eager=True)
     return name
