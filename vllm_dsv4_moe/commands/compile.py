@@ -115,9 +115,8 @@ def shape_of(args: argparse.Namespace) -> "MoeShape":
     """Of one rank, by the command's options; ValueError where it cannot run."""
     config = text_config(model_config(args.model))
     quant = config.get("quantization_config")
-    weight_format = args.experts or ("nvfp4" if args.arch != "sm_90a" else "mxfp4")
-    if args.experts is None and quant:
-        weight_format = format_of(quant)
+    of_gpu = "mxfp4" if args.arch == "sm_90a" else "nvfp4"
+    weight_format = args.experts or (format_of(quant) if quant else of_gpu)
     shape = rank_shape(
         moe_sizes(config),
         args.arch,
