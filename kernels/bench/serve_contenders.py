@@ -69,29 +69,28 @@ class Bench:
         self.compared: dict[str, list[float]] = {}
         self.prompts = [self.tokens(64) for _ in range(4)]
         self.is_ended = False
-        self.memory_fraction: float | None = None  # of a GPU's, for each server that shares it
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def environment(self, of: Contender) -> dict[str, str]:
+    def environment(self, of: Contender, num_servers: int) -> dict[str, str]:
+        """Of one of so many servers that share a GPU."""
         paths = [str(self.site), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         return {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_DEEP_GEMM_WARMUP": "skip",
-            MEMORY_FRACTION: str(self.memory_fraction or ""),
+            MEMORY_FRACTION: str(OF_PYTORCH / num_servers) if num_servers > 1 else "",
             **of.environment,
         }
 
     @contextmanager
     def started(self, contenders: Sequence[Contender], arguments: Sequence[str]) -> Iterator[None]:
         """All of them, at once; one that does not start is a row and costs no other."""
-        several = len(contenders) > 1
-        self.memory_fraction = OF_PYTORCH / len(contenders) if several else None
-        with ExitStack() as stack, ThreadPoolExecutor(len(contenders)) as pool:
+        count = len(contenders)
+        with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
             try:
-                list(pool.map(lambda each: self.start(stack, each, arguments), contenders))
+                list(pool.map(lambda each: self.start(stack, each, arguments, count), contenders))
             except BaseException:
                 self.is_ended = True
                 raise
@@ -102,12 +101,14 @@ class Bench:
             finally:
                 self.servers.clear()
 
-    def start(self, stack: ExitStack, one: Contender, arguments: Sequence[str]) -> None:
+    def start(
+        self, stack: ExitStack, one: Contender, arguments: Sequence[str], num_servers: int
+    ) -> None:
         given = [*arguments, *one.arguments]
         row: dict = {"contender": one.name, "arguments": given}
         with self.failing(row):
             log = self.folder / f"{one.name}.log"
-            self.servers[one.name] = stack.enter_context(self.server(one, given, log))
+            self.servers[one.name] = stack.enter_context(self.server(one, given, log, num_servers))
             row |= readiness(self.servers[one.name])
         self.add("servers", row)
 
@@ -115,15 +116,14 @@ class Bench:
         """By itself, as large as the GPU holds: how soon it is ready, and its KV cache."""
         row = {"contender": one.name, "layers": config["num_hidden_layers"]}
         self.model = write_model(self.folder / f"{one.name}-alone", config)
-        self.memory_fraction = None
         with self.failing(row):
             log = self.folder / f"{one.name}-alone.log"
-            with self.server(one, [*arguments, *one.arguments], log) as server:
+            with self.server(one, [*arguments, *one.arguments], log, 1) as server:
                 row |= readiness(server)
         self.add("starts", row)
 
-    def server(self, one: Contender, arguments: Sequence[str], log: Path):
-        environment, left = self.environment(one), self.left()
+    def server(self, one: Contender, arguments: Sequence[str], log: Path, num_servers: int):
+        environment, left = self.environment(one, num_servers), self.left()
         return serve(self.model, log, arguments, environment, left, progress=self.go_on)
 
     def go_on(self, *_) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from bench import serve, serve_contenders, serve_report
 from bench.arguments import call
-from bench.random_weights import real_config
+from bench.random_weights import MEMORY_FRACTION, real_config
 from bench.serve_contenders import Bench
 from bench.serve_load import Clocks, Load, kv_tokens, step_ms, sum_and_count
 
@@ -255,6 +255,14 @@ def test_a_server_that_cannot_be_profiled_costs_no_other(monkeypatch, tmp_path):
     bench.profile()
     assert results["failures"] == [{"part": "profile of a", "failure": "no graph"}]
     assert [row["contender"] for row in results["profile"]] == ["b"] * 3
+
+
+def test_servers_that_share_a_gpu_keep_to_their_share(tmp_path):
+    config = real_config("flash", "nvfp4", 4) | {"vocab_size": 300}
+    bench = Bench(tmp_path, config, {}, lambda: None, deadline=0)
+    one = serve.contender("marlin", "nvfp4")
+    shares = [bench.environment(one, count)[MEMORY_FRACTION] for count in (3, 1)]
+    assert 0.3 < float(shares[0]) < 1 / 3 and shares[1] == ""
 
 
 def test_a_row_has_the_clocks_of_its_own_time(monkeypatch):
