@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from bench.arguments import call, run_and_report
 from bench.random_weights import real_config
 from bench.released import num_layers
 from bench.serve_contenders import Bench, Contender, contender
-from bench.serve_load import Clocks, Load
+from bench.serve_load import Clocks, Load, query_gpu
 
 from vllm_dsv4_moe.commands.tiny import write_json
 
@@ -125,10 +124,7 @@ def capture_sizes(drafted: int) -> tuple[str, ...]:
 
 
 def gpu_facts() -> dict:
-    query = "name,driver_version,memory.total,clocks.max.sm"
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    name, driver, mib, mhz = text.strip().split(", ")
+    name, driver, mib, mhz = query_gpu("name", "driver_version", "memory.total", "clocks.max.sm")
     return {"gpu": name, "driver": driver, "memory_mib": int(mib), "max_sm_mhz": int(mhz)}
 
 

@@ -5,6 +5,7 @@ That code runs in this process, since importing it anew takes longer than most l
 
 import asyncio
 import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -139,10 +140,17 @@ def rpc(server: Server, method: str, *arguments: object) -> dict:
     return server.post("/collective_rpc", body)["results"][0]
 
 
+def query_gpu(*what: str) -> list[str]:
+    """What nvidia-smi says, without units, of the first GPU that this process sees."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(what)}"]
+    command.append("--format=csv,noheader,nounits")
+    text = subprocess.run(command, capture_output=True, text=True).stdout
+    return [value.strip() for value in text.split(",")]
+
+
 class Clocks:
     """The GPU's clock and power about once a second, for as long as a `with` lasts."""
-
-    QUERY = ("nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,power.draw")
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, float]] = []  # MHz, watts
@@ -158,11 +166,9 @@ class Clocks:
         self.thread.join()
 
     def sample(self) -> None:
-        command = [*self.QUERY, "--format=csv,noheader,nounits"]
-        while shutil.which(command[0]) and not self.over.wait(0.7):
-            text = subprocess.run(command, capture_output=True, text=True).stdout
+        while shutil.which("nvidia-smi") and not self.over.wait(0.7):
             with contextlib.suppress(ValueError):  # a GPU without a power meter
-                mhz, watts = map(float, text.split(","))
+                mhz, watts = map(float, query_gpu("clocks.sm", "power.draw"))
                 self.samples.append((mhz, watts))
 
     @contextlib.contextmanager

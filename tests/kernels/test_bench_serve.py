@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from bench import serve, serve_contenders, serve_report
 from bench.arguments import call
 from bench.random_weights import MEMORY_FRACTION, real_config
 from bench.serve_contenders import Bench
-from bench.serve_load import Clocks, Load, kv_tokens, step_ms, sum_and_count
+from bench.serve_load import Clocks, Load, kv_tokens, query_gpu, step_ms, sum_and_count
 
 ROOT = Path(__file__).parents[2]
 H200_BYTES = 143_771 * 2**20
@@ -275,6 +276,17 @@ def test_a_row_has_the_clocks_of_its_own_time(monkeypatch):
     with Clocks() as clocks, clocks.during(row := {}):
         pass
     assert row.keys() == {"seconds"}
+
+
+def test_the_gpu_that_is_asked_is_the_one_that_is_used(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text('#!/bin/sh\necho "$1, $2"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert query_gpu("name") == ["--id=0", "--query-gpu=name"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert query_gpu("name")[0] == "--id=1"
 
 
 def test_a_load_is_left_out_when_there_is_no_time_for_it(tmp_path):
