@@ -1,8 +1,8 @@
 """What bench.serve measured: the README's tables and plot, each bar, and a step's kernels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import NamedTuple
 
 from bench.released import MODELS, num_layers
@@ -26,6 +26,7 @@ PREFILL_BARS = ("4 × 2048 + 1", "16 × 2048 + 1", "4 × 8000 + 1")
 ITL_BAR, THROUGHPUT_BAR, PREFILL_BAR = 1.1, 1.12, 1.12
 GRAPH_US_A_LAYER = 6.0
 MXFP4_BAR = 0.95  # of vLLM's default, whose experts multiply in FP8
+READY_RESOLUTION = 0.5  # seconds between two questions whether a server is ready
 FP8_PREFILL_BAR, FP8_TPOT_BAR = 1.2, 1.0  # of the same, where this plugin's do, too
 
 
@@ -50,25 +51,34 @@ def peers(run: dict) -> list[str]:
     return [name for name in columns_of(run) if name not in OURS]
 
 
+def is_throughput(metric: str) -> bool:
+    return metric.endswith("throughput")
+
+
+def best(metric: str) -> Callable[[Iterable[float]], float]:
+    return max if is_throughput(metric) else min
+
+
 def value(run: dict, contender: str, load: str, metric: str) -> float | None:
-    """Median over the times that a load was measured; over those in which no kernel was compiled,
-    if there are any."""
+    """The best of the times that a load was measured, since what disturbs one, another process or a
+    compiler, only adds time; of those in which no kernel was compiled, if there are any."""
     rows = [
         row
         for row in run.get("loads", ())
         if row["contender"] == contender and row["load"] == load and row.get(metric) is not None
     ]
     rows = [row for row in rows if not row.get("compiled")] or rows
-    return median(row[metric] for row in rows) if rows else None
+    return best(metric)(row[metric] for row in rows) if rows else None
 
 
 def speedup(run: dict, load: str, metric: str, contender: str = "plugin") -> float | None:
-    """How many times the better peer it is; throughputs are better when larger."""
+    """How many times the better peer it is."""
     ours = value(run, contender, load, metric)
     theirs = [v for name in peers(run) if (v := value(run, name, load, metric)) is not None]
     if ours is None or not theirs:
         return None
-    return ours / max(theirs) if metric.endswith("throughput") else min(theirs) / ours
+    peer = best(metric)(theirs)
+    return ours / peer if is_throughput(metric) else peer / ours
 
 
 def paired(run: dict, metric: str) -> dict[str, tuple[float, float]]:
@@ -147,7 +157,8 @@ def server_bars(run: dict) -> Iterator[Bar]:
     complete = bool(ours and theirs)
     ready = ours["ready_s"] - min(r["ready_s"] for r in theirs) if complete else None
     shown = "-" if ready is None else f"{ready:+.1f} s"
-    yield Bar("ready, beyond the sooner peer", "≤ 0 s", shown, ready is not None and ready <= 0)
+    met = ready is not None and ready <= READY_RESOLUTION
+    yield Bar("ready, beyond the sooner peer", f"≤ {READY_RESOLUTION} s", shown, met)
     if run.get("starts"):
         less = max(r["kv_tokens"] for r in theirs) - ours["kv_tokens"] if complete else None
         shown = "-" if less is None else f"{less:,}"

@@ -107,7 +107,7 @@ def test_batch_1_is_paired_by_repeat():
 
 
 def change_ready(run: dict) -> None:
-    run["starts"][0]["ready_s"] = 61.5
+    run["starts"][0]["ready_s"] += 2
 
 
 def change_tokens(run: dict) -> None:
@@ -230,14 +230,26 @@ def test_every_step_that_is_measured_has_a_graph(drafted):
 def test_a_time_in_which_a_kernel_was_compiled_does_not_count():
     run = a_run()
     mine = [r for r in run["loads"] if (r["contender"], r["load"]) == ("plugin", "8 × 32 + 512")]
-    mine[0] |= {"compiled": ["_scan"], "median_tpot_ms": 99.0}
+    mine[0] |= {"compiled": ["_scan"], "median_tpot_ms": 0.1}
     of = (run, "plugin", "8 × 32 + 512", "median_tpot_ms")
     assert serve_report.value(*of) == mine[1]["median_tpot_ms"]
     says = "8 × 32 + 512, this plugin: kernels were compiled each time: _scan"
     assert says not in serve_report.details({"runs": {"": run}})
     mine[1]["compiled"] = ["_scan"]
-    assert serve_report.value(*of) == (99 + mine[1]["median_tpot_ms"]) / 2
+    assert serve_report.value(*of) == 0.1
     assert says in serve_report.details({"runs": {"": run}})
+
+
+def test_of_several_times_the_best_counts():
+    run = a_run()
+    for load, metric, worse in (
+        ("8 × 32 + 512", "median_tpot_ms", 2),
+        ("4 × 2048 + 1", "total_token_throughput", 0.5),
+    ):
+        row = next(r for r in run["loads"] if (r["contender"], r["load"]) == ("plugin", load))
+        before = serve_report.value(run, "plugin", load, metric)
+        run["loads"].append(row | {metric: row[metric] * worse})
+        assert serve_report.value(run, "plugin", load, metric) == before
 
 
 def test_a_server_that_cannot_be_profiled_costs_no_other(monkeypatch, tmp_path):
