@@ -13,16 +13,18 @@ routing touches / 4.3 TB/s, operations / 790 TFLOP/s), the rates measured on an 
 import argparse
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 from bench.arguments import call, run_and_report
 from bench.inputs import LIMIT, Inputs, cold_inputs, expert_map, floor_us, random_weights
 from bench.peers import Call, MakeCall, nvfp4_peer
 from bench.released import released_shape
-from bench.timing import time_us, write_results
+from bench.timing import query_gpu, time_us, write_results
 from dsv4_kernels import moe as layers
 from dsv4_kernels import reference
 from dsv4_kernels.backends import Backend, choose_backend
@@ -36,6 +38,7 @@ TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 # Norm of the error over the norm of the output. Ours rounds h and rows to bf16; the others also
 # round where they please, and a wrong expert or scale is far above this.
 TOLERANCE = 2.0**-6
+REPLAYS = 20  # a turn
 
 
 def ours(shape: MoeShape, weights: ExpertWeights, backend: Backend | None = None) -> MakeCall:
@@ -62,6 +65,14 @@ BACKENDS: dict[str, Callable[[MoeShape, ExpertWeights], MakeCall]] = {
 }
 
 
+def make(
+    contender: Callable[[MoeShape, ExpertWeights], MakeCall],
+    shape: MoeShape,
+    weights: Callable[[], ExpertWeights],
+) -> MakeCall:
+    return contender(shape, weights())
+
+
 def oracle(
     shape: MoeShape, weights: ExpertWeights, inputs: dict[int, list[Inputs]]
 ) -> dict[int, torch.Tensor]:
@@ -76,34 +87,71 @@ def oracle(
 
 
 def measure(
-    name: str, make: Callable[[], MakeCall], inputs: dict, expected: dict, tolerance: float
-) -> list[dict]:
-    """Rows of one backend: microseconds and error at each number of tokens, or what failed."""
-    torch.cuda.empty_cache()
-    rows = []
-    try:
-        make_call = make()
-        for num_tokens, sets in inputs.items():
-            calls = [make_call(each) for each in sets]
-            out, want = calls[0]().float(), expected[num_tokens].float()
-            error = float((out - want).norm() / want.norm().clamp(min=1e-30))
-            row = {"backend": name, "tokens": num_tokens, "error": error}
-            if error < tolerance or not want.any():
-                row["us"] = time_us(calls)
-            rows.append(row)
+    makers: Mapping[str, Callable[[], MakeCall]],
+    inputs: dict[int, list[Inputs]],
+    expected: dict[int, torch.Tensor],
+    tolerances: Mapping[str, float],
+) -> Iterator[dict]:
+    """A row of each backend at each number of tokens: its error, and if that is within tolerance
+    its microseconds, the SM's clock and the power; or what failed.
+
+    All are resident and take turns at each number of tokens, forth and back, so that none has the
+    cooler GPU; `us` is the mean of the two.
+    """
+    made: dict[str, MakeCall] = {}
+
+    @contextmanager
+    def failing(row: dict) -> Iterator[None]:
+        try:
+            yield
+        except Exception as failure:  # one peer's failure must not cost the others' numbers
+            traceback.print_exc()
+            row["failure"] = repr(failure)[:300]
+            made.pop(row["backend"], None)
+
+    for name, make in makers.items():
+        row: dict = {"backend": name, "tokens": 0}
+        with failing(row):
+            made[name] = make()
+        torch.cuda.empty_cache()
+        if "failure" in row:
+            yield row
+    for num_tokens, sets in inputs.items():
+        rows: dict[str, dict] = {n: {"backend": n, "tokens": num_tokens} for n in made}
+        calls: dict[str, list[Call]] = {}
+        turns: dict[str, list[dict[str, float]]] = {name: [] for name in made}
+        for name, row in rows.items():
+            with failing(row):
+                calls[name] = [made[name](each) for each in sets]
+                out, want = calls[name][0]().float(), expected[num_tokens].float()
+                row["error"] = float((out - want).norm() / want.norm().clamp(min=1e-30))
+                if row["error"] >= tolerances[name] and want.any():
+                    del calls[name]
+        for name in (*calls, *reversed(calls)):
+            if name in made:
+                with failing(rows[name]):
+                    turns[name].append(timed(calls[name]))
+        for name, row in rows.items():
+            if len(turns[name]) == 2:
+                there, back = turns[name]
+                row |= {key: mean((there[key], back[key])) for key in there if key in back}
             print(name, row, flush=True)
-    except Exception as failure:  # one peer's failure must not cost the others' numbers
-        traceback.print_exc()
-        rows.append({"backend": name, "tokens": 0, "failure": repr(failure)[:300]})
-    return rows
+            yield row
 
 
-def with_floor(rows: list[dict], title: str, shape: MoeShape, inputs: dict) -> list[dict]:
-    return [
-        {"model": title, **row}
-        | ({"floor_us": floor_us(shape, inputs[row["tokens"]])} if row["tokens"] else {})
-        for row in rows
-    ]
+def timed(calls: list[Call]) -> dict[str, float]:
+    row: dict[str, float] = {}
+
+    def look() -> None:
+        with suppress(OSError, ValueError):  # no nvidia-smi, or a GPU without a power meter
+            row["sm_mhz"], row["watts"] = map(float, query_gpu("clocks.sm", "power.draw"))
+
+    return {"us": time_us(calls, replays=REPLAYS, meanwhile=look)} | row
+
+
+def with_floor(row: dict, title: str, shape: MoeShape, inputs: dict) -> dict:
+    floor = {"floor_us": floor_us(shape, inputs[row["tokens"]])} if row["tokens"] else {}
+    return {"model": title, **row} | floor
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -114,11 +162,12 @@ def run(arguments: argparse.Namespace) -> None:
         inputs = {num_tokens: cold_inputs(shape, num_tokens) for num_tokens in TOKENS}
         weights = partial(random_weights, shape, equal_scales=True)
         expected = oracle(shape, weights(), inputs)
-        for name in arguments.backends.split(","):
-            found = measure(
-                name, lambda: BACKENDS[name](shape, weights()), inputs, expected, TOLERANCE
-            )
-            rows += with_floor(found, title, shape, inputs)
+        makers = {
+            name: partial(make, BACKENDS[name], shape, weights)
+            for name in arguments.backends.split(",")
+        }
+        for row in measure(makers, inputs, expected, dict.fromkeys(makers, TOLERANCE)):
+            rows.append(with_floor(row, title, shape, inputs))
     write_results(arguments.out, rows, arguments.commit, limit=LIMIT)
 
 

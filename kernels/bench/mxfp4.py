@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.arguments import call, run_and_report
 from bench.inputs import LIMIT, cold_inputs, random_weights
-from bench.layer import TOLERANCE, measure, oracle, ours, with_floor
+from bench.layer import TOLERANCE, make, measure, oracle, ours, with_floor
 from bench.peers import MakeCall, mxfp4_peer
 from bench.released import released_shape
 from bench.timing import write_results
@@ -100,17 +100,17 @@ def run(arguments: argparse.Namespace) -> None:
 def run_shapes(shapes: dict[str, MoeShape], arguments, deadline: float) -> None:
     rows: list[dict] = []
     for title, shape in shapes.items():
+        if time.monotonic() > deadline:
+            print(f"no time left for {title}", flush=True)
+            continue
         inputs = {num_tokens: cold_inputs(shape, num_tokens) for num_tokens in TOKENS}
         expected = oracle(shape, random_weights(shape), inputs)
+        makers, tolerances = {}, {}
         for name in arguments.backends.split(","):
-            if time.monotonic() > deadline:
-                print(f"no time left for {title}, {name}", flush=True)
-                continue
-            tolerance = FP8_TOLERANCE if name.endswith("_fp8") else TOLERANCE
-            make = lambda: BACKENDS[name](shape, random_weights(shape))  # noqa: E731
-            rows += with_floor(
-                measure(name, make, inputs, expected, tolerance), title, shape, inputs
-            )
+            makers[name] = partial(make, BACKENDS[name], shape, partial(random_weights, shape))
+            tolerances[name] = FP8_TOLERANCE if name.endswith("_fp8") else TOLERANCE
+        for row in measure(makers, inputs, expected, tolerances):
+            rows.append(with_floor(row, title, shape, inputs))
             write_results(arguments.out, rows, arguments.commit, limit=LIMIT)
 
 

@@ -34,7 +34,8 @@ from bench.arguments import call, run_and_report
 from bench.random_weights import real_config
 from bench.released import num_layers
 from bench.serve_contenders import Bench, Contender, contender
-from bench.serve_load import Clocks, Load, query_gpu
+from bench.serve_load import Clocks, Load
+from bench.timing import query_gpu
 
 from vllm_dsv4_moe.commands.tiny import write_json
 

@@ -5,16 +5,16 @@ That code runs in this process, since importing it anew takes longer than most l
 
 import asyncio
 import contextlib
-import os
 import re
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+from bench.timing import query_gpu
 
 from vllm_dsv4_moe.commands.serving import MODEL_NAME, Server, ServerError
 
@@ -138,15 +138,6 @@ def rpc(server: Server, method: str, *arguments: object) -> dict:
     """A method of bench.serve_worker, of the first worker."""
     body = {"method": method, "args": arguments}
     return server.post("/collective_rpc", body)["results"][0]
-
-
-def query_gpu(*what: str) -> list[str]:
-    """What nvidia-smi says, without units, of the first GPU that this process sees."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(what)}"]
-    command.append("--format=csv,noheader,nounits")
-    text = subprocess.run(command, capture_output=True, text=True).stdout
-    return [value.strip() for value in text.split(",")]
 
 
 class Clocks:

@@ -7,6 +7,8 @@ medians, per call, of back-to-back launches as a captured layer makes them.
 """
 
 import json
+import os
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -14,8 +16,15 @@ from statistics import median
 import torch
 
 
-def time_us(calls: Sequence[Callable[[], object]], *, replays: int = 40) -> float:
-    """Median microseconds per call over replays of one graph that makes every call once."""
+def time_us(
+    calls: Sequence[Callable[[], object]],
+    *,
+    replays: int = 40,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> float:
+    """Median microseconds per call over replays of one graph that makes every call once.
+
+    `meanwhile` is called while the GPU is at it."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:  # compiles what it launches
@@ -34,6 +43,7 @@ def time_us(calls: Sequence[Callable[[], object]], *, replays: int = 40) -> floa
             graph.replay()
             end.record()
             spans.append((start, end))
+        meanwhile()
         stream.synchronize()
     return median(start.elapsed_time(end) for start, end in spans) * 1000 / len(calls)
 
@@ -59,6 +69,15 @@ def copy_bandwidth() -> float:
     copies = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
     us = min(time_us([copy], replays=10) for copy in copies)
     return 2 * source.nbytes / (us * 1e-6)
+
+
+def query_gpu(*what: str) -> list[str]:
+    """What nvidia-smi says, without units, of the first GPU that this process sees."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(what)}"]
+    command.append("--format=csv,noheader,nounits")
+    text = subprocess.run(command, capture_output=True, text=True).stdout
+    return [value.strip() for value in text.split(",")]
 
 
 def write_results(path: Path, rows: list[dict], commit: str, **facts) -> None:

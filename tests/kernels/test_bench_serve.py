@@ -13,7 +13,8 @@ from bench import serve, serve_contenders, serve_report
 from bench.arguments import call
 from bench.random_weights import MEMORY_FRACTION, real_config
 from bench.serve_contenders import Bench
-from bench.serve_load import Clocks, Load, kv_tokens, query_gpu, step_ms, sum_and_count
+from bench.serve_load import Clocks, Load, kv_tokens, step_ms, sum_and_count
+from bench.timing import query_gpu
 
 ROOT = Path(__file__).parents[2]
 H200_BYTES = 143_771 * 2**20
