@@ -17,7 +17,11 @@ import torch
 REPLAYS = 50
 TRACED_REPLAYS = 3
 # vLLM's gate of more than 16 tokens is cuBLAS's, which other products are, too: then the router.
-GATES = ("LLBf16Dotprod", "_gate_route", "topkGatingSoftplusSqrt")
+GATES = (
+    "LLBf16Dotprod",
+    "_gate_route",
+    *("topkGatingSoftplusSqrt", "_dsv4_topk_kernel", "dsv4HashTopkSoftplusSqrt"),
+)
 BEFORE_GATE = "mhc_pre"
 SUMS = ("CUDAFunctor_add", "CUDAFunctorOnSelf_add")  # of shared and routed experts
 

@@ -79,11 +79,16 @@ def test_a_layers_window_is_from_before_the_gate_to_the_sum():
     assert (second.start, second.end, len(second.kernels)) == (105, 152, 9)
 
 
-def test_a_layer_whose_gate_is_cublas_is_known_by_its_router():
-    others = {
-        "LLBf16Dotprod": "nvjet_tst",
-        "_router_kernel": "void vllm::moe::topkGatingSoftplusSqrt",
-    }
+@pytest.mark.parametrize(
+    "router",
+    [
+        "void vllm::moe::topkGatingSoftplusSqrt",  # vLLM 0.32
+        "_dsv4_topk_kernel",  # 0.33
+        "void vllm::moe::dsv4HashTopkSoftplusSqrt<float, 6>",
+    ],
+)
+def test_a_layer_whose_gate_is_cublas_is_known_by_its_router(router):
+    others = {"LLBf16Dotprod": "nvjet_tst", "_router_kernel": router}
     peer = [k._replace(name=others.get(k.name, k.name)) for k in LAYER]
     assert [window[:2] for window in layer_windows(peer)] == [(5, 52)]
 
