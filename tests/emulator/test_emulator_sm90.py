@@ -64,6 +64,7 @@ TILES = {
     "one block a stage": Sm90Config(1, 2, (16, 32), 64),
     "four steps": Sm90Config(1, 2, (16, 32), 128),
     "two row blocks": Sm90Config(2, 2, (16, 32), 64),
+    "of the fewest rows": Sm90Config(2, 3, (8, 16), 128),
 }
 
 

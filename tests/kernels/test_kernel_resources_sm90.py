@@ -21,7 +21,8 @@ KERNELS |= {f"mxfp4-{n}": sm90.gemms(MXFP4, n)[0] for n in (8, 8192)}
 KERNELS |= {f"fp8-{n}": sm90.gemms(MXFP4._replace(fp8=True), n)[0] for n in (8, 8192)}
 for size in (576, 288):
     shape = MoeShape(384, 384, 6, 5120, size, 8192, False, weight_format="mxfp4")
-    KERNELS |= {f"v41-{size}-{gemm.op}": gemm for gemm in sm90.gemms(shape, 512)}
+    for n in (8, 512):
+        KERNELS |= {f"v41-{size}-{gemm.op}-{n}": gemm for gemm in sm90.gemms(shape, n)}
     fc2 = sm90.gemms(shape._replace(fp8=True), 128)[1]
     KERNELS[f"v41-{size}-fp8-fc2"] = fc2  # stages of an odd number of blocks
 
