@@ -1,6 +1,7 @@
 """Whole servers at V4's layer sizes: this plugin beside vLLM's own experts.
 
     python -m bench.serve run --out serve.json --format nvfp4 --seconds 480
+    python -m bench.serve run --out serve.json --format nvfp4 --in-turn --seconds 1000
     python -m bench.serve run --out serve.json --format mxfp4 --topology dp2-ep --seconds 900
     python -m bench.serve report serve.json [--plot serve.svg]
     python -m bench.serve report serve.json --profile
@@ -11,9 +12,11 @@ Their log-probabilities are compared first. Then they are loaded in turn by `vll
 code, the most telling loads first, and again until the seconds are over. What was measured is kept
 after every load, beside other formats' and versions' in the same file.
 
-With a topology a server has several GPUs and all of the model's layers: one starts after another,
-is compared with the first, and loaded in its share of the seconds. Each rank draws its weights by a
-tensor's name, so that servers of different topologies hold different models.
+In turn, each server has the GPU for itself, with up to 24 layers: with fewer, a step of few
+sequences is the host's. One starts after another, is compared with the first, and measured in its
+share of the seconds. So do servers of a topology, which have several GPUs and all of the model's
+layers; each rank draws its weights by a tensor's name, so that servers of different topologies hold
+different models.
 """
 
 import argparse
@@ -80,42 +83,42 @@ MOST_TIMES = 5  # that a load is measured
 START_SECONDS = 120  # of a server alone, whose kernels are compiled; 75 of them are imports
 
 
-def run_bench(
+def run_together(
     bench: Bench, contenders: Sequence[Contender], parts: Sequence[str], arguments: Sequence[str]
 ) -> None:
-    """The parts that are asked for, in the order of what they tell."""
     reserved = START_SECONDS * len(contenders) * ("starts" in parts)
     with Clocks() as clocks, bench.started(contenders, (*arguments, *TOGETHER)):
-        bench.compare()
-        if "decodes" in parts:
-            bench.loads(DECODES, 1, clocks, 0)
-        if "steps" in parts:
-            bench.attempt("steps", bench.steps)
-        if "prompts" in parts:
-            bench.loads(PROMPTS, 1, clocks, 0)
-        if "profile" in parts:
-            bench.profile()
-        bench.attempt("memory", bench.memory)
-        again = DECODES * ("decodes" in parts) + PROMPTS * ("prompts" in parts)
-        for number in range(2, MOST_TIMES + 1):
-            if not bench.loads(again, number, clocks, reserved + 5):
-                break
+        measure(bench, parts, clocks, reserved)
 
 
 def run_in_turn(
     bench: Bench, contenders: Sequence[Contender], parts: Sequence[str], arguments: Sequence[str]
 ) -> None:
     """Each alone, for as much of the time that is left as any after it has."""
-    loads = DECODES * ("decodes" in parts) + PROMPTS * ("prompts" in parts)
     with Clocks() as clocks:
         for started, one in enumerate(contenders):
             kept = bench.left() * (1 - 1 / (len(contenders) - started))
-            with bench.started([one], arguments):
-                bench.compare()
-                number = 1
-                while number <= MOST_TIMES and bench.loads(loads, number, clocks, kept):
-                    number += 1
-                bench.attempt("memory", bench.memory)
+            with bench.started([one], (*arguments, *ALONE, EXTENSION)):
+                measure(bench, parts, clocks, kept)
+
+
+def measure(bench: Bench, parts: Sequence[str], clocks: Clocks, until: float) -> None:
+    """What is asked for of the servers that run, in the order of what it tells, and loads again
+    until no more than so many seconds are left."""
+    bench.compare()
+    if "decodes" in parts:
+        bench.loads(DECODES, 1, clocks, until)
+    if "steps" in parts:
+        bench.attempt("steps", bench.steps)
+    if "prompts" in parts:
+        bench.loads(PROMPTS, 1, clocks, until)
+    if "profile" in parts:
+        bench.profile()
+    bench.attempt("memory", bench.memory)
+    again = DECODES * ("decodes" in parts) + PROMPTS * ("prompts" in parts)
+    for number in range(2, MOST_TIMES + 1):
+        if not bench.loads(again, number, clocks, until + 5):
+            break
 
 
 def capture_sizes(drafted: int) -> tuple[str, ...]:
@@ -154,6 +157,7 @@ def keeper(path: Path, key: str, results: dict) -> Callable[[], None]:
 def run(arguments: argparse.Namespace) -> None:
     deadline = time.monotonic() + arguments.seconds
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns at each load
     peers = (arguments.peers or PEERS[arguments.format]).split(",")
     ours = arguments.ours.split(",") if arguments.ours else OURS[arguments.format]
     if not set(ours) <= set(serve_report.OURS) or set(peers) & set(serve_report.OURS):
@@ -163,11 +167,13 @@ def run(arguments: argparse.Namespace) -> None:
         )
     contenders = [contender(name, arguments.format) for name in (*ours, *peers)]
     facts, topology = gpu_facts(), arguments.topology
-    parts = arguments.parts or (PARTS_OF_RANKS if topology else PARTS[:-1])
-    if topology and not set(parts) <= set(PARTS_OF_RANKS):
+    in_turn = arguments.in_turn or bool(topology)
+    possible = PARTS_OF_RANKS if topology else PARTS[:-1] if in_turn else PARTS
+    parts = arguments.parts or possible[: len(PARTS) - 1]
+    if not set(parts) <= set(possible):
         raise ValueError(
-            f"parts are {' and '.join(parts)}: with --topology, {' and '.join(PARTS_OF_RANKS)} can "
-            "be measured"
+            f"parts are {' and '.join(parts)}: with {'--topology' if topology else '--in-turn'}, "
+            f"{' and '.join(possible)} can be measured"
         )
 
     def config(servers: int, layers: int | None) -> dict:
@@ -179,7 +185,7 @@ def run(arguments: argparse.Namespace) -> None:
         fit = layers_that_fit(any_number, servers, facts["memory_mib"] * 2**20)
         return real_config(*of, layers or fit, arguments.mtp)
 
-    together = config(len(contenders), arguments.layers)
+    model = config(1 if in_turn else len(contenders), arguments.layers)
     results = facts | {
         "cores": len(os.sched_getaffinity(0)),
         "vllm": importlib.metadata.version("vllm"),
@@ -188,23 +194,21 @@ def run(arguments: argparse.Namespace) -> None:
         "model": arguments.model,
         "format": arguments.format,
         "mtp": arguments.mtp,
-        "layers": together["num_hidden_layers"],
+        "layers": model["num_hidden_layers"],
         "topology": topology,
+        "in_turn": in_turn,
     }
-    features = ["mtp"] * bool(arguments.mtp) + [topology] * bool(topology)
+    features = ["mtp"] * bool(arguments.mtp)
+    features += [topology or "in-turn"] * in_turn
     keys = [arguments.model, arguments.format, *features, results["vllm"]]
     speculative = json.dumps({"method": "mtp", "num_speculative_tokens": arguments.mtp})
     options = (*ARGUMENTS, *[f"--speculative-config={speculative}"] * bool(arguments.mtp))
     with TemporaryDirectory() as folder:
         keep = keeper(arguments.out, "-".join(keys), results)
-        bench = Bench(Path(folder), together, results, keep, deadline)
+        bench = Bench(Path(folder), model, results, keep, deadline)
+        options += TOPOLOGIES[topology] if topology else capture_sizes(arguments.mtp)
         try:
-            if topology:
-                one_server = (*options, *ALONE, EXTENSION, *TOPOLOGIES[topology])
-                run_in_turn(bench, contenders, parts, one_server)
-            else:
-                options = (*options, *capture_sizes(arguments.mtp))
-                run_bench(bench, contenders, parts, options)
+            (run_in_turn if in_turn else run_together)(bench, contenders, parts, options)
             for one in contenders if "starts" in parts else ():
                 if bench.left() > START_SECONDS:
                     bench.start_alone(one, config(1, None), (*options, *ALONE))
@@ -232,6 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
     runner.add_argument("--model", choices=models, default="flash", help="whose layer sizes")
     runner.add_argument("--ours", help="plugin, plugin_fp8 (default: of the format)")
     runner.add_argument("--peers", help="moe backends of vLLM; `default` is its own choice")
+    runner.add_argument("--in-turn", action="store_true", help="one server after another")
     runner.add_argument("--topology", choices=TOPOLOGIES, help="servers on several GPUs, in turn")
     runner.add_argument("--layers", type=int, help="(default: what fits; all, with a topology)")
     runner.add_argument("--mtp", type=int, default=0, help="tokens that a draft layer proposes")

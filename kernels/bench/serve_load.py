@@ -5,6 +5,7 @@ That code runs in this process, since importing it anew takes longer than most l
 
 import asyncio
 import contextlib
+import os
 import re
 import shutil
 import threading
@@ -90,18 +91,28 @@ def bench_serve(server: Server, model: Path, load: Load, seed: int, seconds: flo
 
 def measure(server: Server, model: Path, load: Load, seed: int, seconds: float) -> dict:
     """What the client saw, `step_ms`, the engine's own mean time between tokens, and `compiled`,
-    kernels that vLLM's monitor saw being compiled meanwhile, of which it does not see DeepGEMM's.
+    kernels that were compiled meanwhile.
     """
     before, log_bytes = inter_token_seconds(server), server.log.stat().st_size
+    deep_gemm = deep_gemm_kernels()
     row: dict = bench_serve(server, model, load, seed, seconds)
     row["step_ms"] = step_ms(before, inter_token_seconds(server))
-    if names := compiled(server.log, log_bytes):
-        row["compiled"] = names
-    return row
+    names = [*compiled(server.log, log_bytes), *sorted(deep_gemm_kernels() - deep_gemm)]
+    return row | ({"compiled": names} if names else {})
+
+
+def deep_gemm_kernels() -> set[str]:
+    """Names in DeepGEMM's cache: vLLM's monitor does not see what DeepGEMM compiles, for one number
+    of tokens after another."""
+    from vllm import envs
+
+    # As vllm.utils.deep_gemm has it.
+    root = os.environ.get("DG_JIT_CACHE_DIR") or os.path.join(envs.VLLM_CACHE_ROOT, "deep_gemm")
+    return {path.name for path in Path(root).glob("cache/*")}
 
 
 def compiled(log: Path, start: int) -> list[str]:
-    """Names of kernels that were compiled, as the log says from a byte on."""
+    """Names of kernels that vLLM's monitor saw being compiled, as the log says from a byte on."""
     with log.open("rb") as file:
         file.seek(start)
         text = file.read().decode(errors="replace")

@@ -159,7 +159,7 @@ def server_bars(run: dict) -> Iterator[Bar]:
     shown = "-" if ready is None else f"{ready:+.1f} s"
     met = ready is not None and ready <= READY_RESOLUTION
     yield Bar("ready, beyond the sooner peer", f"≤ {READY_RESOLUTION} s", shown, met)
-    if run.get("starts"):
+    if run.get("starts") or run.get("in_turn"):
         less = max(r["kv_tokens"] for r in theirs) - ours["kv_tokens"] if complete else None
         shown = "-" if less is None else f"{less:,}"
         yield Bar("KV tokens, fewer", "≤ 0", shown, less is not None and less <= 0)
@@ -172,7 +172,8 @@ def markdown(results: dict) -> str:
 def title(run: dict) -> str:
     draft = f", {run['mtp']} drafted tokens" if run["mtp"] else ""
     topology = run.get("topology")
-    where = f"each server alone, {topology}, each rank on" if topology else "all servers on"
+    where = "each server alone on" if run.get("in_turn") else "all servers on"
+    where = f"each server alone, {topology}, each rank on" if topology else where
     return (
         f"{run['format'].upper()}, vLLM {run['vllm']}, {MODELS[run['model']]}'s layer sizes, "
         f"{run['layers']} of {num_layers(run['model'])} layers{draft}, random weights; {where} "
@@ -214,14 +215,15 @@ def server_lines(run: dict, columns: Sequence[str]) -> Iterator[str]:
         size = rows.get(name, {}).get(key)
         return "-" if size is None else f"{size / GIB:.1f}"
 
-    topology = run.get("topology")
-    what = "ready, s" if topology else "ready, all at once, s"
+    in_turn, topology = run.get("in_turn"), run.get("topology")
+    what = "ready, s" if in_turn else "ready, all at once, s"
     yield line(what, *(ready(rows.get(c)) for c in columns), "")
     yield line("weights, GiB", *(gib("weights_bytes", c) for c in columns), "")
-    what = "most memory, GiB" if topology else "most memory with a KV cache of 4, GiB"
+    what = "most memory, GiB" if in_turn else "most memory with a KV cache of 4, GiB"
     yield line(what, *(gib("peak_bytes", c) for c in columns), "")
-    if topology:
-        yield line("KV tokens of a rank", *(kv_tokens(rows.get(c)) for c in columns), "")
+    if in_turn:
+        what = "KV tokens of a rank" if topology else "KV tokens"
+        yield line(what, *(kv_tokens(rows.get(c)) for c in columns), "")
     if alone:
         layers = next(iter(alone.values()))["layers"]
         what = f"alone, {layers} layers"

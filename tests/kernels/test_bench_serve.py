@@ -1,6 +1,8 @@
 """bench.serve without servers: what it keeps, the bars' arithmetic, the report, the kernels."""
 
+import contextlib
 import copy
+import itertools
 import json
 import os
 import sys
@@ -308,7 +310,14 @@ def test_a_load_is_left_out_when_there_is_no_time_for_it(tmp_path):
     bench = Bench(tmp_path, config | {"vocab_size": 300}, results, lambda: None, deadline=0)
     bench.servers = {"plugin": None, "marlin": None}
     load, slow = Load(8, 32, 512), Load(64, 32, 512)
-    results["loads"] = [{"load": slow.name, "seconds": 30.0}]
+    rows = [
+        {"contender": "marlin", "load": slow.name, "seconds": 40.0},
+        {"contender": "marlin", "load": slow.name, "seconds": 30.0},
+        {"contender": "plugin", "load": slow.name, "seconds": 20.0},
+        {"contender": "plugin", "load": slow.name, "seconds": 99.0, "compiled": ["_scan"]},
+        {"contender": "plugin", "load": slow.name, "seconds": 99.0, "failure": "none"},
+    ]
+    results["loads"] = rows
     assert bench.expected_seconds(slow) == 60
     assert 30 < bench.expected_seconds(load) < 60
     assert not bench.loads([load, slow], 1, None, 0)
@@ -345,20 +354,107 @@ def test_a_topology_is_that_of_the_deployment_and_has_no_graph_of_one_rank():
     assert deployment["data-parallel-size"] == 2 and deployment["enable-expert-parallel"]
     assert f"--max-num-batched-tokens={deployment['max-num-batched-tokens']}" in serve.ARGUMENTS
     assert f"--gpu-memory-utilization={deployment['gpu-memory-utilization']}" in serve.ALONE
-    run = a_run() | {"topology": "dp2-ep", "starts": [], "steps": {}, "profile": [], "layers": 43}
+    of_ranks = {"topology": "dp2-ep", "in_turn": True, "layers": 43}
+    run = a_run() | of_ranks | {"starts": [], "steps": {}, "profile": []}
     assert not [name for name in missed(run) if name.startswith("1 sequence")]
     shown = serve_report.markdown({"runs": {"": run}})
     assert "43 of 43 layers, random weights; each server alone, dp2-ep, each rank on one" in shown
     assert "| KV tokens of a rank | 5 | 5 | 5 |  |" in shown
 
 
-def test_parts_that_a_topology_has_not(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--topology=tp2", "--parts", "steps", "decodes"], "with --topology, decodes and prompts"),
+        (["--in-turn", "--parts", "starts"], "with --in-turn, decodes and steps and prompts and"),
+    ],
+)
+def test_parts_that_servers_in_turn_have_not(monkeypatch, given, says):
     monkeypatch.setattr(serve, "gpu_facts", lambda: {})
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
-    given = ["run", "--out=x", "--commit=a", "--topology=tp2", "--parts", "steps", "decodes"]
-    arguments = serve.build_parser().parse_args(given)
-    with pytest.raises(ValueError, match="with --topology, decodes and prompts"):
+    arguments = serve.build_parser().parse_args(["run", "--out=x", "--commit=a", *given])
+    with pytest.raises(ValueError, match=says):
         arguments.call(arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "layers", "key", "ran"),
+    [
+        ([], 8, "flash-nvfp4-0.1", "together"),
+        (["--in-turn"], 24, "flash-nvfp4-in-turn-0.1", "in turn"),
+        (["--topology=tp2"], 43, "flash-nvfp4-tp2-0.1", "in turn"),
+    ],
+)
+def test_servers_in_turn_have_the_gpu_for_themselves(
+    monkeypatch, tmp_path, given, layers, key, ran
+):
+    facts = {"gpu": "H200", "driver": "1", "memory_mib": 143_771, "max_sm_mhz": 1980}
+    monkeypatch.setattr(serve, "gpu_facts", lambda: facts)
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve.importlib.metadata, "version", lambda name: "0.1")
+    calls: dict[str, tuple] = {}
+
+    def called(how):
+        def run(bench, contenders, parts, arguments):
+            calls[how] = (parts, arguments)
+            bench.results["servers"] = []
+            bench.keep()
+
+        return run
+
+    monkeypatch.setattr(serve, "run_together", called("together"))
+    monkeypatch.setattr(serve, "run_in_turn", called("in turn"))
+    out = tmp_path / "serve.json"
+    arguments = serve.build_parser().parse_args(["run", f"--out={out}", "--commit=a", *given])
+    arguments.call(arguments)
+    ((found, run),) = json.loads(out.read_text())["runs"].items()
+    assert (found, run["layers"], run["in_turn"], [*calls]) == (
+        key,
+        layers,
+        ran == "in turn",
+        [ran],
+    )
+    parts, options = calls[ran]
+    assert ("profile" in parts, "--cudagraph-capture-sizes" in options) == (layers < 43,) * 2
+
+
+def test_each_server_in_turn_is_measured_in_its_share_of_the_seconds(monkeypatch):
+    measured: list = []
+    bench = SimpleNamespace(left=lambda: 300 - 100 * len(measured))
+    bench.started = lambda contenders, arguments: contextlib.nullcontext(
+        measured.append(contenders)
+    )
+    monkeypatch.setattr(
+        serve, "measure", lambda bench, parts, clocks, until: measured[-1].append(until)
+    )
+    serve.run_in_turn(bench, ["a", "b", "c"], (), ())
+    assert [(one, round(until)) for one, until in measured] == [("a", 200), ("b", 100), ("c", 0)]
+
+
+def test_servers_in_turn_are_compared_in_kv_tokens_too():
+    run = a_run() | {"starts": [], "in_turn": True}
+    shown = serve_report.markdown({"runs": {"": run}})
+    assert (
+        "random weights; each server alone on one" in shown and "| KV tokens | 5 | 5 | 5 |" in shown
+    )
+    assert "KV tokens, fewer" not in missed(run)
+    run["servers"][0]["kv_tokens"] = 4
+    assert "KV tokens, fewer" in missed(run)
+
+
+def test_a_load_in_which_a_kernel_was_compiled_is_repeated_at_once(tmp_path):
+    results: dict = {}
+    config = real_config("flash", "nvfp4", 4) | {"vocab_size": 300}
+    bench = Bench(tmp_path, config, results, lambda: None, deadline=1e12)
+    bench.servers = {"plugin": None, "marlin": None}
+    found = {
+        "plugin": iter([{"compiled": ["x"]}, {}]),
+        "marlin": itertools.repeat({"compiled": ["x"]}),
+    }
+    bench.loaded = lambda name, load, number: dict(next(found[name]) if number else {})
+    bench.load(Load(1, 32, 512), 1, Clocks())
+    names = [(row["contender"], bool(row.get("compiled"))) for row in results["loads"]]
+    assert names == [("plugin", True), ("plugin", False), *[("marlin", True)] * 3]
 
 
 @pytest.mark.parametrize("given", ["--ours=plugin,plugin_bf16", "--peers=marlin,plugin_fp8"])
