@@ -168,9 +168,9 @@ class Bench:
                 del self.servers[name]
             self.add("agreement", row)
 
-    def load(self, load: Load, number: int, clocks: Clocks) -> None:
-        """Every server in turn, again where a kernel was compiled meanwhile. `number` counts from 1
-        how often it was loaded so."""
+    def load(self, load: Load, number: int, clocks: Clocks, until: float) -> None:
+        """Every server in turn, again where a kernel was compiled meanwhile, if that leaves `until`
+        seconds. `number` counts from 1 how often it was loaded so."""
         names = list(self.servers)
         if number == 1:
             with self.client_log(), ThreadPoolExecutor(max(1, len(names))) as pool:
@@ -181,7 +181,7 @@ class Bench:
                 with self.client_log(), clocks.during(row):
                     row |= self.loaded(name, load, number)
                 self.add("loads", row)
-                if not row.get("compiled") or self.left() < row["seconds"]:
+                if not row.get("compiled") or self.left() - until < row["seconds"]:
                     break
 
     def loaded(self, name: str, load: Load, seed: int) -> dict:
@@ -201,7 +201,7 @@ class Bench:
         any_fits = False
         for load in which:
             if self.left() - until > self.expected_seconds(load):
-                self.load(load, number, clocks)
+                self.load(load, number, clocks, until)
                 any_fits = True
         return any_fits
 

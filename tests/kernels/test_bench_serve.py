@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from bench import serve, serve_contenders, serve_report
+from bench import serve, serve_contenders, serve_load, serve_report
 from bench.arguments import call
 from bench.random_weights import MEMORY_FRACTION, real_config
 from bench.serve_contenders import Bench
@@ -452,9 +452,40 @@ def test_a_load_in_which_a_kernel_was_compiled_is_repeated_at_once(tmp_path):
         "marlin": itertools.repeat({"compiled": ["x"]}),
     }
     bench.loaded = lambda name, load, number: dict(next(found[name]) if number else {})
-    bench.load(Load(1, 32, 512), 1, Clocks())
+    bench.load(Load(1, 32, 512), 1, Clocks(), 0)
     names = [(row["contender"], bool(row.get("compiled"))) for row in results["loads"]]
     assert names == [("plugin", True), ("plugin", False), *[("marlin", True)] * 3]
+
+
+def test_a_load_is_not_repeated_in_the_seconds_of_the_next_server(tmp_path):
+    results: dict = {}
+    config = real_config("flash", "nvfp4", 4) | {"vocab_size": 300}
+    bench = Bench(tmp_path, config, results, lambda: None, deadline=0)
+    bench.servers, bench.left = {"plugin": None}, lambda: 100.0
+    bench.loaded = lambda *_: {"compiled": ["x"]}
+    bench.load(Load(1, 32, 512), 1, Clocks(), 101)
+    assert len(results["loads"]) == 1
+
+
+@pytest.mark.parametrize("variable", ["DG_JIT_CACHE_DIR", "VLLM_CACHE_ROOT"])
+def test_what_deep_gemm_compiles_is_named(monkeypatch, tmp_path, variable):
+    monkeypatch.delenv("DG_JIT_CACHE_DIR", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    root = tmp_path / "deep_gemm" if variable == "VLLM_CACHE_ROOT" else tmp_path
+    (root / "cache" / "kernel.sm90_fp8_gemm_1d2d.0a").mkdir(parents=True)
+    (log := tmp_path / "log").touch()
+    new = iter(["kernel.sm90_fp8_gemm_1d2d.0b"])
+
+    def client(*_) -> dict:
+        for name in new:
+            (root / "cache" / name).mkdir()
+        return {}
+
+    monkeypatch.setattr(serve_load, "bench_serve", client)
+    server = SimpleNamespace(log=log, get=lambda path: "")
+    of = (server, tmp_path, Load(1, 32, 1), 0, 1.0)
+    assert serve_load.measure(*of)["compiled"] == ["kernel.sm90_fp8_gemm_1d2d.0b"]
+    assert "compiled" not in serve_load.measure(*of)
 
 
 @pytest.mark.parametrize("given", ["--ours=plugin,plugin_bf16", "--peers=marlin,plugin_fp8"])
