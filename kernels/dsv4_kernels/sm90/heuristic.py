@@ -65,9 +65,10 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
 
     Few rows: bound by the bytes of the weights, then by the instructions that widen them. Four
     consumer warpgroups share the widening, three where four would widen more rows in vain, past the
-    last, and then with two row blocks each where these divide m: 2 to 5 % less from 32 tokens of
-    V4.1-Flash's TP4 rank on. Long stages amortise the cost of a stage, tall tiles that of a tile of
-    few stages. Two sizes of tile_n instead of four take 1 to 4 % less (`tiles.json`).
+    last, and then with two row blocks each where these divide m: 2 to 4 % less from 32 tokens of
+    V4.1-Flash's TP4 rank on, 3 % more for one token. Long stages amortise the cost of a stage, tall
+    tiles that of a tile of few stages. Two sizes of tile_n instead of four take mostly 1 to 4 %
+    less, 1 % more for one token of V4-Flash in NVFP4 (`tiles.json`).
 
     More rows: larger tiles amortise the cost of a tile; accumulators then leave registers for three
     warpgroups, at last for two. tile_n has four sizes around the rows that a tile is expected to
