@@ -2,7 +2,7 @@
 
 Looked up in order: IMAGE_FOLDER, read-only, which a container image brings; then a folder of this
 user's own under vLLM's cache root. Compiling begins when a layer is built, so that it goes on while
-weights are read, and is waited for when the first layer is made ready.
+weights are read and the first are shuffled, and is waited for when the first kernel is loaded.
 """
 
 import logging
@@ -78,7 +78,7 @@ class Compilation:
         self.begun.add((backend.name, shape, arch))
         if self.cache is None:
             folders, self.writable = open_folders(_warn)
-            self.cache = KernelCache(folders, _warn)
+            self.cache = KernelCache(folders, _warn, self.wait)
             use_cache(self.cache)
         kernels = backend.kernels(shape, arch)
         missing = [kernel for kernel in kernels if not self.cache.has(kernel)]
@@ -103,7 +103,7 @@ class Compilation:
         for failure in dict.fromkeys(failures):
             _warn(f"what a compiling process left is compiled now and not kept: {failure}")
         waited = time.perf_counter() - begin
-        logger.info("dsv4-moe: kernels are compiled, %.1f s after the weights were read", waited)
+        logger.info("dsv4-moe: kernels are compiled: the load waited %.1f s for them", waited)
 
 
 def _warn(sentence: str) -> None:

@@ -139,7 +139,6 @@ class Dsv4Method(FusedMoEMethodBase):
         check_block_scales(layer)
         scales = self._take_scales(layer)
         limit = layer.swiglu_limit
-        COMPILATION.wait()
         moe_layer = prepare_layer(
             self.backend, self.shape, expert_weights(layer), limit=limit, activation_scales=scales
         )

@@ -94,14 +94,19 @@ def plain(value: Any) -> Any:
 class KernelCache:
     """Folders of objects, in the order in which they are looked through.
 
-    warn is called once with a sentence for each object that must not be loaded.
+    warn is called once with a sentence for each object that must not be loaded; wait, which is for
+    what others still compile, before a launcher is looked for.
     """
 
     def __init__(
-        self, folders: Iterable[TrustedFolder], warn: Callable[[str], None] = warnings.warn
+        self,
+        folders: Iterable[TrustedFolder],
+        warn: Callable[[str], None] = warnings.warn,
+        wait: Callable[[], None] = lambda: None,
     ) -> None:
         self.folders = list(folders)
         self.warn = functools.cache(warn)
+        self.wait = wait
 
     def has(self, kernel: Kernel) -> bool:
         fd = self._open(kernel)
@@ -111,6 +116,7 @@ class KernelCache:
 
     def launcher(self, kernel: Kernel) -> Any | None:
         """From the kernel's object; None if there is none that may be loaded."""
+        self.wait()
         fd = self._open(kernel)
         if fd is None:
             return None

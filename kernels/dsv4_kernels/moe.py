@@ -188,9 +188,9 @@ def prepare_layer(
     device = weights.w13.device
     saturated = torch.zeros(1, dtype=torch.int64, device=device)
     rounding = torch.zeros(1, dtype=torch.float32, device=device)
-    if backend.compile_layer is not None and weights.w13.is_cuda:
-        backend.compile_layer(shape, device)
     weights = backend.prepare_weights(weights, rounding, shape.fp8)
+    if backend.compile_layer is not None and weights.w13.is_cuda:
+        backend.compile_layer(shape, device)  # may wait for other processes, so it is last
     return MoeLayer(backend, shape, weights, limit, activation_scales, saturated, rounding)
 
 

@@ -1,5 +1,7 @@
 """The layer through `moe`: the chain of kernels, expert parallelism, refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bench.inputs import random_weights
@@ -276,6 +278,30 @@ def test_the_oracle_does_not_depend_on_the_default_dtype():
         assert run(layer, x, routing).equal(expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_kernels_are_loaded_when_the_weights_are_ready():
+    """They may still be compiled by other processes meanwhile."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    done = []
+
+    def prepare_weights(weights, rounding, fp8):
+        done.append("weights")
+        return weights
+
+    shape = SHAPE._replace(quantize_activations=False)
+    backend = replace(
+        choose_backend("reference", shape, None),
+        prepare_weights=prepare_weights,
+        compile_layer=lambda shape, device: done.append("kernels"),
+    )
+    weights = weights_of(shape)
+    weights = weights._replace(w13=weights.w13.as_subclass(OnGpu))
+    moe.prepare_layer(backend, shape, weights, limit=10.0, activation_scales=None)
+    assert done == ["weights", "kernels"]
 
 
 def test_no_tokens_is_not_an_error():

@@ -211,7 +211,6 @@ def verify(layer: Layer, stored: dict[str, StoredTensor], settings: "Settings") 
             if scales is not None:
                 shape = shape._replace(scale_per_row=scales.fc2 is None)
             COMPILATION.begin(backend, shape, arch_of(capability), num_processes())
-            COMPILATION.wait()
         prepared = prepare_layer(
             backend, shape, weights, limit=layer.limit, activation_scales=scales
         )
