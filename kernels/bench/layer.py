@@ -109,10 +109,10 @@ def measure(
             row["failure"] = repr(failure)[:300]
             made.pop(row["backend"], None)
 
-    for name, make in makers.items():
+    for name, maker in makers.items():
         row: dict = {"backend": name, "tokens": 0}
         with failing(row):
-            made[name] = make()
+            made[name] = maker()
         torch.cuda.empty_cache()
         if "failure" in row:
             yield row
