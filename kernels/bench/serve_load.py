@@ -94,16 +94,20 @@ def measure(server: Server, model: Path, load: Load, seed: int, seconds: float) 
     kernels that were compiled meanwhile.
     """
     before, log_bytes = inter_token_seconds(server), server.log.stat().st_size
-    deep_gemm = deep_gemm_kernels()
+    deep_gemm = deep_gemm_folders()
     row: dict = bench_serve(server, model, load, seed, seconds)
     row["step_ms"] = step_ms(before, inter_token_seconds(server))
-    names = [*compiled(server.log, log_bytes), *sorted(deep_gemm_kernels() - deep_gemm)]
+    new = {
+        folder.removeprefix("kernel.").partition(".")[0]
+        for folder in deep_gemm_folders() - deep_gemm
+    }
+    names = [*compiled(server.log, log_bytes), *sorted(new)]
     return row | ({"compiled": names} if names else {})
 
 
-def deep_gemm_kernels() -> set[str]:
-    """Names in DeepGEMM's cache: vLLM's monitor does not see what DeepGEMM compiles, for one number
-    of tokens after another."""
+def deep_gemm_folders() -> set[str]:
+    """Names in DeepGEMM's cache, kernel.NAME.HASH: vLLM's monitor does not see what DeepGEMM
+    compiles, for one number of tokens after another."""
     from vllm import envs
 
     # As vllm.utils.deep_gemm has it.
