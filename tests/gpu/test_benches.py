@@ -29,17 +29,17 @@ def test_mxfp4_is_right_and_timed_with_kernels_of_other_processes(monkeypatch, t
     monkeypatch.setattr(compiled, "_cache", compiled.KernelCache(()))
     mxfp4.compile_in_processes([MXFP4], tmp_path)
     sets = {8: inputs.cold_inputs(MXFP4, 8)}
-    make = lambda: mxfp4.BACKENDS["sm90"](MXFP4, inputs.random_weights(MXFP4))  # noqa: E731
+    makers = {"sm90": lambda: mxfp4.BACKENDS["sm90"](MXFP4, inputs.random_weights(MXFP4))}
     expected = layer.oracle(MXFP4, inputs.random_weights(MXFP4), sets)
-    (row,) = layer.measure("sm90", make, sets, expected, layer.TOLERANCE)
+    (row,) = layer.measure(makers, sets, expected, {"sm90": layer.TOLERANCE})
     assert row["error"] < 2.0**-8 and row["us"] > 0
 
 
 def test_a_wrong_backend_is_not_timed():
     sets = {8: inputs.cold_inputs(SHAPE, 8)}
     expected = layer.oracle(SHAPE, inputs.random_weights(SHAPE), sets)
-    make = lambda: lambda each: lambda: torch.zeros_like(each.x)  # noqa: E731
-    (row,) = layer.measure("zeros", make, sets, expected, layer.TOLERANCE)
+    makers = {"zeros": lambda: lambda each: lambda: torch.zeros_like(each.x)}
+    (row,) = layer.measure(makers, sets, expected, {"zeros": layer.TOLERANCE})
     assert "us" not in row and row["error"] == pytest.approx(1)
 
 
