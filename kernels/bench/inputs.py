@@ -10,6 +10,7 @@ LIMIT = 10.0  # swiglu_limit of the released models
 BYTES_PER_SECOND = 4.3e12  # of weights from memory: measured on an H200
 OPERATIONS_PER_SECOND = 790e12  # of bf16 WGMMA: measured there
 MAX_SETS = 64
+CHECKED_ROWS = 128  # of local experts; the error of a few rows is a matter of chance
 
 
 class Inputs(NamedTuple):
@@ -85,6 +86,14 @@ def cold_inputs(shape: MoeShape, num_tokens: int) -> list[Inputs]:
     while len(found) < 2 or (touched < 2 * cache and len(found) < MAX_SETS):
         found.append(random_inputs(shape, num_tokens, len(found)))
         touched += found[-1].experts_hit * expert_bytes
+    return found
+
+
+def checked_inputs(shape: MoeShape, num_tokens: int, device: str = "cuda") -> list[Inputs]:
+    """As many as together have CHECKED_ROWS rows."""
+    found: list[Inputs] = []
+    while sum(each.local_rows for each in found) < CHECKED_ROWS:
+        found.append(random_inputs(shape, num_tokens, len(found), device))
     return found
 
 

@@ -25,6 +25,15 @@ def test_inputs_are_the_seeds_and_count_what_is_local():
     assert inputs.expert_map(8, 8, "cpu") is None
 
 
+@pytest.mark.parametrize("num_tokens", [1, 16, 512])
+def test_an_error_is_of_enough_rows(num_tokens):
+    checked = inputs.checked_inputs(SHAPE, num_tokens, "cpu")
+    rows = [each.local_rows for each in checked]
+    assert sum(rows) >= inputs.CHECKED_ROWS > sum(rows[:-1])
+    assert torch.equal(checked[0].x, inputs.random_inputs(SHAPE, num_tokens, 0, "cpu").x)
+    assert all(not torch.equal(each.x, checked[0].x) for each in checked[1:])
+
+
 def test_weights_have_equal_scales_of_gate_and_up_if_asked():
     different = inputs.random_weights(SHAPE, "cpu").w13_global_scales
     equal = inputs.random_weights(SHAPE, "cpu", equal_scales=True).w13_global_scales

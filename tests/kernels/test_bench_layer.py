@@ -1,7 +1,5 @@
 """How bench.layer and bench.mxfp4 take contenders by turns, without a GPU."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from bench import layer
@@ -22,7 +20,6 @@ def turns(monkeypatch):
 
     monkeypatch.setattr(layer, "time_us", time_us)
     monkeypatch.setattr(layer, "query_gpu", lambda *what: ["1980", "690.5"])
-    monkeypatch.setattr(layer, "torch", SimpleNamespace(cuda=SimpleNamespace(empty_cache=int)))
     return taken
 
 
@@ -42,7 +39,7 @@ def contender(value: float, fails_at: str = ""):
 
 
 def measured(makers) -> list[dict]:
-    expected = dict.fromkeys(INPUTS, WANT)
+    expected = {tokens: [(each, WANT) for each in sets] for tokens, sets in INPUTS.items()}
     return list(layer.measure(makers, INPUTS, expected, dict.fromkeys(makers, 0.01)))
 
 
@@ -65,6 +62,19 @@ def test_a_wrong_output_is_not_timed(turns):
     assert [row.keys() for row in rows if row["backend"] == "wrong"] == [
         {"backend", "tokens", "error"}
     ] * 2
+
+
+def test_the_error_is_of_all_calls_together():
+    """A call with few rows, or one that is all zeros, counts by its norm."""
+    outs = {"a": 1.5, "b": 0.0, "c": 20.0}
+    expected = [("a", WANT), ("b", 0 * WANT), ("c", 20 * WANT)]
+    error = layer.error_of(lambda inputs: lambda: outs[inputs] * WANT, expected)
+    assert error == pytest.approx(0.5 / (1 + 20**2) ** 0.5)
+
+
+def test_an_output_that_is_no_number_is_not_timed(turns):
+    (row, _) = measured({"nan": contender(float("nan"))})
+    assert "us" not in row and not turns
 
 
 def test_a_failure_is_a_row_and_costs_no_other(turns):
