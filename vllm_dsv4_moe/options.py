@@ -103,7 +103,8 @@ OPTIONS = (
     Option(
         "`reload_weights`",
         "works on H200",
-        "in place, all of them; refused when called with EPLB or sleep mode",
+        "in place, all of them; the old `gate.bias` stays where files have none; refused when "
+        "called with EPLB or sleep mode",
     ),
     Option(
         "`--cpu-offload-gb`, `--offload-group-size`",
