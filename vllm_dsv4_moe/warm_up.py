@@ -2,7 +2,8 @@
 
 Which variant Triton compiles depends on the number of tokens, through thresholds in the ops'
 choose_config. No two are closer together than a factor of two, so the powers of two reach every
-variant. The tokens go to no expert: the GEMMs, which prepare_layer has compiled, do nothing.
+variant, but for whether rows are placed, which the GEMMs' tiles decide. The tokens go to no expert:
+the GEMMs, which prepare_layer has compiled, do nothing.
 """
 
 from typing import TYPE_CHECKING
@@ -22,6 +23,14 @@ def token_counts(max_num_tokens: int) -> list[int]:
     """The powers of two up to max_num_tokens, and max_num_tokens."""
     powers = [2**i for i in range(max_num_tokens.bit_length())]
     return sorted({*powers, max_num_tokens})
+
+
+def layer_token_counts(layer: MoeLayer) -> list[int]:
+    """token_counts, and the first count whose rows are placed and the first whose are not."""
+    shape = layer.shape
+    places = [layer.backend.places_rows(shape, n + 1) for n in range(shape.max_num_tokens)]
+    firsts = {places.index(value) + 1 for value in set(places)}
+    return sorted({*token_counts(shape.max_num_tokens), *firsts})
 
 
 class WarmUp:
@@ -58,7 +67,7 @@ class WarmUp:
         workspace = torch.empty(
             workspace_bytes(layer.backend, shape), dtype=torch.uint8, device=device
         )
-        for count in token_counts(shape.max_num_tokens):
+        for count in layer_token_counts(layer):
             if router is not None:
                 launch_router(router, count, ids_dtype, device)
             if shape.batch_rows:

@@ -1,6 +1,6 @@
 """START HERE: the routed experts of one rank, from the router's ids to the summed output.
 
-    layout -> [quantise and place] -> FC1, SwiGLU, routing weight, [quantise] -> FC2 -> combine
+    layout -> [quantise] -> FC1, SwiGLU, routing weight, [quantise] -> FC2 -> combine
 
     y[t] = sum over local slots j of W2_e h,  e = routing.ids[t, j],
     h = routing.weights[t, j] * silu(min(W1_e x[t], L)) * clamp(W3_e x[t], -L, L)
@@ -91,20 +91,25 @@ def run_kernels(
 def fc1_input(
     hidden_states: torch.Tensor, layout: ExpertLayout, layer: MoeLayer, buffers: arena.Buffers
 ) -> torch.Tensor | QuantizedRows | Fp8Rows:
-    """The tokens in the rows of the layout, quantised in W4A4 and W4A8; or the tokens themselves,
-    where FC1 gathers its rows."""
+    """The tokens in the rows of the layout, or in their own order where FC1 gathers its rows;
+    quantised in W4A4 and W4A8."""
     from dsv4_kernels.rows.fp8_quantize import fp8_quantize
     from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
     from dsv4_kernels.rows.place_codes import place_codes
     from dsv4_kernels.rows.place_rows import place_rows
 
     slot_to_row, saturated = layout.slot_to_row, layer.saturated
+    num_tokens = len(hidden_states)
+    gathers = not layer.backend.places_rows(layer.shape, num_tokens)
     if isinstance(buffers.x, Fp8Rows):
         if is_packed(hidden_states):
             tokens = unpack_tokens(hidden_states, layer)
             assert isinstance(tokens, Fp8Rows), type(tokens)
-            return place_rows(tokens, slot_to_row, out=buffers.x)
-        return fp8_quantize(hidden_states, slot_to_row, saturated=saturated, out=buffers.x)
+            return tokens if gathers else place_rows(tokens, slot_to_row, out=buffers.x)
+        if not gathers:
+            return fp8_quantize(hidden_states, slot_to_row, saturated=saturated, out=buffers.x)
+        in_order = Fp8Rows(*(part[:num_tokens] for part in buffers.x))
+        return fp8_quantize(hidden_states, early=True, saturated=saturated, out=in_order)
     if isinstance(buffers.x, QuantizedRows):
         if is_packed(hidden_states):
             tokens = unpack_tokens(hidden_states, layer)
@@ -120,10 +125,10 @@ def fc1_input(
             scratch=buffers.quantize_scratch,
             out=buffers.x,
         )
-    if layer.backend.places_rows(layer.shape, len(hidden_states)):
-        # FC2 writes these rows when FC1 has read them.
-        return place_rows(hidden_states, slot_to_row, out=buffers.rows)
-    return hidden_states
+    if gathers:
+        return hidden_states
+    # FC2 writes these rows when FC1 has read them.
+    return place_rows(hidden_states, slot_to_row, out=buffers.rows)
 
 
 def run_gemms(

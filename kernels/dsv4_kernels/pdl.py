@@ -4,8 +4,9 @@ Every Triton kernel of this package takes a constexpr `launch_pdl`, which is Tri
 of that name as well, and calls wait_for_inputs: it waits for the kernel before it, then lets
 the kernel after it be placed. In this order, what runs before a kernel's wait sees everything but
 what the kernel right before it writes: it may read what only loading or EPLB writes,
-expert_layout's second kernel the ids that its first has read, and nvfp4_quantize's the layout and
-the swizzled block scales, neither of which its first writes.
+expert_layout's second kernel the ids that its first has read, nvfp4_quantize's the layout and the
+swizzled block scales, neither of which its first writes, and fp8_quantize the hidden states, which
+the layout does not.
 
 A kernel that is right before a large one lets it in later, by release_dependents or by its end:
 blocks that are placed beside its own are spread unevenly, and stay so. On an H200, dense router and

@@ -162,7 +162,7 @@ def test_token_counts_are_powers_of_two_and_the_most():
 
 
 def layer_of(
-    backend, quantize: bool, batch_rows: int = 0, fp8: bool = False
+    backend, quantize: bool, batch_rows: int = 0, fp8: bool = False, placed_from: int = 100
 ) -> tuple[MoeLayer, list]:
     """A layer whose GEMMs only say at how many tokens they were called."""
     shape = MoeShape(16, 8, 2, 64, 32, 40, quantize, batch_rows=batch_rows, fp8=fp8)
@@ -178,7 +178,7 @@ def layer_of(
         backend,
         fc1=gemm,
         fc2=gemm,
-        places_rows=lambda shape, num_tokens: False,
+        places_rows=lambda shape, num_tokens: num_tokens >= placed_from,
         tile=lambda shape, num_tokens: 8,
     )
     return MoeLayer(backend, shape, weights, 10.0, scales, torch.zeros(1), torch.zeros(1)), calls
@@ -207,7 +207,8 @@ def test_layers_of_one_shape_are_run_once_at_each_size(
 )
 def test_where_tokens_are_packed_so_are_the_warm_ups(monkeypatch, variants, backend, placed_by):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    layer, calls = layer_of(backend, quantize=backend is SM100, fp8=backend is SM90)
+    fp8 = backend is SM90
+    layer, calls = layer_of(backend, quantize=not fp8, fp8=fp8, placed_from=1)
     expert_map, warm_up = torch.zeros(16, dtype=torch.int32), WarmUp()
     warm_up(layer, None, expert_map, torch.int32)
     launched = set(variants)
@@ -217,6 +218,14 @@ def test_where_tokens_are_packed_so_are_the_warm_ups(monkeypatch, variants, back
     assert len(calls) == 14 + 28
     # Few tokens travel as they are.
     assert launched < set(variants) and placed_by in {name for name, *_ in variants}
+
+
+def test_rows_are_placed_and_gathered(monkeypatch, variants):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    layer, calls = layer_of(SM90, quantize=False, placed_from=37)
+    WarmUp()(layer, None, torch.zeros(16, dtype=torch.int32), torch.int32)
+    assert calls[::2] == [1, 2, 4, 8, 16, 32, 37, 40]
+    assert "_place_kernel" in {name for name, *_ in variants}
 
 
 def test_layers_whose_routers_launch_other_kernels_are_run_each(monkeypatch, variants):

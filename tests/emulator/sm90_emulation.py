@@ -50,11 +50,14 @@ class Emulation:
         partials = aligned(torch.full((grid, partial_floats), float("nan")))
         flags = aligned(torch.zeros(grid * sm90.FLAGS, dtype=torch.int32))
         limit = math.inf if limit is None else limit
+        of_fp8: tuple = ()
+        if scales is not None:
+            of_fp8 = (scales[0], scales[0].stride(0), tensors[3].stride(0), scales[1])
         statistics = emulated(gemm, self.kernel).run(
             *(*tensors, partials, flags, limit, len(tensors[3])),
             grid,
             None,
-            *(scales or ()),
+            *of_fp8,
             mode=self.mode,
             seed=self.seed,
             num_sms=self.num_sms,

@@ -33,10 +33,13 @@ from tests.support.sm90_problems import Problem as LayerProblem
 from tests.support.sm90_problems import make_inputs, use_choice
 
 INTERMEDIATE, K, LIMIT = 128, 512, 10.0
+THREE_WARPGROUPS = Sm90Config(1, 3, (16, 32), 256)
 CONFIGS = {
-    "cluster": (Sm90Config(1, 2, (16, 32), 128, cluster=2), (20, 0, 40)),
-    "three-warpgroups": (Sm90Config(1, 3, (16, 32), 256), (1, 40, 8)),
-    "two-row-blocks": (Sm90Config(2, 2, (16,), 256), (9, 33, 0)),
+    "cluster": (Sm90Config(1, 2, (16, 32), 128, cluster=2), False, (20, 0, 40)),
+    "three-warpgroups": (THREE_WARPGROUPS, False, (1, 40, 8)),
+    "two-row-blocks": (Sm90Config(2, 2, (16,), 256), False, (9, 33, 0)),
+    "gather": (THREE_WARPGROUPS, True, (1, 40, 8)),
+    "gather, two-row-blocks": (Sm90Config(2, 2, (16,), 256), True, (9, 33, 0)),
 }
 
 
@@ -90,6 +93,13 @@ def run(
     gemm: Gemm, problem: Problem, counts: tuple[int, ...], emulation: Emulation
 ) -> torch.Tensor:
     rows = problem.offsets[-1]
+    x = aligned(permuted_columns(problem.x.view(torch.uint8)))
+    row_scales, slots = aligned(problem.row_scales), torch.arange(rows)
+    if gemm.gather:  # each row is a token's, its second slot or its first, and part of a longer one
+        tokens = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+        slots = gemm.top_k * tokens + slots % gemm.top_k
+        x = aligned(torch.nn.functional.pad(x[tokens.argsort()], (0, 16), value=0x7F))[:, :K]
+        row_scales = aligned(row_scales[tokens.argsort(), None].repeat(1, 3))[:, 0]
     order = gate_up_rows(2 * INTERMEDIATE)
     dtype = torch.bfloat16 if gemm.h_row_scales else torch.float8_e4m3fn
     out = aligned(torch.full((rows, INTERMEDIATE), float("nan")).to(dtype))
@@ -97,26 +107,25 @@ def run(
         torch.stack([codes_in_order(codes[order]) for codes in problem.codes]),
         torch.stack([scales_in_order(s[order], gemm.scale_block) for s in problem.scales]),
         problem.global_scales,
-        permuted_columns(problem.x.view(torch.uint8)),
+        x,
         out,
         torch.tensor(counts, dtype=torch.int32),
         torch.tensor(problem.offsets, dtype=torch.int32),
-        torch.arange(rows, dtype=torch.int32),
-        torch.full((rows,), float("nan")),  # no routing weight is read
+        slots.int(),
+        torch.full((rows * gemm.top_k,), float("nan")),  # no routing weight is read
     ]
-    arguments = [part if part is out else aligned(part) for part in arguments]
-    scales = aligned(problem.row_scales), fp8_h_scale(LIMIT)
-    emulation.launch(gemm, tuple(arguments), LIMIT, scales)
+    arguments = [part if part is out or part is x else aligned(part) for part in arguments]
+    emulation.launch(gemm, tuple(arguments), LIMIT, (row_scales, fp8_h_scale(LIMIT)))
     return out
 
 
 @pytest.mark.parametrize("block", [MXFP4_BLOCK, NVFP4_BLOCK], ids=["mxfp4", "nvfp4"])
 @pytest.mark.parametrize("mode", ["eager", "random"])
 @pytest.mark.parametrize("h", ["bf16", "e4m3"])
-@pytest.mark.parametrize(("config", "counts"), CONFIGS.values(), ids=CONFIGS)
-def test_fc1_of_fp8_rows(config, counts, h, mode, block):
+@pytest.mark.parametrize(("config", "gather", "counts"), CONFIGS.values(), ids=CONFIGS)
+def test_fc1_of_fp8_rows(config, gather, counts, h, mode, block):
     shape = (len(counts), 2 * INTERMEDIATE, K, 2)
-    gemm = Gemm("fc1", *shape, False, config, block, "fp8", h == "bf16")
+    gemm = Gemm("fc1", *shape, gather, config, block, "fp8", h == "bf16")
     problem = make_problem(counts, block)
     emulation = Emulation(mode=mode)
     out = run(gemm, problem, counts, emulation)

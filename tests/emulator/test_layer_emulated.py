@@ -51,7 +51,7 @@ def gpu(request, checkpoint):
         mock.patch("vllm_dsv4_moe.runner.fused_gate", fused_and_kept),
         mock.patch("vllm_dsv4_moe.moe_method.WARM_UP", WarmUp()),
         # One size instead of every power of two: Triton's interpreter is slow.
-        mock.patch("vllm_dsv4_moe.warm_up.token_counts", lambda most: [2]),
+        mock.patch("vllm_dsv4_moe.warm_up.layer_token_counts", lambda layer: [2]),
         mock.patch("torch.cuda.synchronize"),
     ):
         yield SimpleNamespace(

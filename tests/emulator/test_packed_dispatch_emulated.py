@@ -66,7 +66,7 @@ def test_packed_tokens_give_what_bf16_tokens_give(checkpoint, backend, settings)
         mock.patch("vllm_dsv4_moe.packed_dispatch.FEWEST_TOKENS", 0),
         mock.patch("vllm_dsv4_moe.moe_method.WARM_UP", WarmUp()),
         # One size instead of every power of two: Triton's interpreter is slow.
-        mock.patch("vllm_dsv4_moe.warm_up.token_counts", lambda most: [2]),
+        mock.patch("vllm_dsv4_moe.warm_up.layer_token_counts", lambda layer: [2]),
         mock.patch("torch.cuda.synchronize"),
     ):
         layers = [load(ep=(2, rank), dp=(2, rank), **settings) for rank in range(2)]

@@ -106,6 +106,7 @@ def launch_everything() -> None:
         place_rows(x[:num_tokens], layout.slot_to_row[:num_tokens], out=rows)
     fp8_rows = Fp8Rows(rows.to(torch.float8_e4m3fn), torch.zeros(len(rows)))
     fp8_quantize(x, layout.slot_to_row, saturated=saturated, out=fp8_rows)
+    fp8_quantize(x, early=True, saturated=saturated, out=Fp8Rows(*(p[: len(x)] for p in fp8_rows)))
     fp8_quantize(rows, live=layout.row_to_slot, saturated=saturated, out=fp8_rows)
     shape = shape._replace(quantize_activations=False, fp8=True)
     layer = MoeLayer(SM90, shape, zero_weights(), 10.0, None, saturated, torch.zeros(1))

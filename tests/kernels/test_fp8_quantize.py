@@ -46,10 +46,11 @@ def assert_rows(out: Fp8Rows, rows: torch.Tensor, codes: torch.Tensor, scales: t
 
 @pytest.mark.parametrize("kind", ["normal", "every-bf16", "edges", "ties", "inf-and-nan"])
 @pytest.mark.parametrize("K", [64, 576, 1536])
-def test_rows_are_the_oracle_s(K, kind):
+@pytest.mark.parametrize("early", [False, True])
+def test_rows_are_the_oracle_s(early, K, kind):
     x = make_rows(kind, 20, K)
     saturated = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    out = fp8_quantize(x, saturated=saturated, out=untouched(20, K))
+    out = fp8_quantize(x, early=early, saturated=saturated, out=untouched(20, K))
     codes, scales, overflows = reference.fp8_quantize(x, None)
     assert_rows(out, torch.arange(20, device=DEVICE), codes, scales)
     assert saturated == overflows

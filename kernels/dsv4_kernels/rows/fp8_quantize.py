@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4_kernels.pdl import supports_pdl, wait_for_inputs
+from dsv4_kernels.pdl import release_dependents, supports_pdl, wait_for_inputs
 from dsv4_kernels.types import Fp8Rows
 
 
@@ -63,9 +63,13 @@ def _quantize_kernel(
     BLOCK: tl.constexpr,
     ORDERED: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    EARLY: tl.constexpr,
     launch_pdl: tl.constexpr,
 ):
-    wait_for_inputs(launch_pdl)
+    if EARLY:
+        release_dependents(launch_pdl)
+    else:
+        wait_for_inputs(launch_pdl)
     token = tl.program_id(0).to(tl.int64)
     rows = ()
     last = tl.full([], -1, tl.int64)
@@ -75,7 +79,9 @@ def _quantize_kernel(
         last = tl.maximum(last, row)
     if last >= 0:
         column = tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + token * K + column, mask=column < K, other=0.0).to(tl.float32)
+        CACHE: tl.constexpr = ".cg" if EARLY else ""  # past L1, which may hold stale lines
+        x = tl.load(x_ptr + token * K + column, mask=column < K, other=0.0, cache_modifier=CACHE)
+        x = x.to(tl.float32)
         amax = tl.max(tl.where(x == x, tl.abs(x), 0.0), axis=0)
         scale = tl.maximum(tl.div_rn(tl.minimum(amax, 3.4e38), 448.0), 7.888609052210118e-31)
         scale = tl.where(amax > 0, scale, 1.0)
@@ -97,6 +103,8 @@ def _quantize_kernel(
             infinite = tl.sum((tl.abs(x) == float("inf")).to(tl.int32), axis=0)
             if infinite > 0:
                 tl.atomic_add(saturated_ptr, (infinite * num_rows).to(tl.int64))
+    if EARLY:
+        wait_for_inputs(launch_pdl, releases=False)
 
 
 def fp8_quantize(
@@ -105,6 +113,7 @@ def fp8_quantize(
     *,
     live: torch.Tensor | None = None,
     ordered: bool = False,
+    early: bool = False,
     saturated: torch.Tensor | None = None,
     out: Fp8Rows,
 ) -> Fp8Rows:
@@ -115,8 +124,10 @@ def fp8_quantize(
     slot has are left as they are; without, row i goes to row i, unless all of live[i] is negative,
     live (num_tokens,) or (num_tokens, any): row_to_slot as live quantises rows that are in their
     place and skips the padding, and expert ids skip tokens that have none. ordered: x's columns are
-    in the order of Fp8Rows already. saturated, a (1,) int64, grows by the infinities of written
-    rows, which become a signed 448; NaN stays NaN. out's parts may be of longer rows.
+    in the order of Fp8Rows already. early: before the launch right before has ended, which may then
+    neither write x nor read out, and has waited for what did (`pdl`). saturated, a (1,) int64,
+    grows by the infinities of written rows, which become a signed 448; NaN stays NaN. out's parts
+    may be of longer rows.
     """
     num_tokens, K = x.shape
     assert x.dtype == torch.bfloat16 and x.is_contiguous(), (x.dtype, x.stride())
@@ -127,6 +138,7 @@ def fp8_quantize(
     assert slot_to_row is None or (live is None and len(slot_to_row) == num_tokens)
     assert slot_to_row is not None or len(out.codes) == num_tokens, (out.codes.shape, num_tokens)
     assert live is None or len(live) == num_tokens, (live.shape, num_tokens)
+    assert not early or (slot_to_row is None and live is None), "rows are in the layout"
     assert live is None or live.is_contiguous(), live.stride()
     if num_tokens == 0:
         return out
@@ -146,6 +158,7 @@ def fp8_quantize(
         BLOCK=block,
         ORDERED=ordered,
         INTERPRETED=x.device.type == "cpu",
+        EARLY=early,
         launch_pdl=supports_pdl(x),
         num_warps=min(8, max(1, block // 256)),
     )

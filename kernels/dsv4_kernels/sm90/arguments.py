@@ -18,7 +18,7 @@ def example_arguments(gemm: Gemm) -> tuple:
         Int32(1),
         Int32(1),
         driver.CUstream(0),
-        *((pointer(Float32, 1 << 20), Float32(1)) if fp8 else ()),
+        *((pointer(Float32, 1 << 20), Int32(1), Int32(gemm.k), Float32(1)) if fp8 else ()),
     )
 
 

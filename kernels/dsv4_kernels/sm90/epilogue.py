@@ -43,6 +43,7 @@ class FactorSources(NamedTuple):
     row_to_slot: cute.Pointer
     slot_weights: cute.Pointer
     row_scales: cute.Pointer | None  # fp8
+    scale_stride: Int32 | None  # fp8: of row_scales, where fc1 gathers
     h_scale: Float32 | None  # fp8
 
 
@@ -74,6 +75,7 @@ class Sm90Epilogue(Sm90Schedule):
         )
         self.config = config
         self.fc1 = gemm.op == "fc1"
+        self.gather, self.top_k = gemm.gather, gemm.top_k
         self.fp8 = gemm.activations == "fp8"
         self.h_row_scales = gemm.h_row_scales
         self.h_is_fp8 = self.fp8 and self.fc1 and not self.h_row_scales
@@ -109,8 +111,12 @@ class Sm90Epilogue(Sm90Schedule):
         values = [Float32(1.0)] * row_groups
         slots = [Int32(0)] * row_groups
         if cutlass.const_expr(self.fp8 and (self.fc1 or self.h_row_scales)):
+            scaled = at
+            if cutlass.const_expr(self.gather):
+                tokens = [(sources.row_to_slot + row).load() // self.top_k for row in at]
+                scaled = [token * sources.scale_stride for token in tokens]
             for i in cutlass.range_constexpr(row_groups):
-                values[i] = (sources.row_scales + at[i]).load()
+                values[i] = (sources.row_scales + scaled[i]).load()
         elif cutlass.const_expr(self.fp8):
             values = [sources.h_scale] * row_groups
         if cutlass.const_expr(self.fc1 != self.fp8):

@@ -86,7 +86,9 @@ def launch(
     blocks = Int32(num_blocks(gemm, num_sms(device)))
     of_fp8 = ()
     if scales is not None:
-        of_fp8 = (pointer(Float32, scales[0].data_ptr()), Float32(scales[1]))
+        row_scales, h_scale = scales
+        strides = (Int32(row_scales.stride(0)), Int32(tensors[3].stride(0)))
+        of_fp8 = (pointer(Float32, row_scales.data_ptr()), *strides, Float32(h_scale))
     compile_gemm(gemm)(*pointers, Float32(limit), num_rows, blocks, stream, *of_fp8)
 
 
@@ -100,16 +102,18 @@ def fc1(
     num_tokens: int | None = None,
 ) -> None:
     """h of every row that exists: x (num_tokens, hidden) bf16, or (capacity, hidden) where
-    `places_rows` says so, -> out (capacity, intermediate) bf16; W4A8: placed Fp8Rows -> Fp8Rows of
-    which the codes are written or, without a limit, bf16 with their columns.
+    `places_rows` says so, -> out (capacity, intermediate) bf16; W4A8: Fp8Rows of so many, which
+    may be parts of longer rows where they are tokens, -> Fp8Rows of which the codes are written or,
+    without a limit, bf16 with their columns.
 
     routing_weights (num_tokens, top_k) float32.
     """
     x, scales = _codes_and_scales(x, layer)
     out = out.codes if isinstance(out, Fp8Rows) else out
-    assert x.is_contiguous() and out.is_contiguous() and routing_weights.is_contiguous()
     weights = layer.weights
     gemm, _ = gemms(layer.shape, num_tokens or len(routing_weights))
+    assert out.is_contiguous() and routing_weights.is_contiguous()
+    assert x.is_contiguous() or (gemm.gather and layer.shape.fp8), x.stride()
     one_byte = layer.shape.fp8 and not layer.shape.scale_per_row
     assert out.dtype == (torch.float8_e4m3fn if one_byte else torch.bfloat16), out.dtype
     assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape

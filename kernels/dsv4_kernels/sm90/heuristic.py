@@ -53,11 +53,12 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
     """
     rows = rows_per_expert(shape, num_tokens)
     inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
+    config = functools.partial(_fp8_config, shape) if shape.fp8 else _config
+    fc1, fc2 = config(rows, 2 * inter, shape.hidden), config(rows, shape.hidden, inter)
+    gather = fc1.cluster == 1 and not shape.batch_rows
     if shape.fp8:
-        fc1 = _fp8_config(shape, rows, 2 * inter, shape.hidden)
-        return LayerConfig(False, fc1, _fp8_config(shape, rows, shape.hidden, inter))
-    fc1, fc2 = _config(rows, 2 * inter, shape.hidden), _config(rows, shape.hidden, inter)
-    return LayerConfig(fc1.cluster == 1 and not shape.batch_rows, fc1, fc2)
+        gather = gather and fc1.tile_k % 128 == 0  # 128 bytes of a row are gathered at a time
+    return LayerConfig(gather, fc1, fc2)
 
 
 def _config(rows: float, m: int, k: int) -> Sm90Config:

@@ -123,14 +123,13 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         assert config.cluster == 1 or not gather, "a CTA gathers rows for itself alone"
         assert activations in ("bf16", "fp8"), activations
         super().__init__(gemm)
-        assert not (self.fp8 and gather), "rows of fp8 are placed where they are quantised"
         self.x_type = Float8E4M3FN if self.fp8 else BFloat16
         # 128 bytes, or 64 where they do not divide a stage, are swizzled together.
         self.x_columns = math.gcd(1024 // self.x_type.width, config.tile_k)
         self.x_bytes = self.x_columns * self.x_type.width // 8
+        assert self.x_bytes == 128 or not gather, f"tile_k {config.tile_k}, gathered by 128 bytes"
         self.step_k = 256 // self.x_type.width  # K of WGMMA
-        self.gather = gather
-        self.k, self.top_k = k, top_k
+        self.k = k
         self.scale_block = scale_block
         self.scale_block_bytes = 64 * 64 // scale_block
         self.k_blocks = config.tile_k // 64  # of a stage
@@ -188,7 +187,9 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         num_blocks: Int32,
         stream: driver.CUstream,
         row_scales: cute.Pointer | None = None,
-        h_scale: Optional[Float32] = None,  # noqa: UP045 (what CuTe DSL exports)
+        scale_stride: Optional[Int32] = None,  # noqa: UP045 (what CuTe DSL exports, like the next)
+        x_stride: Optional[Int32] = None,  # noqa: UP045
+        h_scale: Optional[Float32] = None,  # noqa: UP045
     ):
         """codes, block_scales: shuffled, uint8; global_scales (experts, 2) for fc1, (experts,) for
         fc2; x (tokens or rows, k) bf16; out (rows, m_out) bf16; counts (experts,), offsets
@@ -196,8 +197,9 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         partials (num_blocks * partial_floats,) float32; flags (num_blocks * FLAGS,) int32, zeros
         before and after; limit of SwiGLU, infinity for none; num_rows of x; num_blocks: CTAs.
 
-        fp8: x (rows, k) E4M3 in `e4m3`'s order of columns, row_scales (rows,) float32, read as the
-        gemm says, and h_scale otherwise. fc1 leaves the routing weight to fc2."""
+        fp8: x E4M3 in `e4m3`'s order of columns, row_scales (tokens or rows,) float32, read as the
+        gemm says, and h_scale otherwise. Of gathered rows, how many elements lie from one to the
+        next: x_stride, a multiple of 16, and scale_stride. fc1 leaves the routing weight to fc2."""
         tma_atom, tma_x = None, None
         if cutlass.const_expr(not self.gather):
             box = (TMA_ROWS, self.x_columns)
@@ -226,6 +228,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
             flags,
             limit,
             row_scales,
+            scale_stride,
+            x_stride,
             h_scale,
         ).launch(
             grid=[num_blocks, 1, 1],
@@ -255,6 +259,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
         flags: cute.Pointer,
         limit: Float32,
         row_scales: cute.Pointer | None,
+        scale_stride: Int32 | None,
+        x_stride: Int32 | None,
         h_scale: Float32 | None,
     ):
         config = self.config
@@ -326,7 +332,9 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                     block_scales,
                     tma_atom,
                     tma_x,
-                    FactorSources(global_scales, row_to_slot, slot_weights, row_scales, h_scale),
+                    FactorSources(
+                        global_scales, row_to_slot, slot_weights, row_scales, scale_stride, h_scale
+                    ),
                     pipeline,
                     work,
                     tables,
@@ -335,7 +343,8 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                 if warp == warps + 1:
                     self._signal_rows(pipeline, tables)
                 elif warp > warps + 1:
-                    self._gather_rows(x, row_to_slot, pipeline, tables)
+                    stride = x_stride if self.fp8 else self.k
+                    self._gather_rows(x, stride, row_to_slot, pipeline, tables)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             limits = (limit, 1.0 / h_scale if self.h_is_fp8 else None)  # type: ignore[operator]
@@ -498,15 +507,22 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
 
     @cute.jit
     def _gather_rows(
-        self, x: cute.Pointer, row_to_slot: cute.Pointer, pipeline: Pipeline, tables: Tables
+        self,
+        x: cute.Pointer,
+        x_stride: Int32 | int,
+        row_to_slot: cute.Pointer,
+        pipeline: Pipeline,
+        tables: Tables,
     ):
         """Producer warps 2 and 3, with gather: rows of x by token. A thread copies one 16-byte
         chunk of every eighth row."""
         config = self.config
+        columns = self.x_columns
+        of_chunk = columns // 8
         thread = cute.arch.thread_idx()[0] - 128 * config.warpgroups - 64
         first_row = thread // 8
         chunk = thread % 8
-        target_0 = pipeline.x + (first_row * 64 + (chunk ^ first_row) * 8)
+        target_0 = pipeline.x + (first_row * columns + (chunk ^ first_row) * of_chunk)
         row_groups = self.tile_n_max // 8
         whole, first, end = self._share(tables)
         position = Int32(0) if whole > 0 else first
@@ -529,18 +545,20 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
                 row = first_row + 8 * i
                 if row < rows:
                     token = (row_to_slot + (row_start + row)).load() // self.top_k
-                    sources[i] = token * (self.k // 8)
+                    sources[i] = token * (x_stride // of_chunk)
             for k_stage in cutlass.range(k_first, k_end, unroll=1):
-                column = x + (k_stage * config.tile_k + chunk * 8)
-                target = target_0 + stage * (self.k_blocks * self.tile_n_max * 64)
+                column = x + (k_stage * config.tile_k + chunk * of_chunk)
+                target = target_0 + stage * (self.x_blocks * self.tile_n_max * columns)
                 cute.arch.mbarrier_wait(pipeline.empty + stage, phase)
                 for i in cutlass.range_constexpr(row_groups):
                     if 8 * i < padded_rows:
                         live = Int32(16) if first_row + 8 * i < rows else Int32(0)
-                        source = column + Int64(sources[i]) * 8
-                        for kb in cutlass.range_constexpr(self.k_blocks):
+                        source = column + Int64(sources[i]) * of_chunk
+                        for kb in cutlass.range_constexpr(self.x_blocks):
                             ptx.copy_row_chunk(
-                                target + (kb * self.tile_n_max + 8 * i) * 64, source + kb * 64, live
+                                target + (kb * self.tile_n_max + 8 * i) * columns,
+                                source + kb * columns,
+                                live,
                             )
                 cute.arch.cp_async_mbarrier_arrive_noinc(pipeline.rows_landed + stage)
                 stage += 1
