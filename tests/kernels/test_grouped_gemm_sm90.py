@@ -56,7 +56,9 @@ def test_fp8_has_few_kernels_of_three_stages_at_least(shape, weight_format):
     kernels = [Dsv4GroupedGemmSm90(gemm) for gemm in all_gemms(shape)]
     assert len(kernels) <= 24
     for kernel in kernels:
-        assert kernel.stages >= 3 and kernel.partial_floats <= MOST_PARTIALS, kernel.config
+        assert kernel.partial_floats <= MOST_PARTIALS, kernel.config
+        # Tiles of 512 rows are for fc2 of a tensor-parallel rank, of one to three stages.
+        assert kernel.stages >= (2 if kernel.config.tile_m == 512 else 3), kernel.config
 
 
 @pytest.mark.parametrize("num_tokens", [1, 128, 2048, 8192])
@@ -87,6 +89,25 @@ def test_few_rows_take_tall_tiles_of_weights_where_none_is_cut(size, tile_m, num
     assert fc1.tile_m == tile_m
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("size", "num_tokens", "tile_m"),
+    [(576, 2, 256), (576, 3, 512), (288, 512, 512), (576, 2048, 256), (2304, 32, 256)],
+)
+def test_fc2_of_a_part_of_h_takes_tall_tiles_that_fill_the_gpu(size, num_tokens, tile_m, fp8):
+    shape = FLASH_41._replace(intermediate=size, weight_format="mxfp4", fp8=fp8)
+    assert choose_config(shape, num_tokens).fc2.tile_m == tile_m
+
+
+@pytest.mark.parametrize("num_tokens, gather", [(1, True), (2048, True), (8192, False)])
+def test_fc1_gathers_unless_a_cluster_shares_rows(num_tokens, gather):
+    for fp8 in (False, True):
+        config = choose_config(FLASH._replace(fp8=fp8), num_tokens)
+        assert config.gather == gather == (config.fc1.cluster == 1)
+    batched = FLASH._replace(batch_rows=64)
+    assert not choose_config(batched, num_tokens).gather
+
+
 @pytest.mark.parametrize(
     ("rows", "parts"), [(100, 1), (128, 1), (150, 1), (192, 1), (220, 2), (300, 2), (500, 3)]
 )
@@ -110,6 +131,13 @@ def test_fc2_that_gathers_is_refused():
     """Its gathering warps would read h before fc1 has written it."""
     with pytest.raises(AssertionError, match="fc2 gathers no rows"):
         Dsv4GroupedGemmSm90(Gemm("fc2", 4, 256, 256, 2, True, Sm90Config(1, 2, (8, 16), 64)))
+
+
+def test_a_stage_that_is_not_gathered_by_128_bytes_is_refused():
+    config = Sm90Config(1, 2, (8, 16), 64)
+    Dsv4GroupedGemmSm90(Gemm("fc1", 4, 256, 256, 2, True, config))
+    with pytest.raises(AssertionError, match="tile_k 64, gathered by 128 bytes"):
+        Dsv4GroupedGemmSm90(Gemm("fc1", 4, 256, 256, 2, True, config, activations="fp8"))
 
 
 def test_a_cluster_that_gathers_is_refused():

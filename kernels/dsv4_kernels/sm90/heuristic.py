@@ -28,7 +28,7 @@ def unsupported_reason(shape: MoeShape) -> str | None:
 def padded_intermediate(size: int, fp8: bool = False) -> tuple[int, int]:
     """A block of weights has 32 rows of the gate and 32 of the up, or 64 columns of w2. A stage of
     fp8 that had one block of columns would leave WGMMA idle: rather one block of zeros more."""
-    if fp8 and _fp8_tile_k(size, 320, (2, 5, 3)) == 64:
+    if fp8 and _tile_k(size, 320, (2, 5, 3)) == 64:
         size = -(-size // 128) * 128
     return -(-size // 32) * 32, -(-size // 64) * 64
 
@@ -49,12 +49,14 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
 
     fc1 gathers its rows by token rather than reading rows that `place_rows` has permuted: on an
     H200, 3 % less than fc1 and the permutation at 128 rows an expert, 2 % at 48. cp.async has no
-    multicast, so a cluster, which shares rows, needs them permuted. A batch's already are.
+    multicast, so a cluster, which shares rows, needs them permuted. A batch's already are. In W4A8
+    gathering takes 3 to 5 % less of a layer from 512 tokens on, up to 12 % (`tiles.json`).
     """
     rows = rows_per_expert(shape, num_tokens)
     inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
     config = functools.partial(_fp8_config, shape) if shape.fp8 else _config
-    fc1, fc2 = config(rows, 2 * inter, shape.hidden), config(rows, shape.hidden, inter)
+    fc1 = config(rows, 2 * inter, shape.hidden)
+    fc2 = _tall_config(shape, rows) or config(rows, shape.hidden, inter)
     gather = fc1.cluster == 1 and not shape.batch_rows
     if shape.fp8:
         gather = gather and fc1.tile_k % 128 == 0  # 128 bytes of a row are gathered at a time
@@ -67,9 +69,9 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
     Few rows: bound by the bytes of the weights, then by the instructions that widen them. Four
     consumer warpgroups share the widening, three where four would widen more rows in vain, past the
     last, and then with two row blocks each where these divide m: 2 to 4 % less from 32 tokens of
-    V4.1-Flash's TP4 rank on, 3 % more for one token. Long stages amortise the cost of a stage, tall
-    tiles that of a tile of few stages. Two sizes of tile_n instead of four take mostly 1 to 4 %
-    less, 1 % more for one token of V4-Flash in NVFP4 (`tiles.json`).
+    V4.1-Flash's TP4 rank on, 3 % more for one token. Long stages amortise the cost of a stage. Two
+    sizes of tile_n instead of four take mostly 1 to 4 % less, 1 % more for one token of V4-Flash
+    (`tiles.json`).
 
     More rows: larger tiles amortise the cost of a tile; accumulators then leave registers for three
     warpgroups, at last for two. tile_n has four sizes around the rows that a tile is expected to
@@ -81,10 +83,8 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
     """
     warpgroups = min((4, 3), key=lambda count: math.ceil(m / (64 * count)) * count)
     if rows <= FEW_ROWS:
-        is_even = warpgroups == 3 and m % 384 == 0
-        m_blocks = 2 if is_even or (rows <= FEWEST_ROWS and _is_short(k)) else 1
-        tile_n = (8, 16) if rows <= FEWEST_ROWS else (8, 16, 24, 32)
-        return Sm90Config(m_blocks, warpgroups, tile_n, _tile_k(k, 320))
+        m_blocks = 2 if warpgroups == 3 and m % 384 == 0 else 1
+        return Sm90Config(m_blocks, warpgroups, _few_rows(rows), _tile_k(k, 320))
     if rows <= 36:
         return Sm90Config(1, warpgroups, (24, 32, 40, 48), _tile_k(k, 256))
     tile_k = _tile_k(k, 128)
@@ -95,6 +95,11 @@ def _config(rows: float, m: int, k: int) -> Sm90Config:
     _, most = _even_parts(rows, 144)
     warpgroups = 3 if most <= 64 else 2
     return Sm90Config(2, warpgroups, (most - 24, most - 16, most - 8, most), tile_k)
+
+
+def _few_rows(rows: float) -> tuple[int, ...]:
+    """tile_n of up to FEW_ROWS."""
+    return (8, 16) if rows <= FEWEST_ROWS else (8, 16, 24, 32)
 
 
 def _fp8_config(shape: MoeShape, rows: float, m: int, k: int) -> Sm90Config:
@@ -108,13 +113,11 @@ def _fp8_config(shape: MoeShape, rows: float, m: int, k: int) -> Sm90Config:
     if fewer < parts:
         largest = math.ceil(largest / 32) * 32
         tile_n = tuple(range(largest - 48, largest + 16, 16))
-        return Sm90Config(1, 2, tile_n, _fp8_tile_k(k, 192, (2, 3)), cluster=2)
+        return Sm90Config(1, 2, tile_n, _tile_k(k, 192, (2, 3)), cluster=2)
     tile_n = (most - 24, most - 16, most - 8, most)
     if rows <= FEW_ROWS or most <= 48:
-        tile_n = (8, 16, 24, 32) if rows <= FEW_ROWS else (24, 32, 40, 48)
+        tile_n = _few_rows(rows) if rows <= FEW_ROWS else (24, 32, 40, 48)
         choices = [(1, 4, 1), (1, 3, 1)]
-        if rows <= FEW_ROWS and _is_short(k):
-            choices.insert(0, (2, 4, 1))
     elif most <= 64:
         choices = [(2, 3, 1), (1, 3, 1)]
     else:
@@ -126,19 +129,13 @@ def _fp8_config(shape: MoeShape, rows: float, m: int, k: int) -> Sm90Config:
     )
     tile_m = 64 * m_blocks * warpgroups
     column = tile_m // 2 + tile_m // _scale_block(shape) + tile_n[-1]
-    experts_padded = 1 << (shape.num_local_experts - 1).bit_length()
-    longest = (224_900 - 4096 * warpgroups - 20 * experts_padded) // (3 * column)
+    longest = _room(shape, warpgroups) // (3 * column)
     blocks = (2, 5, 3) if tile_m > 256 else (4, 2, 5, 3)
-    return Sm90Config(m_blocks, warpgroups, tile_n, _fp8_tile_k(k, longest, blocks), cluster)
+    return Sm90Config(m_blocks, warpgroups, tile_n, _tile_k(k, longest, blocks), cluster)
 
 
 def _scale_block(shape: MoeShape) -> int:
     return MXFP4_BLOCK if shape.weight_format == "mxfp4" else NVFP4_BLOCK
-
-
-def _fp8_tile_k(k: int, most: int, blocks: tuple[int, ...]) -> int:
-    """The first of so many blocks of 64 columns that divides K and is at most `most`, or one."""
-    return next((64 * n for n in blocks if -(-k // 64) % n == 0 and 64 * n <= most), 64)
 
 
 def _even_parts(rows: float, limit: int) -> tuple[int, int]:
@@ -149,15 +146,31 @@ def _even_parts(rows: float, limit: int) -> tuple[int, int]:
     return parts, min(limit, math.ceil(most / 16) * 16)
 
 
-def _tile_k(k: int, most: int) -> int:
-    blocks = -(-k // 64)
-    return next(64 * n for n in (4, 5, 3, 2, 1) if 64 * n <= most and blocks % n == 0)
+def _tile_k(k: int, most: int, blocks: tuple[int, ...] = (4, 5, 3, 2)) -> int:
+    """The first of so many blocks of 64 columns that divides K and is at most `most`, or one."""
+    return next((64 * n for n in blocks if -(-k // 64) % n == 0 and 64 * n <= most), 64)
 
 
-def _is_short(k: int) -> bool:
-    """V4.1-Flash's h under TP4: its fc2 has three stages, and the layer takes 4 % less time with
-    tiles of 512 rows than of 256, in W4A8 6 %; Flash, of eight stages, no less (`tiles.json`)."""
-    return _tile_k(k, 256) == 192 and k <= 576
+def _tall_config(shape: MoeShape, rows: float) -> Sm90Config | None:
+    """fc2's, with few rows of a rank's part of h: a tile of one to three stages costs as much
+    beside them as within, so tiles have 512 rows of weights, where there are enough for all
+    multiprocessors and two stages fit. Of V4.1-Flash's and V4-Flash's layers under TP4 and TP8 this
+    takes 2 to 10 % (`tiles.json`); with one token, whose tiles are too few, 1 to 2 us more.
+    """
+    _, k = padded_intermediate(shape.intermediate, shape.fp8)
+    tiles = rows * shape.num_local_experts * shape.hidden / 512
+    if k > 576 or rows > FEW_ROWS or tiles < 132:
+        return None
+    tile_n = (8, 16)
+    tile_k = _tile_k(k, 320, (5, 4, 3, 2))
+    column = 512 // 2 + 512 // _scale_block(shape) + tile_n[-1] * (1 if shape.fp8 else 2)
+    return Sm90Config(2, 4, tile_n, tile_k) if 2 * tile_k * column <= _room(shape, 4) else None
+
+
+def _room(shape: MoeShape, warpgroups: int) -> int:
+    """Bytes of shared memory for stages, beside the schedule's tables."""
+    experts_padded = 1 << (shape.num_local_experts - 1).bit_length()
+    return 224_900 - 4096 * warpgroups - 20 * experts_padded
 
 
 @functools.lru_cache(maxsize=4096)
