@@ -93,6 +93,16 @@ def test_w4a8_has_bars_beside_bf16_and_beside_the_default_peer():
     ]
 
 
+def test_auto_is_w4a8_while_no_size_is_slower_by_more_than_3_percent_and_2_us():
+    times = {(1, "sm90"): 20.0, (1, "sm90_fp8"): 22.0, (2, "sm90"): 200.0, (2, "sm90_fp8"): 207.0}
+    title = list(mxfp4.SHAPES)[4]
+    cells = {(title, tokens, name): {"us": us} for (tokens, name), us in times.items()}
+    assert mxfp4.auto_bars(cells) == [
+        (f"{title}, 1: W4A8 as `auto`", 1.0, 1.0),
+        (f"{title}, 2: W4A8 as `auto`", 206 / 207, 1.0),
+    ]
+
+
 def test_parts_of_a_wider_tensor_begin_where_its_halves_do():
     source = torch.arange(1, 9).view(1, 4, 2)
     target = torch.full((1, 8, 3), 99)
