@@ -44,6 +44,8 @@ def contender(name: str, expert_format: str) -> Contender:
         settings = {"formats": expert_format}
         if name == "plugin_fp8":
             settings["activations"] = "fp8"
+        elif expert_format == "mxfp4":
+            settings["activations"] = "bf16"
         return Contender(name, (f"--additional-config={json.dumps({'dsv4_moe': settings})}",))
     own = () if name == "default" else (f"--moe-backend={name}",)
     return Contender(name, own, {"VLLM_PLUGINS": PLUGIN_NAME})

@@ -43,7 +43,9 @@ def columns_of(run: dict) -> list[str]:
     return [name for name in dict.fromkeys((*NAMES, *names)) if name in names]
 
 
-def name_of(contender: str) -> str:
+def name_of(run: dict, contender: str) -> str:
+    if contender == "plugin" and run["format"] == "mxfp4":
+        return f"{NAMES[contender]}, W4A16"
     return NAMES.get(contender, contender)
 
 
@@ -186,7 +188,8 @@ def run_lines(run: dict) -> Iterator[str]:
     yield title(run)
     yield ""
     columns = columns_of(run)
-    yield line("requests × prompt + new tokens", *(name_of(c) for c in columns), "over the better")
+    names = (name_of(run, c) for c in columns)
+    yield line("requests × prompt + new tokens", *names, "over the better")
     yield "|---" * (2 + len(columns)) + "|"
     loads = list(dict.fromkeys(row["load"] for row in run.get("loads", ())))
     for load in sorted(loads, key=lambda name: [int(n) for n in name.split() if n.isdigit()][::-1]):
@@ -262,7 +265,8 @@ def compiled_lines(run: dict) -> Iterator[str]:
         if not row.get("compiled"):
             of.pop((row["load"], row["contender"]), None)
     for (load, name), kernels in of.items():
-        yield f"\n{load}, {name_of(name)}: kernels were compiled each time: {', '.join(kernels)}"
+        what = f"{load}, {name_of(run, name)}"
+        yield f"\n{what}: kernels were compiled each time: {', '.join(kernels)}"
 
 
 def profile_lines(run: dict) -> Iterator[str]:
@@ -279,7 +283,7 @@ def profile_lines(run: dict) -> Iterator[str]:
         }
         yield from (
             "",
-            line(step, *(name_of(c) for c in columns)),
+            line(step, *(name_of(run, c) for c in columns)),
             "|---" * (1 + len(columns)) + "|",
         )
         most: dict[str, float] = {}
@@ -337,7 +341,7 @@ def plot(results: dict, path: Path) -> None:
                 if (tpot := value(run, name, load, "median_tpot_ms")) is not None
             ]
             if points:
-                above.plot(*zip(*points, strict=True), marker="o", label=name_of(name))
+                above.plot(*zip(*points, strict=True), marker="o", label=name_of(run, name))
         above.set(xscale="log", title=f"{run['format'].upper()}, vLLM {run['vllm']}")
         above.set_xticks(list(decodes), [str(n) for n in decodes])
         above.minorticks_off()
@@ -346,7 +350,7 @@ def plot(results: dict, path: Path) -> None:
         for i, name in enumerate(names):
             rates = [value(run, name, x, "total_token_throughput") or 0 for x in PREFILL_BARS]
             places = [place + (i - (len(names) - 1) / 2) * width for place in range(len(rates))]
-            below.bar(places, rates, width, label=name_of(name))
+            below.bar(places, rates, width, label=name_of(run, name))
         below.set_xticks(range(len(PREFILL_BARS)), [x.removesuffix(" + 1") for x in PREFILL_BARS])
         below.set(xlabel="requests × prompt", ylabel="prefill, tokens/s")
         for axes in (above, below):

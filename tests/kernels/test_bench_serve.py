@@ -343,7 +343,7 @@ def test_w4a8_is_a_column_and_has_its_own_bars(time, met):
     assert found["W4A8, 64 × 32 + 512: TPOT"].met
     assert found["W4A8, 4 × 8000 + 1: prefill"].met == met
     table = serve_report.markdown({"runs": {"": run}})
-    assert "| this plugin | this plugin, W4A8 | Marlin |" in table
+    assert "| this plugin, W4A16 | this plugin, W4A8 | Marlin |" in table
     (row,) = (row for row in table.splitlines() if row.startswith("| 8 × 32 + 512: TPOT"))
     assert row.endswith(f"| 1.00× / {1 / time:.2f}× |")
 
@@ -527,7 +527,10 @@ def test_what_a_contender_adds():
     ours, marlin, default = (
         serve.contender(name, "mxfp4") for name in ("plugin", "marlin", "default")
     )
-    assert ours.arguments == ('--additional-config={"dsv4_moe": {"formats": "mxfp4"}}',)
+    (w4a16,) = ours.arguments
+    assert w4a16.endswith('{"formats": "mxfp4", "activations": "bf16"}}')
+    of_nvfp4 = serve.contender("plugin", "nvfp4").arguments
+    assert of_nvfp4 == ('--additional-config={"dsv4_moe": {"formats": "nvfp4"}}',)
     assert ours.environment == {} and default.arguments == ()
     (w4a8,) = serve.contender("plugin_fp8", "mxfp4").arguments
     assert w4a8.endswith('{"formats": "mxfp4", "activations": "fp8"}}')
