@@ -16,7 +16,7 @@ from typing import Any
 
 CONFIG_KEY = "dsv4_moe"
 ENV_PREFIX = "VLLM_DSV4_MOE_"
-# By backend, what it multiplies activations in; the first is what `auto` means.
+# By backend, what it multiplies activations in; the first is what `auto` means for NVFP4 experts.
 ACTIVATIONS = {
     "reference": ("nvfp4", "bf16", "fp8"),
     "sm90": ("bf16", "fp8"),
@@ -60,8 +60,8 @@ class Settings:
         "auto",
         "how the inputs of experts are multiplied: quantised to `nvfp4` (W4A4), to `fp8` (W4A8, on "
         "sm90 and the reference backend), or as they are, `bf16` (W4A16); `auto` is `bf16` on "
-        "sm90, which has no FP4, and `nvfp4` elsewhere. Those of MXFP4 experts are `fp8` where it "
-        "is set, and `bf16` otherwise",
+        "sm90, which has no FP4, and `nvfp4` elsewhere. Those of MXFP4 experts are `bf16` where it "
+        "is set, and `fp8` otherwise",
         allowed=("auto", "nvfp4", "fp8", "bf16"),
     )
     activation_scale: str = _option(
@@ -111,7 +111,7 @@ def activations_on(backend: str, wanted: str, weight_format: str) -> str:
     where the setting `activations` is `wanted`. ValueError where it has others only."""
     has = ACTIVATIONS[backend]
     if weight_format == "mxfp4" and wanted != "fp8":
-        return "bf16"
+        return "fp8" if "fp8" in has and wanted != "bf16" else "bf16"
     if wanted == "auto":
         wanted = has[0]
     if wanted not in has:

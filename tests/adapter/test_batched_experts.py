@@ -93,6 +93,7 @@ def plain_output(plain: PlainMoe, x, weights, ids) -> torch.Tensor:
         ("nvfp4", "nvfp4", "warmup"),
         ("nvfp4", "nvfp4", "token"),
         ("mxfp4", "bf16", "warmup"),
+        ("mxfp4", "fp8", "warmup"),
     ],
 )
 def test_ranks_add_up_to_plain_torch(checkpoints, name, activations, policy, number):
@@ -104,6 +105,8 @@ def test_ranks_add_up_to_plain_torch(checkpoints, name, activations, policy, num
     fc1 = fc2 = None
     if activations == "nvfp4":
         fc1 = fc2 = policy
+    if activations == "fp8":
+        fc1 = "fp8"
     if fc1 == "warmup":
         fc1, fc2 = scales[0].fc1, torch.cat([rank.fc2 for rank in scales]).tolist()
     x, weights, ids = tokens()
@@ -155,9 +158,10 @@ def test_the_arena_of_a_deployment_is_its_servers(checkpoints, backend):
     from dsv4_kernels.backends import SM90
 
     checkpoint = checkpoints["mxfp4"]
-    served = rank_layer(checkpoint, 0, 0, backend).quant_method.shape
+    served = rank_layer(checkpoint, 0, 0, backend, activations="bf16").quant_method.shape
+    settings = Settings(formats="mxfp4", activations="bf16")
     deployment = Deployment(
-        PlainMoe(checkpoint, 0).config, Settings(formats="mxfp4"), 256, data_parallel=RANKS,
+        PlainMoe(checkpoint, 0).config, settings, 256, data_parallel=RANKS,
         is_expert_parallel=True, all2all_backend=backend,
     )  # fmt: skip
     planned, _ = deployment.shapes("sm_90a")

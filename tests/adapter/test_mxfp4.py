@@ -9,10 +9,12 @@ import torch
 from dsv4_kernels import backends
 
 from tests.support import loading
+from tests.support.gathered_ranks import GatheredRanks
 from tests.support.layers import relative_error
 from tests.support.plain_moe import PlainMoe
 from tests.support.routed_experts import loaded_experts, random_tokens, routed_experts
 from vllm_dsv4_moe.commands.tiny import TinyConfig, write_tiny_checkpoint
+from vllm_dsv4_moe.packed_dispatch import PackedDispatch
 
 CONFIG = TinyConfig(
     layers=1, hash_layers=0, hidden=64, intermediate=64, experts=12, heads=4, expert_format="mxfp4"
@@ -29,7 +31,7 @@ def vllm_config(checkpoint):
 
 @pytest.fixture(scope="module")
 def plain(checkpoint):
-    return PlainMoe(checkpoint, 0)
+    return PlainMoe(checkpoint, 0, "fp8")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_weights_that_are_loaded_again_replace_the_first_in_place(checkpoint, tm
     loading.reload_weights(config, model, other)
     assert {name: param.data_ptr() for name, param in experts.named_parameters()} == before
     x, weights, ids = tokens
-    expected = PlainMoe(other, 0).routed(x, ids, weights.double()).float()
+    expected = PlainMoe(other, 0, "fp8").routed(x, ids, weights.double()).float()
     assert relative_error(experts.forward_modular(*tokens), expected) <= TOLERANCE
 
 
@@ -142,23 +144,30 @@ def test_padded_weights_are_what_is_moved_and_loaded_again(
     for path in (checkpoint, other):
         loading.reload_weights(config, model, path)
         assert {n: (p.data_ptr(), p.shape) for n, p in experts.named_parameters()} == before
-        expected = PlainMoe(path, 0).routed(x, ids, weights.double()).float()
+        expected = PlainMoe(path, 0, "fp8").routed(x, ids, weights.double()).float()
         assert relative_error(experts.forward_modular(*tokens), expected) <= TOLERANCE
 
 
-def test_fp8_activations_give_plain_arithmetic_in_fp8(checkpoint, vllm_config, tensors, tokens):
-    layer = rank_layer(vllm_config, tensors, activations="fp8")
-    assert layer.quant_method.shape.fp8 and not layer.quant_method.shape.scale_per_row
+def test_bf16_activations_give_plain_arithmetic(checkpoint, vllm_config, tensors, tokens):
+    layer = rank_layer(vllm_config, tensors, activations="bf16")
     x, weights, ids = tokens
-    expected = PlainMoe(checkpoint, 0, "fp8").routed(x, ids, weights.double()).float()
+    expected = PlainMoe(checkpoint, 0).routed(x, ids, weights.double()).float()
     assert relative_error(layer.forward_modular(*tokens), expected) <= TOLERANCE
 
 
-def test_activations_are_bf16_whatever_is_set_for_nvfp4(vllm_config):
-    for activations in ("auto", "nvfp4", "bf16"):
-        layer = routed_experts(vllm_config, CONFIG, activations=activations)
-        shape = layer.quant_method.shape
-        assert (shape.quantize_activations, shape.weight_format) == (False, "mxfp4")
+@pytest.mark.parametrize("activations", ["auto", "nvfp4", "fp8", "bf16"])
+def test_activations_are_fp8_unless_bf16_is_set(vllm_config, activations):
+    shape = routed_experts(vllm_config, CONFIG, activations=activations).quant_method.shape
+    assert (shape.weight_format, shape.fp8) == ("mxfp4", activations != "bf16")
+    assert not shape.quantize_activations and not shape.scale_per_row
+
+
+def test_gathered_tokens_travel_quantised(vllm_config, tensors):
+    with GatheredRanks(2).installed():
+        for activations, packs in (("auto", True), ("bf16", False)):
+            layer = rank_layer(vllm_config, tensors, ep=(2, 0), dp=(2, 0), activations=activations)
+            dispatch = layer.quant_method.moe_kernel.prepare_finalize
+            assert isinstance(dispatch, PackedDispatch) == packs
 
 
 def test_a_drafts_tensors_have_the_checkpoints_names():

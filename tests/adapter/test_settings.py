@@ -5,7 +5,14 @@ from dsv4_kernels.activation_scale import HEADROOM
 from dsv4_kernels.backends import BACKENDS
 from dsv4_kernels.types import MoeShape
 
-from vllm_dsv4_moe.settings import FIELDS, MXFP4_BACKENDS, Settings, read_settings, settings_table
+from vllm_dsv4_moe.settings import (
+    FIELDS,
+    MXFP4_BACKENDS,
+    Settings,
+    activations_on,
+    read_settings,
+    settings_table,
+)
 
 
 def test_nothing_given_means_the_defaults():
@@ -20,6 +27,20 @@ def test_mxfp4_goes_to_the_backends_that_run_it():
     shape = MoeShape(8, 8, 2, 128, 64, 1, False, weight_format="mxfp4")
     run_it = [name for name, each in BACKENDS.items() if each.unsupported_reason(shape) is None]
     assert sorted(run_it) == sorted(MXFP4_BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "backend", "found"),
+    [
+        ("nvfp4", "reference", "nvfp4"),
+        ("nvfp4", "sm90", "bf16"),
+        ("nvfp4", "sm100", "nvfp4"),
+        ("mxfp4", "reference", "fp8"),
+        ("mxfp4", "sm90", "fp8"),
+    ],
+)
+def test_what_auto_multiplies_in(weight_format, backend, found):
+    assert activations_on(backend, "auto", weight_format) == found
 
 
 def test_the_command_line_wins_over_the_environment():

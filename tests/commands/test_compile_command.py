@@ -193,8 +193,8 @@ def test_an_image_has_every_kernel_of_its_deployments(path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "arch", "capability", "setting"),
     [
-        ("flash-2xh200", "sm_90a", (9, 0), {"ACTIVATIONS": "fp8"}),
-        ("v41-8xh200", "sm_90a", (9, 0), {"ACTIVATIONS": "fp8"}),
+        ("flash-2xh200", "sm_90a", (9, 0), {"ACTIVATIONS": "bf16"}),
+        ("v41-8xh200", "sm_90a", (9, 0), {"ACTIVATIONS": "bf16"}),
         ("flash-b200", "sm_100a", (10, 0), {"ACTIVATION_SCALE": "token"}),
     ],
 )
@@ -257,9 +257,9 @@ def test_a_models_kernels_are_of_the_settings(tmp_path, monkeypatch):
     command.add_arguments(parser)
     args = parser.parse_args(["--arch", "sm_90a", "--model", "v41", "--tp-size", "8"])
     shape = command.shape_of(args)
-    assert (shape.intermediate, shape.weight_format, shape.fp8) == (288, "mxfp4", False)
-    monkeypatch.setenv("VLLM_DSV4_MOE_ACTIVATIONS", "fp8")
-    assert command.shape_of(args) == shape._replace(fp8=True)
+    assert (shape.intermediate, shape.weight_format, shape.fp8) == (288, "mxfp4", True)
+    monkeypatch.setenv("VLLM_DSV4_MOE_ACTIVATIONS", "bf16")
+    assert command.shape_of(args) == shape._replace(fp8=False)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_hoppers_kernels_are_of_the_format_that_is_served(tmp_path, monkeypatch)
         "additional-config: {dsv4_moe: {formats: mxfp4}}\n"
     )
     (shape,) = shapes_of_config(path, "sm_90a")
-    assert shape == MoeShape(256, 256, 6, 4096, 2048, 16, False, weight_format="mxfp4")
+    assert shape == MoeShape(256, 256, 6, 4096, 2048, 16, False, weight_format="mxfp4", fp8=True)
     kernels = BACKENDS["sm90"].kernels
     of_nvfp4 = set(map(key_of, kernels(shape._replace(weight_format="nvfp4"), "sm_90a")))
     assert not of_nvfp4 & set(map(key_of, kernels(shape, "sm_90a")))
@@ -321,7 +321,7 @@ def test_drafts_have_kernels_of_their_own_counts(tmp_path):
         "additional-config: {dsv4_moe: {formats: mxfp4}}\n"
     )
     layers, drafts = shapes_of_config(path, "sm_90a")
-    assert layers == MoeShape(384, 96, 6, 5120, 2304, 64, False, weight_format="mxfp4")
+    assert layers == MoeShape(384, 96, 6, 5120, 2304, 64, False, weight_format="mxfp4", fp8=True)
     assert drafts == layers._replace(num_experts=128, num_local_experts=32, top_k=3)
 
 

@@ -197,7 +197,13 @@ def test_settings_that_name_a_path_which_is_not_there(tmp_path):
     ("capability", "environ", "status", "words"),
     [
         pytest.param(None, {}, "note", "auto means reference", id="no-gpu"),
-        pytest.param((9, 0), {}, "ok", "auto means sm90, bf16 activations", id="h200"),
+        pytest.param(
+            (9, 0),
+            {},
+            "ok",
+            "auto means sm90, bf16 activations (W4A16), and for MXFP4 experts fp8 activations",
+            id="h200",
+        ),
         pytest.param((10, 0), {}, "ok", "auto means sm100, NVFP4 activations", id="b200"),
         pytest.param((8, 0), {}, "bad", "compute capability 8.0", id="a100"),
         pytest.param(

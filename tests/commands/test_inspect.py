@@ -89,9 +89,13 @@ def test_activations_are_those_that_the_layers_would_run_in(original, monkeypatc
     text = capsys.readouterr().out
     assert "activations of NVFP4 experts: fp8 on sm90, refused as fp8 on sm100" in text
     assert "activations of MXFP4 experts: fp8 on sm90" in text
-    for wanted, of_nvfp4 in (("auto", "bf16"), ("bf16", "bf16"), ("nvfp4", "refused as nvfp4")):
+    for wanted, of_nvfp4, of_mxfp4 in (
+        ("auto", "bf16", "fp8"),
+        ("bf16", "bf16", "bf16"),
+        ("nvfp4", "refused as nvfp4", "fp8"),
+    ):
         found = inspect(original, formats="nvfp4,mxfp4", activations=wanted).activations
-        assert (found["NVFP4"]["sm90"], found["MXFP4"]["sm90"]) == (of_nvfp4, "bf16")
+        assert (found["NVFP4"]["sm90"], found["MXFP4"]["sm90"]) == (of_nvfp4, of_mxfp4)
 
 
 @pytest.fixture(scope="module")

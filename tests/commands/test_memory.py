@@ -117,7 +117,7 @@ def v41_on_two_h200s(**changes) -> Deployment:
 
 
 def test_the_arena_is_the_workspace_of_both_lanes():
-    shape = MoeShape(384, 192, 6, 5120, 2304, 8192, False, weight_format="mxfp4")
+    shape = MoeShape(384, 192, 6, 5120, 2304, 8192, False, weight_format="mxfp4", fp8=True)
     layers = workspace_bytes(SM90, shape)
     drafts = workspace_bytes(SM90, shape._replace(num_experts=128, num_local_experts=64, top_k=3))
     memory, arch = GPUS["h200"]

@@ -50,7 +50,7 @@ def test_one_layer_of_each_kind_is_verified(original, activations, monkeypatch, 
     assert main(["verify", str(original)]) == 0
     lines = capsys.readouterr().out.splitlines()
     experts = original.name.upper()
-    numerics = drafts = "W4A8" if activations == "fp8" else "W4A16"
+    numerics = drafts = "W4A16" if activations == "bf16" else "W4A8"
     if (original.name, activations) == ("nvfp4", "auto"):
         numerics = "W4A4"
     assert [line.partition(", error")[0] for line in lines[:3]] == [

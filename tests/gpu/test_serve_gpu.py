@@ -35,10 +35,14 @@ SERVERS: Servers = {
     ),
     "marlin": (["--kernel-config", '{"moe_backend": "marlin"}'], NOT_OURS),
     "emulation": (["--kernel-config", '{"moe_backend": "emulation"}'], NOT_OURS),
-    "mxfp4": ([], {"VLLM_DSV4_MOE_FORMATS": "mxfp4"}),
+    "mxfp4": ([], {"VLLM_DSV4_MOE_FORMATS": "mxfp4", "VLLM_DSV4_MOE_ACTIVATIONS": "bf16"}),
     "mxfp4_reference": (
         ["--enforce-eager"],
-        {"VLLM_DSV4_MOE_BACKEND": "reference", "VLLM_DSV4_MOE_FORMATS": "mxfp4"},
+        {
+            "VLLM_DSV4_MOE_BACKEND": "reference",
+            "VLLM_DSV4_MOE_FORMATS": "mxfp4",
+            "VLLM_DSV4_MOE_ACTIVATIONS": "bf16",
+        },
     ),
     "mxfp4_marlin": (["--kernel-config", '{"moe_backend": "marlin"}'], NOT_OURS),
     "drafts": (
@@ -195,7 +199,7 @@ def test_mxfp4_agrees_with_marlin_and_the_reference(hopper, answers, record_prop
 def test_mxfp4_drafts_beside_nvfp4_experts_are_ours_too(hopper, answers, record_property):
     logprobs, _, log = answers("drafts")
     assert f"runs NVFP4 experts, on sm90: layers 0-{MODEL.layers - 1} (W4A16" in log
-    assert f"runs MXFP4 experts, on sm90: layers {MODEL.layers} (W4A16" in log
+    assert f"runs MXFP4 experts, on sm90: layers {MODEL.layers} (W4A8" in log
     assert "vLLM keeps the experts" not in log
     # Drafts choose no token: what the model says is what it says without them.
     difference = distance(logprobs, answers("ours")[0])

@@ -28,6 +28,7 @@ def test_each_kind_of_layer_is_verified_and_timed(expert_format, tmp_path, capsy
         if "MXFP4" in line and not is_hopper:
             assert "vLLM's" in line
             continue
-        assert ("sm90, W4A16" if is_hopper else "sm100, W4A4") in line
+        hoppers = "sm90, W4A8" if "MXFP4" in line else "sm90, W4A16"
+        assert (hoppers if is_hopper else "sm100, W4A4") in line
         times = re.search(r"us by tokens: 1 (\d+), 64 (\d+), 512 (\d+): ok$", line)
         assert times is not None and all(0 < int(us) < 100_000 for us in times.groups())

@@ -260,7 +260,7 @@ def check_backends(
     from dsv4_kernels.types import MoeShape
 
     from vllm_dsv4_moe.moe_method import activation_mode, check_device
-    from vllm_dsv4_moe.settings import read_settings
+    from vllm_dsv4_moe.settings import MXFP4_BACKENDS, read_settings
 
     try:
         settings = read_settings({}, environ)
@@ -297,11 +297,15 @@ def check_backends(
         "nvfp4": "NVFP4 activations (W4A4)",
         "fp8": "fp8 activations (W4A8)",
         "bf16": "bf16 activations (W4A16)",
-    }[mode]
+    }
+    words = multiplies[mode]
+    of_mxfp4 = activation_mode(settings, capability, "mxfp4")
+    if chosen in MXFP4_BACKENDS and of_mxfp4 != mode:
+        words += f", and for MXFP4 experts {multiplies[of_mxfp4]}"
     slow = ": for checking, not for speed" if chosen == "reference" else ""
     slow += ", and with --enforce-eager only" if slow and capability is not None else ""
     status = "note" if slow else "ok"
-    yield Check("backend", status, f"{settings.backend} means {chosen}, {multiplies}{slow}")
+    yield Check("backend", status, f"{settings.backend} means {chosen}, {words}{slow}")
 
 
 def check_formats(
