@@ -6,8 +6,9 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from dsv4_kernels.backends import SM90
 from dsv4_kernels.compiled import Kernel
-from dsv4_kernels.sm90 import compile as sm90_compile
+from dsv4_kernels.padding import padded_shape
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.heuristic import choose_config
 
@@ -58,7 +59,12 @@ def test_all_that_runs_is_compiled(emulation):
         assert Kernel(sm90.compile_now, gemm, sanitize.ARCH) in served
         assert Kernel(racecheck.compile_gemm, gemm, sanitize.ARCH) in followed
     sanitize.sm90_problems.use_choice(choose_config)
-    assert {*sm90_compile.kernels(sanitize.LAYER, sanitize.ARCH)} <= {*served}
+    for shape in sanitize.LAYERS.values():
+        for num_tokens in sanitize.LAYER_TOKENS:
+            for gemm in sm90.gemms(padded_shape(SM90, shape), num_tokens):
+                assert Kernel(sm90.compile_now, gemm, sanitize.ARCH) in served
+                if shape.fp8:
+                    assert Kernel(racecheck.compile_gemm, gemm, sanitize.ARCH) in followed
 
 
 @pytest.mark.parametrize("name", [sanitize.SERVED, sanitize.FOLLOWED])
@@ -96,8 +102,9 @@ def test_what_racecheck_follows_is_right(emulation, case):
     sanitize.run_gemms([case], "cpu", (4,))
 
 
-def test_the_layer_runs_and_is_right(emulation, capsys):
-    sanitize.run_layer((3,), "cpu")
+@pytest.mark.parametrize("name", ["nvfp4 bf16", "mxfp4 fp8"])
+def test_the_layer_runs_and_is_right(emulation, capsys, name):
+    sanitize.run_layer(sanitize.LAYERS[name], (3,), "cpu")
     assert capsys.readouterr().out.count("layer of 3 tokens") == 2
 
 

@@ -9,11 +9,11 @@
 `gemms`: fc1 and fc2 in every config that can be chosen, on experts of no row, of one, and of a
 count in each size of tile_n and past the last; with as many blocks as the GPU has, which splits
 every tile, and with three, which leaves some whole. `layer`: router to combine at a few numbers of
-tokens, and the kernels that only W4A4 calls. GEMMs and layers are compared with the oracle.
-memcheck watches both; racecheck (shared memory) watches the GEMMs in a variant that it can follow,
-see `racecheck.py`. Whatever a tool reports fails. Kernels are compiled
-before: the tools slow a compiler down a hundredfold. Each tensor is an allocation of its own, so
-that memcheck knows where it ends.
+tokens, in both formats and both numerics, and the kernels that only W4A4 calls. GEMMs and layers
+are compared with the oracle. memcheck watches both; racecheck (shared memory) watches the GEMMs,
+and W4A8's layer, in a variant that it can follow, see `racecheck.py`. Whatever a tool reports
+fails. Kernels are compiled before: the tools slow a compiler down a hundredfold. Each tensor is an
+allocation of its own, so that memcheck knows where it ends.
 """
 
 import argparse
@@ -31,24 +31,25 @@ from typing import NamedTuple
 
 import torch
 from bench.checkout import checkout_commit
-from bench.inputs import expert_map
-from dsv4_kernels import reference
+from bench.inputs import expert_map, random_weights
+from dsv4_kernels import moe
+from dsv4_kernels.backends import REFERENCE, SM90
 from dsv4_kernels.compile_processes import fill
 from dsv4_kernels.compiled import Kernel, KernelCache, use_cache
+from dsv4_kernels.padding import padded_shape
 from dsv4_kernels.route.gate_route import gate_route
 from dsv4_kernels.route.router_topk import router_topk
 from dsv4_kernels.rows.expert_layout import expert_layout
 from dsv4_kernels.rows.nvfp4_quantize import nvfp4_quantize
-from dsv4_kernels.sm90 import compile as sm90_compile
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.heuristic import choose_config
 from dsv4_kernels.sm90.spec import LayerConfig
 from dsv4_kernels.trusted_folder import TrustedFolder
-from dsv4_kernels.types import ExpertLayout, MoeShape, Routing
+from dsv4_kernels.types import ExpertLayout, ExpertWeights, MoeShape, Routing
 
 from tests.gpu import racecheck
 from tests.support import sm90_problems
-from tests.support.layers import relative_error, run, workspace_of
+from tests.support.layers import lazy, relative_error, run, workspace_of
 from tests.support.sm90_problems import Problem
 
 ROOT = Path(__file__).parents[2]
@@ -65,9 +66,16 @@ SUMMARY = re.compile(
 )
 
 # Rows of an expert for which unlike kernels are chosen.
-ROWS = (4, 29, 43, 90, 118, 140)
+ROWS = (1, 4, 29, 43, 90, 118, 140)
 SIZES = {"fc1": (768, 192), "fc2": (448, 768)}  # hidden, intermediate: a part of a tile is left
 LAYER = MoeShape(16, 5, 4, 512, 384, 200, False)
+LAYERS = {
+    f"{weight_format} {activations}": LAYER._replace(
+        weight_format=weight_format, fp8=activations == "fp8"
+    )
+    for weight_format in ("nvfp4", "mxfp4")
+    for activations in ("bf16", "fp8")
+}
 LAYER_TOKENS = (1, 40, 200)
 MANY_TOKENS, MANY_COLUMNS = 1100, 4128  # to quantise, in two launches and several chunks
 LIMIT = 10.0
@@ -121,10 +129,18 @@ def gemm_of(case: Case) -> sm90.Gemm:
 
 def kernels() -> dict[str, list[Kernel]]:
     """By folder: everything that `run` launches."""
-    of_layer = sm90_compile.kernels(LAYER, ARCH)
-    followed = [*map(gemm_of, cases())]
+    sm90_problems.use_choice(choose_config)
+    served = {
+        gemm: None
+        for shape in LAYERS.values()
+        for num_tokens in LAYER_TOKENS
+        for gemm in sm90.gemms(padded_shape(SM90, shape), num_tokens)
+    }
+    followed = {gemm: None for gemm in served if gemm.activations == "fp8"}
+    for gemm in map(gemm_of, cases()):
+        served[gemm] = followed[gemm] = None
     return {
-        SERVED: [*of_layer, *(Kernel(sm90.compile_now, gemm, ARCH) for gemm in followed)],
+        SERVED: [Kernel(sm90.compile_now, gemm, ARCH) for gemm in served],
         FOLLOWED: [Kernel(racecheck.compile_gemm, gemm, ARCH) for gemm in followed],
     }
 
@@ -159,21 +175,22 @@ def run_gemms(chosen: list[Case], device: str, block_counts: tuple[int, ...]) ->
             print(f"{case.name} {case.op} {num_blocks} blocks: {error:.1e}", flush=True)
 
 
-def run_layer(token_counts: tuple[int, ...], device: str) -> None:
-    """Dense and hash routing, layout, rows gathered or placed, fc1, fc2, combine."""
-    problem = Problem("layer", 1, LAYER.num_local_experts, 1, LAYER.hidden, LAYER.intermediate)
-    inputs = sm90_problems.make_inputs(problem)
-    prepared = type(inputs.prepared)(*(tensor.to(device) for tensor in inputs.prepared))
-    layer = sm90_problems.layer_of(prepared, LAYER, LIMIT)
-    workspace, mapping = workspace_of(layer), local_experts()
+def run_layer(shape: MoeShape, token_counts: tuple[int, ...], device: str) -> None:
+    """Dense and hash routing, layout, rows gathered, placed or quantised, fc1, fc2, combine."""
+    weights = random_weights(shape, "cpu", gain=0.3)
+    given = ExpertWeights(*(tensor.to(device, copy=True) for tensor in weights))
+    backend, mapping = lazy(SM90), local_experts()
+    layer = moe.prepare_layer(backend, shape, given, limit=LIMIT, activation_scales=None)
+    oracle = moe.prepare_layer(REFERENCE, shape, weights, limit=LIMIT, activation_scales=None)
+    workspace = workspace_of(layer)
     for num_tokens in token_counts:
         x, routings = route(num_tokens, device)
         for routing in routings:
             out = run(layer, x, routing, mapping.to(device), workspace)
             there = Routing(*(tensor.cpu() for tensor in routing))
-            exact = reference.moe(x.cpu(), there, inputs.weights, expert_map=mapping, limit=LIMIT)
-            error = relative_error(out.cpu(), exact)
-            assert error < 2**-8 and out.isfinite().all(), (num_tokens, error)
+            error = relative_error(out.cpu(), run(oracle, x.cpu(), there, mapping))
+            bound = 2**-4 if shape.fp8 else 2**-8
+            assert error < bound and out.isfinite().all(), (shape, num_tokens, error)
             print(f"layer of {num_tokens} tokens: {error:.1e}", flush=True)
         quantize(x, expert_layout(routing.ids, LAYER.num_local_experts, mapping.to(device), 128))
 
@@ -257,8 +274,10 @@ class Check(NamedTuple):
 
 
 def checks() -> list[Check]:
-    races = [Check("racecheck", "gemms", case.title) for case in cases()]
-    return [Check("memcheck", "gemms"), Check("memcheck", "layer"), *races]
+    found = [Check("racecheck", "layer", name) for name in LAYERS if LAYERS[name].fp8]
+    found += [Check("memcheck", "layer", name) for name in LAYERS]
+    tools = ("racecheck", "memcheck")
+    return [*found, *(Check(tool, "gemms", case.title) for case in cases() for tool in tools)]
 
 
 def run_check(check: Check, objects: Path) -> dict:
@@ -331,7 +350,8 @@ def main() -> int:
             chosen = [case for case in cases() if not wanted or case.title in wanted]
             run_gemms(chosen, "cuda", (num_sms, FEW_BLOCKS))
         else:
-            run_layer(LAYER_TOKENS, "cuda")
+            for name in args.rest[2:] or LAYERS:
+                run_layer(LAYERS[name], LAYER_TOKENS, "cuda")
             run_quantize(MANY_TOKENS, MANY_COLUMNS, "cuda")
     else:
         objects = args.objects or Path(tempfile.mkdtemp(prefix="sanitize_"))
