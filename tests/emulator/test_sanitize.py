@@ -1,16 +1,21 @@
 """What `make sanitize` runs under compute-sanitizer, rehearsed in the PTX emulator."""
 
+import contextlib
 import json
 import math
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from dsv4_kernels.backends import SM90
 from dsv4_kernels.compiled import Kernel
 from dsv4_kernels.padding import padded_shape
 from dsv4_kernels.sm90 import gemm as sm90
 from dsv4_kernels.sm90.heuristic import choose_config
+from dsv4_kernels.sm90.spec import Gemm
+from dsv4_kernels.types import MoeShape
 
 from tests.emulator.sm90_emulation import emulated
 from tests.gpu import racecheck, sanitize
@@ -41,14 +46,30 @@ def test_every_size_of_a_tile_is_run(case):
     assert any(count > 2 * sizes[-1] for count in case.problem.counts)
 
 
-def test_rows_are_gathered_in_some_and_placed_in_others():
-    chosen = set()
-    for case in CASES:
-        sanitize.choose(case, 3)
-        gemm = sm90.gemms(case.problem.shape, case.problem.num_tokens)[case.op == "fc2"]
-        assert gemm.config == getattr(case.config, case.op)
-        chosen.add((gemm.op, gemm.gather, gemm.config.m_blocks))
-    assert chosen >= {("fc1", True, 1), ("fc1", True, 2), ("fc1", False, 1), ("fc2", False, 2)}
+def fc1_kind(gemm: Gemm) -> tuple[str, bool, bool]:
+    return gemm.activations, gemm.gather, gemm.config.cluster > 1
+
+
+def test_each_way_to_read_rows_is_run():
+    """Of those that are chosen for one of the layers at any number of tokens up to 640."""
+    ran = {fc1_kind(kernel.gemm) for kernel in served() if kernel.gemm.op == "fc1"}
+    sanitize.sm90_problems.use_choice(choose_config)
+    layers = [padded_shape(SM90, shape) for shape in sanitize.LAYERS.values()]
+    chosen = {fc1_kind(sm90.gemms(layer, n)[0]) for layer in layers for n in range(1, 641)}
+    assert chosen <= ran
+    assert chosen >= {("bf16", True, False), ("bf16", False, True), ("fp8", False, True)}
+
+
+def test_fc1_is_run_in_tiles_of_384_weight_rows():
+    of_m = {case.title: sanitize.gemm_of(case) for case in CASES if case.op == "fc1"}
+    narrow = MoeShape(1, 1, 1, *sanitize.SIZES["fc1"], 1, False)
+    sanitize.sm90_problems.use_choice(choose_config)
+    chosen = sm90.gemms(narrow, 1)[0].config
+    assert chosen.tile_m == 384 and of_m["1-rows 2x3 fc1"].config == chosen
+
+
+def served() -> list[Kernel]:
+    return sanitize.kernels()[sanitize.SERVED]
 
 
 def test_all_that_runs_is_compiled(emulation):
@@ -138,21 +159,64 @@ def test_a_tool_that_sums_up_nothing_did_not_check():
         sanitize.findings("memcheck", "========= COMPUTE-SANITIZER\nSegmentation fault\n")
 
 
-def test_what_ended_is_kept_and_what_outran_its_time_is_named(tmp_path):
+def test_what_ended_is_kept_and_what_is_missing_is_named(tmp_path):
     def run(check: sanitize.Check) -> dict:
-        if check.case:
+        if check.word == "cut":
             raise subprocess.TimeoutExpired("racecheck", 300)
+        if check.word == "late":
+            raise subprocess.TimeoutExpired("racecheck", 0)
+        if check.word == "wrong":
+            raise ValueError("racecheck ended with 1")
         return {"tool": check.tool, "findings": 0}
 
-    ends, outruns = sanitize.Check("memcheck", "layer"), sanitize.Check("racecheck", "gemms", "a")
+    ends = sanitize.Check("memcheck", "layer", "")
+    others = [sanitize.Check("racecheck", "gemms", word) for word in ("cut", "late", "wrong")]
     path = tmp_path / "sanitize.json"
     with ThreadPoolExecutor(1) as pool:
-        pending = {pool.submit(run, check): check for check in (outruns, ends)}
+        pending = {pool.submit(run, check): check for check in (*others, ends)}
         assert not sanitize.keep(pending, {"gpu": "H200"}, path)
         assert sanitize.keep({pool.submit(run, ends): ends}, {}, tmp_path / "other.json")
     kept = json.loads(path.read_text())
-    assert (kept["gpu"], kept["outran"]) == ("H200", ["racecheck gemms a"])
+    assert kept["gpu"] == "H200"
+    assert kept["missing"] == {
+        "racecheck gemms cut": "cut off after 300 s",
+        "racecheck gemms late": "not run",
+        "racecheck gemms wrong": "racecheck ended with 1",
+    }
     assert kept["runs"] == [{"tool": "memcheck", "findings": 0}]
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def test_a_command_that_is_cut_off_leaves_no_process(tmp_path):
+    """Of a tool's program too, which holds the GPU."""
+    pid = tmp_path / "pid"
+    program = f"sleep 60 & echo $! >{pid}; wait"
+    start = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        sanitize.watched(["sh", "-c", program], 1)
+    while is_running(int(pid.read_text())):
+        assert time.monotonic() - start < 30
+        time.sleep(0.01)
+    with pytest.raises(subprocess.TimeoutExpired):
+        sanitize.watched(["touch", str(tmp_path / "begun")], 0)
+    assert not (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize("tool", sanitize.OPTIONS)
+def test_every_gemm_and_layer_is_in_one_check(tool):
+    words = {"gemms": [], "layer": []}
+    for check in sanitize.checks():
+        words[check.work] += [check.word] * (check.tool == tool)
+    for case in CASES:
+        assert sum(word in case.title for word in words["gemms"]) == 1, case.title
+    for name, shape in sanitize.LAYERS.items():
+        followed = tool == "memcheck" or shape.fp8
+        assert sum(word in name for word in words["layer"]) == followed, name
 
 
 KEPT = sanitize.ROOT / "kernels/bench/results/sanitize.json"
@@ -160,7 +224,7 @@ KEPT = sanitize.ROOT / "kernels/bench/results/sanitize.json"
 
 def test_the_kept_results_are_of_every_check():
     kept = json.loads(KEPT.read_text())
-    assert kept["gpu"].startswith("NVIDIA H") and kept["commit"] and not kept["outran"]
-    ran = [sanitize.Check(run["tool"], run["work"], run["case"]) for run in kept["runs"]]
+    assert kept["gpu"].startswith("NVIDIA H") and kept["commit"] and not kept["missing"]
+    ran = [sanitize.Check(run["tool"], run["work"], run["word"]) for run in kept["runs"]]
     assert ran == sanitize.checks()
     assert all(run["ran"] and not run["findings"] for run in kept["runs"])

@@ -1,10 +1,11 @@
 """compute-sanitizer over the kernels that sm90 serves with, on a Hopper GPU: `make sanitize`.
 
-    python tests/gpu/sanitize.py all [--out FILE] [--objects FOLDER]    everything below, as JSON
+    python tests/gpu/sanitize.py all [--out FILE] [--objects FOLDER] [--seconds N]
     CUTE_DSL_ARCH=sm_90a python tests/gpu/sanitize.py compile FOLDER    the GEMMs; needs no GPU
-    python tests/gpu/sanitize.py run {gemms,layer} FOLDER [CASE]        what the tools watch
+    python tests/gpu/sanitize.py run {gemms,layer} FOLDER [WORD]        what the tools watch
 
-(with PYTHONPATH=.:kernels, from the repository's root).
+(with PYTHONPATH=.:kernels, from the repository's root). `all` keeps JSON: what ended, and what is
+missing and why. `run` takes those with the word in their name.
 
 `gemms`: fc1 and fc2 in every config that can be chosen, on experts of no row, of one, and of a
 count in each size of tile_n and past the last; with as many blocks as the GPU has, which splits
@@ -13,10 +14,12 @@ tokens, in both formats and both numerics, and the kernels that only W4A4 calls.
 are compared with the oracle. memcheck watches both; racecheck (shared memory) watches the GEMMs,
 and W4A8's layer, in a variant that it can follow, see `racecheck.py`. Whatever a tool reports
 fails. Kernels are compiled before: the tools slow a compiler down a hundredfold. Each tensor is an
-allocation of its own, so that memcheck knows where it ends.
+allocation of its own, so that memcheck knows where it ends. Under a tool a process takes a minute
+to start, and a GEMM some seconds more: few processes, of many GEMMs each.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -29,6 +32,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from bench.checkout import checkout_commit
 from bench.inputs import expert_map, random_weights
@@ -55,7 +59,7 @@ from tests.support.sm90_problems import Problem
 ROOT = Path(__file__).parents[2]
 ARCH = "sm_90a"
 FEW_BLOCKS = 3
-LONGEST = 300  # seconds of a check
+NOT_RUN = "not run"
 # memcheck would also list each driver function that this driver lacks.
 OPTIONS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 # Folders of objects: the kernels that serve, and those that racecheck follows.
@@ -68,15 +72,16 @@ SUMMARY = re.compile(
 # Rows of an expert for which unlike kernels are chosen.
 ROWS = (1, 4, 29, 43, 90, 118, 140)
 SIZES = {"fc1": (768, 192), "fc2": (448, 768)}  # hidden, intermediate: a part of a tile is left
-LAYER = MoeShape(16, 5, 4, 512, 384, 200, False)
+LAYER = MoeShape(16, 5, 4, 512, 384, 256, False)
+# Of NVFP4's layers other ranks own some experts; of MXFP4's none.
 LAYERS = {
     f"{weight_format} {activations}": LAYER._replace(
-        weight_format=weight_format, fp8=activations == "fp8"
+        num_local_experts=num_local, weight_format=weight_format, fp8=activations == "fp8"
     )
-    for weight_format in ("nvfp4", "mxfp4")
+    for weight_format, num_local in (("nvfp4", 5), ("mxfp4", 16))
     for activations in ("bf16", "fp8")
 }
-LAYER_TOKENS = (1, 40, 200)
+LAYER_TOKENS = (7, 40, 200, 256)  # smallest tiles, small ones, larger ones; fp8: clusters
 MANY_TOKENS, MANY_COLUMNS = 1100, 4128  # to quantise, in two launches and several chunks
 LIMIT = 10.0
 
@@ -92,10 +97,13 @@ class Case(NamedTuple):
         return f"{self.name} {self.op}"
 
 
-def configs() -> dict[str, LayerConfig]:
-    """What can be chosen, by name, for K = 768."""
+def configs() -> dict[tuple[str, str], LayerConfig]:
+    """By name and op: what can be chosen for K = 768, and FC1's tiles of 384 weight rows, which are
+    chosen where these divide M."""
     shape = MoeShape(1, 1, 1, 768, 768, 1, False)
-    return {f"{rows}-rows": choose_config(shape, rows) for rows in ROWS}
+    found = {(f"{rows}-rows", op): choose_config(shape, rows) for rows in ROWS for op in SIZES}
+    _, inter = SIZES["fc1"]
+    return found | {("1-rows 2x3", "fc1"): choose_config(shape._replace(intermediate=inter), 1)}
 
 
 def row_counts(tile_n: tuple[int, ...]) -> tuple[int, ...]:
@@ -107,12 +115,10 @@ def row_counts(tile_n: tuple[int, ...]) -> tuple[int, ...]:
 
 def cases() -> list[Case]:
     found = []
-    for name, config in configs().items():
-        for op, (hidden, inter) in SIZES.items():
-            counts = row_counts(getattr(config, op).tile_n)
-            sizes = (sum(counts), len(counts), 1, hidden, inter)
-            problem = Problem(name, *sizes, limit=LIMIT, counts=counts)
-            found.append(Case(name, op, config, problem))
+    for (name, op), config in configs().items():
+        counts = row_counts(getattr(config, op).tile_n)
+        problem = Problem(name, sum(counts), len(counts), 1, *SIZES[op], limit=LIMIT, counts=counts)
+        found.append(Case(name, op, config, problem))
     return found
 
 
@@ -179,34 +185,37 @@ def run_layer(shape: MoeShape, token_counts: tuple[int, ...], device: str) -> No
     """Dense and hash routing, layout, rows gathered, placed or quantised, fc1, fc2, combine."""
     weights = random_weights(shape, "cpu", gain=0.3)
     given = ExpertWeights(*(tensor.to(device, copy=True) for tensor in weights))
-    backend, mapping = lazy(SM90), local_experts()
+    backend, mapping = lazy(SM90), local_experts(shape, device)
     layer = moe.prepare_layer(backend, shape, given, limit=LIMIT, activation_scales=None)
     oracle = moe.prepare_layer(REFERENCE, shape, weights, limit=LIMIT, activation_scales=None)
     workspace = workspace_of(layer)
     for num_tokens in token_counts:
         x, routings = route(num_tokens, device)
         for routing in routings:
-            out = run(layer, x, routing, mapping.to(device), workspace)
+            out = run(layer, x, routing, mapping, workspace)
             there = Routing(*(tensor.cpu() for tensor in routing))
-            error = relative_error(out.cpu(), run(oracle, x.cpu(), there, mapping))
+            exact = run(oracle, x.cpu(), there, local_experts(shape, "cpu"))
+            error = relative_error(out.cpu(), exact)
             bound = 2**-4 if shape.fp8 else 2**-8
             assert error < bound and out.isfinite().all(), (shape, num_tokens, error)
-            print(f"layer of {num_tokens} tokens: {error:.1e}", flush=True)
-        quantize(x, expert_layout(routing.ids, LAYER.num_local_experts, mapping.to(device), 128))
+            numerics = "fp8" if shape.fp8 else "bf16"
+            print(f"{shape.weight_format} {numerics} layer of {num_tokens} tokens: {error:.1e}")
+        quantize(x, expert_layout(routing.ids, shape.num_local_experts, mapping, 128))
 
 
 def run_quantize(num_tokens: int, columns: int, device: str) -> None:
     """As for a layer of so many tokens, of which some have no local expert."""
     _, (routing, _) = route(num_tokens, device)
     x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-    layout = expert_layout(routing.ids, LAYER.num_local_experts, local_experts().to(device), 128)
+    mapping = local_experts(LAYER, device)
+    layout = expert_layout(routing.ids, LAYER.num_local_experts, mapping, 128)
     quantize(x.to(device), layout)
     print(f"rows of {num_tokens} tokens: quantised", flush=True)
 
 
-def local_experts() -> torch.Tensor:
-    """As an expert map: from the fifth on."""
-    return expert_map(LAYER.num_experts, LAYER.num_local_experts, "cpu", first=4)
+def local_experts(shape: MoeShape, device: str) -> torch.Tensor | None:
+    """As an expert map: from the fifth on; None where all are."""
+    return expert_map(shape.num_experts, shape.num_local_experts, device, first=4)
 
 
 def route(num_tokens: int, device: str) -> tuple[torch.Tensor, tuple[Routing, Routing]]:
@@ -256,38 +265,55 @@ def sanitizer() -> str:
     return found
 
 
-def watched(command: list[str]) -> tuple[str, float]:
-    """What a command wrote, and its seconds; ValueError if it failed."""
+def watched(command: list[str], limit: float) -> tuple[str, float]:
+    """What a command wrote, and its seconds; ValueError if it failed, TimeoutExpired if it was
+    ended, with its children, after limit seconds, or not begun for want of any."""
+    if limit <= 0:
+        raise subprocess.TimeoutExpired(command, 0)
     start = time.monotonic()
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUTE_DSL_ARCH": ARCH}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONGEST)
-    output = done.stdout + done.stderr
-    if done.returncode:
-        raise ValueError(f"{' '.join(command)} ended with {done.returncode}:\n{output[-6000:]}")
+    environment["OMP_NUM_THREADS"] = "1"  # several run at a time
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipe) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    each.kill()
+            raise
+    if process.returncode:
+        raise ValueError(f"{' '.join(command)} ended with {process.returncode}:\n{output[-6000:]}")
     return output, time.monotonic() - start
 
 
 class Check(NamedTuple):
     tool: str
     work: str
-    case: str | None = None  # so that several run at a time
+    word: str  # in the names of its GEMMs or layers, "" for all
+
+    @property
+    def title(self) -> str:
+        return " ".join(filter(None, self))
 
 
 def checks() -> list[Check]:
+    """Those that take longest come first."""
     found = [Check("racecheck", "layer", name) for name in LAYERS if LAYERS[name].fp8]
-    found += [Check("memcheck", "layer", name) for name in LAYERS]
-    tools = ("racecheck", "memcheck")
-    return [*found, *(Check(tool, "gemms", case.title) for case in cases() for tool in tools)]
+    found += [Check("racecheck", "gemms", op) for op in SIZES]
+    found += [Check("memcheck", "layer", activations) for activations in ("fp8", "bf16")]
+    return [*found, Check("memcheck", "gemms", "")]
 
 
-def run_check(check: Check, objects: Path) -> dict:
+def run_check(check: Check, objects: Path, deadline: float) -> dict:
     """One tool over one program: what ran and what was found."""
-    tool, work, case = check
+    tool, work, word = check
     folder = objects / (FOLLOWED if tool == "racecheck" else SERVED)
-    program = [sys.executable, __file__, "run", work, str(folder), *([case] if case else [])]
-    output, seconds = watched([sanitizer(), "--tool", tool, *OPTIONS[tool], *program])
+    program = [sys.executable, __file__, "run", work, str(folder), word]
+    command = [sanitizer(), "--tool", tool, *OPTIONS[tool], *program]
+    output, seconds = watched(command, deadline - time.monotonic())
     count = findings(tool, output)
-    print(f"{' '.join(filter(None, check))}: {count} found, {seconds:.0f} s", flush=True)
+    print(f"{check.title}: {count} found, {seconds:.0f} s", flush=True)
     lines = output.splitlines()
     report = [line for line in lines if line.startswith("=========")]
     return {
@@ -299,36 +325,58 @@ def run_check(check: Check, objects: Path) -> dict:
     }
 
 
-def check_all(out: Path, objects: Path, commit: str) -> bool:
+def check_all(out: Path, objects: Path, commit: str, seconds: float) -> bool:
     """Run every check, several at a time; whether all ended and nothing was found.
 
-    The JSON is written after each, so that a run that is cut short keeps what it showed.
+    The JSON is written at once and after each check, so that a run that is cut short keeps what it
+    showed, and what it did not.
     """
-    program = [sys.executable, __file__]
-    watched([*program, "compile", str(objects)])
-    version = watched([sanitizer(), "--version"])[0].strip().splitlines()[-1]
-    for work in ("gemms", "layer"):  # right without a tool, and Triton's kernels are compiled now
-        watched([*program, "run", work, str(objects / SERVED)])
-    facts = {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__}
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2)) as pool:
-        pending = {pool.submit(run_check, check, objects): check for check in checks()}
-        return keep(pending, facts | {"sanitizer": version}, out)
+    deadline = time.monotonic() + seconds
+    version = watched([sanitizer(), "--version"], seconds)[0].strip().splitlines()[-1]
+    facts = {"gpu": torch.cuda.get_device_name(), "commit": commit}
+    facts |= {"torch": torch.__version__, "sanitizer": version}
+    write(out, facts, [], dict.fromkeys(checks(), NOT_RUN))
+
+    def run_program(arguments: tuple[str, ...]) -> None:
+        watched([sys.executable, __file__, *arguments], deadline - time.monotonic())
+
+    num_processes = max(1, len(os.sched_getaffinity(0)) - 2)
+    with ThreadPoolExecutor(num_processes) as pool:
+        # Each compiles what no other does. Then all is right without a tool, and Triton's kernels
+        # are compiled.
+        for programs in (
+            [("compile", str(objects))] * num_processes,
+            [("run", work, str(objects / SERVED)) for work in ("gemms", "layer")],
+        ):
+            list(pool.map(run_program, programs))
+        pending = {pool.submit(run_check, check, objects, deadline): check for check in checks()}
+        return keep(pending, facts, out)
 
 
 def keep(pending: dict[Future, Check], facts: dict, out: Path) -> bool:
-    """Write what ended, in the order of `checks`, and what outran its time, as each is known."""
+    """Write what ended, in the order of `checks`, and why the others are missing, as each is known;
+    whether all ended and nothing was found."""
     runs: dict[Check, dict] = {}
-    outran: list[Check] = []
+    missing = dict.fromkeys(pending.values(), NOT_RUN)
     for future in as_completed(pending):
+        check = pending[future]
         try:
-            runs[pending[future]] = future.result()
-        except subprocess.TimeoutExpired:
-            outran.append(pending[future])
-            print(f"{' '.join(filter(None, outran[-1]))}: not ended in {LONGEST} s", flush=True)
-        ended = [runs[check] for check in pending.values() if check in runs]
-        names = sorted(" ".join(filter(None, check)) for check in outran)
-        out.write_text(json.dumps(facts | {"outran": names, "runs": ended}, indent=1) + "\n")
-    return not outran and not any(run["findings"] for run in runs.values())
+            runs[check] = future.result()
+            del missing[check]
+        except subprocess.TimeoutExpired as error:
+            if error.timeout > 0:
+                missing[check] = f"cut off after {error.timeout:.0f} s"
+        except ValueError as error:
+            missing[check] = str(error)
+        if check in missing:
+            print(f"{check.title}: {missing[check]}", flush=True)
+        write(out, facts, [runs[each] for each in pending.values() if each in runs], missing)
+    return not missing and not any(run["findings"] for run in runs.values())
+
+
+def write(out: Path, facts: dict, runs: list[dict], missing: dict[Check, str]) -> None:
+    why = {check.title: reason for check, reason in missing.items()}
+    out.write_text(json.dumps(facts | {"missing": why, "runs": runs}, indent=1) + "\n")
 
 
 def main() -> int:
@@ -338,24 +386,27 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "kernels/bench/results/sanitize.json")
     parser.add_argument("--objects", type=Path, help="compiled kernels, or where they go")
     parser.add_argument("--commit", help="of these files, where they are no git checkout")
+    parser.add_argument("--seconds", type=float, default=900, help="for all, compiling included")
     args = parser.parse_args()
     if args.what == "compile":
         assert os.environ.get("CUTE_DSL_ARCH") == ARCH, "CuTe DSL reads it when it is imported"
         print(write_kernels(Path(args.rest[0])), "kernels")
     elif args.what == "run":
         use_kernels(Path(args.rest[1]))
+        word = args.rest[2] if len(args.rest) > 2 else ""
         if args.rest[0] == "gemms":
             num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-            wanted = args.rest[2:]
-            chosen = [case for case in cases() if not wanted or case.title in wanted]
+            chosen = [case for case in cases() if word in case.title]
             run_gemms(chosen, "cuda", (num_sms, FEW_BLOCKS))
         else:
-            for name in args.rest[2:] or LAYERS:
-                run_layer(LAYERS[name], LAYER_TOKENS, "cuda")
+            for name, shape in LAYERS.items():
+                if word in name:
+                    run_layer(shape, LAYER_TOKENS, "cuda")
             run_quantize(MANY_TOKENS, MANY_COLUMNS, "cuda")
     else:
         objects = args.objects or Path(tempfile.mkdtemp(prefix="sanitize_"))
-        return 0 if check_all(args.out, objects, args.commit or checkout_commit()) else 1
+        commit = args.commit or checkout_commit()
+        return 0 if check_all(args.out, objects, commit, args.seconds) else 1
     return 0
 
 
