@@ -25,7 +25,6 @@ RESULTS = ROOT / "kernels/bench/results"
 REPORTS = {
     "layer": layer.report,
     "mxfp4": mxfp4.report,
-    "w4a8": mxfp4.report,
     "expert_parallel": expert_parallel.report,
     "load": load.report,
     "serve": serve.report,

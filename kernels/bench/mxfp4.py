@@ -204,7 +204,7 @@ def report(arguments: argparse.Namespace) -> None:
     missed = [each for each in found if each[1] < each[2]]
     print(f"\n{len(found) - len(missed)} of {len(found)} bars met")
     for what, ratio, bar in missed:
-        print(f"missed: {what} {ratio:.2f}×, bar {bar:.2f}×")
+        print(f"missed: {what} {ratio:.3f}×, bar {bar:.2f}×")
 
 
 def main() -> None:
