@@ -269,14 +269,22 @@ class Mxfp4Dsv4Method(Dsv4Method):
         add_global_scales(layer)
         return None
 
+    # The largest that was logged: 43 layers on each of eight ranks would be as many lines.
+    logged_rounding = 0.0
+
     def _made_of(self, layer: RoutedExperts) -> MoeLayer:
         moe_layer = super()._made_of(layer)
         rounding = float(moe_layer.rounding)
-        if rounding > 0:
+        if rounding > Mxfp4Dsv4Method.logged_rounding:
+            Mxfp4Dsv4Method.logged_rounding = rounding
+            held, remedy = 31, ""
+            if self.shape.fp8:
+                held, remedy = 15, "; set activations to bf16, which holds 31, to have less of it"
             logger.info(
-                "dsv4-moe: %s: scales under the %d powers of two that %s holds of an expert are "
-                "rounded into them, with an error of at most %.2g of the expert's largest scale",
-                layer.layer_name, 15 if self.shape.fp8 else 31, self.backend.name, rounding,
+                "dsv4-moe: %s: block scales under the %d powers of two that %s holds of an expert "
+                "are rounded into them, with an error of at most %.2g of the expert's largest "
+                "scale%s (other layers are named where theirs is larger)",
+                layer.layer_name, held, self.backend.name, rounding, remedy,
             )  # fmt: skip
         return moe_layer
 

@@ -181,24 +181,39 @@ def test_a_drafts_tensors_have_the_checkpoints_names():
     assert named("model.layers.45.ffn.experts") == "mtp.2.ffn.experts"
 
 
-@pytest.mark.parametrize("rounding", [0.0, 2.0**-33], ids=["exact", "rounded"])
-def test_what_was_rounded_is_logged(vllm_config, tensors, monkeypatch, rounding):
-    """A backend that cannot hold all scales of an expert says how far off it is."""
+@pytest.mark.parametrize(
+    ("activations", "roundings", "says"),
+    [
+        ("auto", [0.0], []),
+        ("auto", [2.0**-33], ["15 powers of two", "set activations to bf16, which holds 31"]),
+        ("bf16", [2.0**-33], ["31 powers of two"]),
+        ("auto", [2.0**-34, 2.0**-34, 2.0**-33], ["at most 5.8e-11 of", "at most 1.2e-10 of"]),
+    ],
+    ids=["exact", "W4A8", "W4A16", "layers"],
+)
+def test_what_was_rounded_is_logged(
+    vllm_config, tensors, monkeypatch, activations, roundings, says
+):
+    """A backend that cannot hold all scales of an expert says how far off it is and what holds
+    more, for the first layer and for those that are farther off."""
     from vllm_dsv4_moe import moe_method
 
-    prepare = moe_method.prepare_layer
+    monkeypatch.setattr(moe_method.Mxfp4Dsv4Method, "logged_rounding", 0.0)
+    prepare, said = moe_method.prepare_layer, []
+    for rounding in roundings:
 
-    def prepared(*args, **kwargs):
-        layer = prepare(*args, **kwargs)
-        layer.rounding.fill_(rounding)
-        return layer
+        def prepared(*args, rounding=rounding, **kwargs):
+            layer = prepare(*args, **kwargs)
+            layer.rounding.fill_(rounding)
+            return layer
 
-    monkeypatch.setattr(moe_method, "prepare_layer", prepared)
-    with mock.patch.object(moe_method.logger, "info") as say:
-        rank_layer(vllm_config, tensors)
-    said = [call.args[0] % call.args[1:] for call in say.mock_calls]
-    assert len(said) == (rounding > 0)
-    assert all("at most 1.2e-10 of the expert's largest scale" in line for line in said)
+        monkeypatch.setattr(moe_method, "prepare_layer", prepared)
+        with mock.patch.object(moe_method.logger, "info") as say:
+            rank_layer(vllm_config, tensors, activations=activations)
+        said += [call.args[0] % call.args[1:] for call in say.mock_calls]
+    assert len(said) == len({rounding for rounding in roundings if rounding})
+    assert all(words in " ".join(said) for words in says)
+    assert ("bf16" in " ".join(said)) == (activations == "auto" and bool(said))
 
 
 def test_vllms_weight_loader_takes_nvfp4_alone_for_modelopts():
