@@ -207,6 +207,22 @@ def test_a_router_that_prefers_other_experts_is_found(original, router, monkeypa
     assert len(wrong) == (1 if router == "hash" else 2)
 
 
+def test_what_fp8_cannot_hold_is_to_be_served_in_bf16(tmp_path, capsys):
+    """h of 2^-16 and less is 0 under the one scale that W4A8 has for it."""
+    sizes = {"layers": 1, "mtp": 0, "expert_format": "mxfp4"}
+    checkpoint = write_tiny_checkpoint(tmp_path / "small", dataclasses.replace(CONFIG, **sizes))
+    for expert in range(CONFIG.experts):
+        for linear in ("w1", "w3"):
+            name = f"layers.0.ffn.experts.{expert}.{linear}.scale"
+            change(checkpoint, name, as_bytes(lambda scales: scales.sub_(8)))
+    assert main(["verify", str(checkpoint)]) == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "with activations set to bf16 it agrees: serve so: NOT OK" in first
+    change(checkpoint, "layers.0.ffn.experts.3.w2.scale", set_first(255))
+    assert main(["verify", str(checkpoint)]) == 1
+    assert "bf16" not in capsys.readouterr().out
+
+
 def test_image_tokens_of_v41_go_by_their_own_bias(tmp_path, monkeypatch, capsys):
     sizes = {"layers": 1, "mtp": 0, "model": "v41", "expert_format": "mxfp4"}
     config = dataclasses.replace(CONFIG, **sizes, **V41_DEFAULTS)
