@@ -18,7 +18,7 @@ from dsv4_kernels.types import ActivationScales, ExpertWeights, Routing, fp8_h_s
 
 NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, NUM_TOKENS, SCALING = 8, 4, 512, 256, 128, 2.5
 HEADROOMS = (1, 4, 16, 32, 64, 256)
-SIZES = (0.1, 1, 30, 3000)
+SIZES = (0.03, 0.1, 1, 30, 3000)
 LIMITS = (10.0, None)
 KEPT = Path(__file__).with_suffix(".json")
 
