@@ -179,6 +179,19 @@ def test_a_model_without_scales_is_refused(tmp_path, capsys, monkeypatch):
     assert given["additional_config"]["dsv4_moe"]["formats"] == "nvfp4"
 
 
+@pytest.mark.parametrize("model", ["deepseek-ai/DeepSeek-V4.1-Flash", "FOLDER"])
+def test_mxfp4_experts_are_refused_before_anything_is_loaded(model, tmp_path, capsys, monkeypatch):
+    """It would take minutes, and on a CPU vLLM has nothing that runs them."""
+    monkeypatch.setattr("vllm.LLM", None)
+    if model == "FOLDER":
+        sizes = TinyConfig(layers=2, hidden=128, intermediate=64, experts=8, expert_format="mxfp4")
+        model = str(write_tiny_checkpoint(tmp_path / "model", sizes))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The quick brown fox")
+    assert main(["calibrate", model, str(prompts), str(tmp_path / "out")]) == 2
+    assert f"{model} has no layer with NVFP4 experts" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_through_vllm_writes_the_file_that_policy_file_reads(tmp_path):
     config = TinyConfig(layers=3, hidden=128, intermediate=64, experts=8)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_dsv4_moe.commands.deployment import format_of
 from vllm_dsv4_moe.commands.gpus import has_gpu
+from vllm_dsv4_moe.commands.releases import RELEASES, model_config, text_config
 from vllm_dsv4_moe.commands.serving import server_environment
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.out.resolve().parent.is_dir():
         raise ValueError(f"{args.out}: there is no folder {args.out.resolve().parent}")
     prompts = read_prompts(args.prompts)
+    if has_no_nvfp4(args.model):
+        raise ValueError(_refused(args.model))
     os.environ.update(server_environment())
     # vLLM logs to stdout, which is the summary's alone.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -65,6 +69,21 @@ def run(args: argparse.Namespace) -> int:
     write(args, layers, len(prompts), num_tokens)
     _print_summary(args, layers, num_tokens)
     return 0
+
+
+def has_no_nvfp4(model: str) -> bool:
+    """Whether config.json says so, where it is known before vLLM downloads or loads the model."""
+    if model not in RELEASES and not Path(model, "config.json").is_file():
+        return False
+    quant = text_config(model_config(model)).get("quantization_config") or {}
+    return format_of(quant) != "nvfp4"
+
+
+def _refused(model: str) -> str:
+    return (
+        f"{model} has no layer with NVFP4 experts: activations of no others have scales that a "
+        "file could hold"
+    )
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -104,10 +123,7 @@ def record(args: argparse.Namespace, prompts: Sequence[Prompt]) -> tuple[list[li
     except RuntimeError as error:
         raise ValueError(f"vLLM did not start ({error}): its log above says why") from error
     if not all(llm.collective_rpc("dsv4_moe_start_recording")):
-        raise ValueError(
-            f"{args.model} has no layer with NVFP4 experts: activations of no others have scales "
-            "that a file could hold"
-        )
+        raise ValueError(_refused(args.model))
     sampling = SamplingParams(max_tokens=args.max_tokens, temperature=0, ignore_eos=True)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
