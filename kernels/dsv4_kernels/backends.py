@@ -181,7 +181,7 @@ def _unsupported_weights(shape: MoeShape) -> str | None:
     if shape.weight_format == "mxfp4" and shape.quantize_activations:
         return (
             "activations nvfp4 (W4A4) are for NVFP4 experts, and these are MXFP4: set activations "
-            "to bf16"
+            "to auto"
         )
     block = blocks[shape.weight_format]
     for name, remedy in (

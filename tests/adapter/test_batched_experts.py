@@ -153,20 +153,25 @@ def test_vllm_is_told_what_these_dispatches_ask_for(checkpoints):
     assert shapes[2] == (6, 512, 64)
 
 
+@pytest.mark.parametrize(
+    ("activations", "row_bytes"),
+    [("bf16", 64 * 2), ("auto", 64 + 4 + 128)],
+    ids=["W4A16", "W4A8"],
+)
 @pytest.mark.parametrize("backend", ["deepep_low_latency", "nixl_ep"])
-def test_the_arena_of_a_deployment_is_its_servers(checkpoints, backend):
+def test_the_arena_of_a_deployment_is_its_servers(checkpoints, backend, activations, row_bytes):
     from dsv4_kernels.backends import SM90
 
     checkpoint = checkpoints["mxfp4"]
-    served = rank_layer(checkpoint, 0, 0, backend, activations="bf16").quant_method.shape
-    settings = Settings(formats="mxfp4", activations="bf16")
+    served = rank_layer(checkpoint, 0, 0, backend, activations=activations).quant_method.shape
+    settings = Settings(formats="mxfp4", activations=activations)
     deployment = Deployment(
         PlainMoe(checkpoint, 0).config, settings, 256, data_parallel=RANKS,
         is_expert_parallel=True, all2all_backend=backend,
     )  # fmt: skip
     planned, _ = deployment.shapes("sm_90a")
     assert planned == served
-    # h of every row there is room for, and no rows to sum.
+    # h of every row there is room for, and in W4A8, which pads h, x; no rows to sum.
     rows = served.num_local_experts * served.batch_rows
-    assert workspace_bytes(SM90, planned) >= rows * 64 * 2
-    assert workspace_bytes(SM90, planned) < rows * 64 * 2 * 1.2
+    assert workspace_bytes(SM90, planned) >= rows * row_bytes
+    assert workspace_bytes(SM90, planned) < rows * row_bytes * 1.2

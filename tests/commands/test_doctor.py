@@ -204,6 +204,27 @@ def test_settings_that_name_a_path_which_is_not_there(tmp_path):
             "auto means sm90, bf16 activations (W4A16), and for MXFP4 experts fp8 activations",
             id="h200",
         ),
+        pytest.param(
+            (9, 0),
+            {"VLLM_DSV4_MOE_FORMATS": "nvfp4"},
+            "ok",
+            "auto means sm90, bf16 activations (W4A16)$",
+            id="h200-nvfp4",
+        ),
+        pytest.param(
+            (9, 0),
+            {"VLLM_DSV4_MOE_FORMATS": "mxfp4"},
+            "ok",
+            "auto means sm90, fp8 activations (W4A8)$",
+            id="h200-mxfp4",
+        ),
+        pytest.param(
+            (9, 0),
+            {"VLLM_DSV4_MOE_ACTIVATIONS": "bf16"},
+            "ok",
+            "auto means sm90, bf16 activations (W4A16)$",
+            id="h200-bf16",
+        ),
         pytest.param((10, 0), {}, "ok", "auto means sm100, NVFP4 activations", id="b200"),
         pytest.param((8, 0), {}, "bad", "compute capability 8.0", id="a100"),
         pytest.param(
@@ -245,7 +266,7 @@ def test_settings_that_name_a_path_which_is_not_there(tmp_path):
 )
 def test_backend(capability, environ, status, words):
     check = list(doctor.check_backends(capability, environ))[-1]
-    assert check.name == "backend" and check.status == status and words in check.text
+    assert check.name == "backend" and check.status == status and words in f"{check.text}$"
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ def test_a_size_that_nvfp4_cannot_split_is_refused_with_the_remedy():
     [
         ({"intermediate": 48}, None, "intermediate size 48 .* MXFP4 block, 32: use a smaller t"),
         ({"hidden": 96}, (9, 0), "hidden size 96 is not a multiple of 64: choose vLLM's own"),
-        ({"quantize_activations": True}, (9, 0), "these are MXFP4: set activations to bf16"),
+        ({"quantize_activations": True}, (9, 0), "these are MXFP4: set activations to auto"),
         ({}, (10, 0), "this layer's are MXFP4, .* leave the layer to vLLM"),
         ({"weight_format": "fp6"}, None, "weight format fp6 is not known: use nvfp4 or mxfp4"),
     ],

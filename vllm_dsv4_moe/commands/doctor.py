@@ -299,9 +299,12 @@ def check_backends(
         "bf16": "bf16 activations (W4A16)",
     }
     words = multiplies[mode]
-    of_mxfp4 = activation_mode(settings, capability, "mxfp4")
-    if chosen in MXFP4_BACKENDS and of_mxfp4 != mode:
-        words += f", and for MXFP4 experts {multiplies[of_mxfp4]}"
+    if chosen in MXFP4_BACKENDS and "mxfp4" in settings.formats:
+        of_mxfp4 = multiplies[activation_mode(settings, capability, "mxfp4")]
+        if settings.formats == "mxfp4":
+            words = of_mxfp4
+        elif of_mxfp4 != words:
+            words += f", and for MXFP4 experts {of_mxfp4}"
     slow = ": for checking, not for speed" if chosen == "reference" else ""
     slow += ", and with --enforce-eager only" if slow and capability is not None else ""
     status = "note" if slow else "ok"

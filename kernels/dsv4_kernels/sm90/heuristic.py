@@ -14,8 +14,8 @@ def unsupported_reason(shape: MoeShape) -> str | None:
     """Why these kernels cannot run the layer, or None."""
     if shape.quantize_activations:
         return (
-            "compute capability 9.0 has no FP4 arithmetic, so activations stay in bf16: set "
-            "activations to bf16"
+            "compute capability 9.0 has no FP4 arithmetic, so activations are in bf16 or fp8: set "
+            "activations to auto"
         )
     if shape.hidden % 64:
         return (
