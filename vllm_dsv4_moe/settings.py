@@ -10,12 +10,17 @@ The command line wins over the environment. A name or value that is not known is
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 CONFIG_KEY = "dsv4_moe"
 ENV_PREFIX = "VLLM_DSV4_MOE_"
+# Behind the prefix: what Kubernetes sets in every pod beside a Service named vllm-dsv4-moe.
+_SERVICE_LINK = re.compile(
+    r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)"
+)
 # By backend, what it multiplies activations in; the first is what `auto` means for NVFP4 experts.
 ACTIVATIONS = {
     "reference": ("nvfp4", "bf16", "fp8"),
@@ -125,16 +130,25 @@ def activations_on(backend: str, wanted: str, weight_format: str) -> str:
 def read_settings(additional_config: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
     """Settings of one vLLM process. ValueError names what is not known and what is."""
     values = {}
-    for key, text in environ.items():
-        if key.startswith(ENV_PREFIX):
-            name = key.removeprefix(ENV_PREFIX).lower()
-            values[name] = _checked(name, _parsed(name, text, key), key)
+    for key in options_in(environ):
+        name = key.removeprefix(ENV_PREFIX).lower()
+        values[name] = _checked(name, _parsed(name, environ[key], key), key)
     given = additional_config.get(CONFIG_KEY, {})
     if not isinstance(given, Mapping):
         raise ValueError(f"{CONFIG_KEY} is {given!r} in additional_config: it must be an object")
     for name, value in given.items():
         values[name] = _checked(name, value, f"{CONFIG_KEY}.{name}")
     return Settings(**values)
+
+
+def options_in(environ: Mapping[str, str]) -> list[str]:
+    """The environment's variables that are meant for this plugin, whether it knows them or not."""
+    return sorted(
+        name
+        for name in environ
+        if name.startswith(ENV_PREFIX)
+        and not _SERVICE_LINK.fullmatch(name.removeprefix(ENV_PREFIX))
+    )
 
 
 def _field(name: str, where: str) -> dataclasses.Field:

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization import (
 )
 
 from vllm_dsv4_moe import METHOD_NAME, SUPPORTED_VLLM
-from vllm_dsv4_moe.settings import CONFIG_KEY, ENV_PREFIX
+from vllm_dsv4_moe.settings import CONFIG_KEY, options_in
 
 _VllmsOwn: Any = get_quantization_config(METHOD_NAME)
 
@@ -34,7 +34,7 @@ class VllmsOwnConfig(_VllmsOwn):
 
 def options_set() -> list[str]:
     """The options of ours in the environment and in additional_config."""
-    options = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
+    options = options_in(os.environ)
     if CONFIG_KEY in _additional_config():
         options.append(f"{CONFIG_KEY} of additional_config")
     return options

@@ -113,7 +113,7 @@ class MoeShape(NamedTuple):
     hidden: int
     intermediate: int  # of this rank, if tensor-parallel
     max_num_tokens: int  # in one call, all dispatched ranks' tokens together
-    quantize_activations: bool  # W4A4; otherwise W4A16
+    quantize_activations: bool  # W4A4; otherwise W4A16, or W4A8 where fp8
     # Of x or h: `token`, and `warmup` of a layer without a limit. W4A8: of h, see `fp8_h_scale`.
     scale_per_row: bool = False
     weight_format: str = "nvfp4"  # or "mxfp4"
@@ -138,7 +138,8 @@ class MoeLayer:
     weights: ExpertWeights
     limit: float | None  # swiglu_limit
     activation_scales: ActivationScales | None  # of W4A4 alone
-    saturated: torch.Tensor  # (1,) int64 on the device: NVFP4 blocks that did not fit, so far
+    # (1,) int64 on the device: NVFP4 blocks that did not fit, so far; W4A8: infinities in bf16
+    saturated: torch.Tensor
     # (1,) float32 on the device: the largest error of a weight that the backend cannot hold, over
     # the largest scale of its expert; 0 where all are exact, as all of NVFP4's are
     rounding: torch.Tensor

@@ -49,6 +49,27 @@ def test_the_command_line_wins_over_the_environment():
     assert (settings.backend, settings.headroom) == ("reference", 8.0)
 
 
+def test_kubernetes_variables_of_a_service_are_no_options():
+    """It sets them in every pod beside a Service; what they say of two named like this plugin."""
+    environ = {
+        f"VLLM_DSV4_MOE_{name}": "x"
+        for service in ("", "DECODE_")
+        for name in (
+            f"{service}SERVICE_HOST",
+            f"{service}SERVICE_PORT",
+            f"{service}SERVICE_PORT_HTTP",
+            f"{service}PORT",
+            f"{service}PORT_8000_TCP",
+            f"{service}PORT_8000_TCP_PROTO",
+            f"{service}PORT_8000_TCP_ADDR",
+        )
+    }
+    environ["VLLM_DSV4_MOE_ACTIVATIONS"] = "bf16"
+    assert read_settings({}, environ) == Settings(activations="bf16")
+    with pytest.raises(ValueError, match="VLLM_DSV4_MOE_PORTS is not a setting"):
+        read_settings({}, {"VLLM_DSV4_MOE_PORTS": "8000"})
+
+
 @pytest.mark.parametrize("value", [16, 1.0], ids=str)
 def test_headroom_takes_powers_of_two(value):
     assert read_settings({"dsv4_moe": {"headroom": value}}, {}).headroom == value

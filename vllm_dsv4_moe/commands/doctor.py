@@ -236,7 +236,7 @@ def check_registration() -> Iterator[Check]:
 
 
 def check_settings(environ: Mapping[str, str]) -> Iterator[Check]:
-    from vllm_dsv4_moe.settings import ENV_PREFIX, read_settings
+    from vllm_dsv4_moe.settings import options_in, read_settings
 
     try:
         settings = read_settings({}, environ)
@@ -247,9 +247,8 @@ def check_settings(environ: Mapping[str, str]) -> Iterator[Check]:
     if path and not Path(path).exists():
         words = f"activation_scale_file is {path!r}, and there is no such path"
         yield Check("settings", "bad", words)
-    given = sorted(name for name in environ if name.startswith(ENV_PREFIX))
-    words = ", ".join(f"{name}={environ[name]}" for name in given) or "all at their defaults"
-    yield Check("settings", "ok", words)
+    given = ", ".join(f"{name}={environ[name]}" for name in options_in(environ))
+    yield Check("settings", "ok", given or "all at their defaults")
 
 
 def check_backends(
