@@ -406,3 +406,8 @@ def test_compose_gives_the_container_what_it_needs():
         service["command"],
     )
     assert shlex.split(words) == ["flash-b200", "--host=0.0.0.0", "--port=8000", "--a", "b c"]
+    # What has no value is passed on where it is set, and only there.
+    assert service["environment"] == {
+        "HF_TOKEN": "${HF_TOKEN:-}",
+        "VLLM_DSV4_MOE_ACTIVATIONS": None,
+    }
