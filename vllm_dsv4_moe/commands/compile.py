@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="deployments' names, or files for vllm serve --config",
     )
-    what.add_argument("--model", help="pro, flash, v41, or a config.json (or its folder)")
+    what.add_argument(
+        "--model", help="pro, flash, v41, or a config.json (or its folder), without drafts"
+    )
     parser.add_argument("--out", type=Path, help="folder to fill instead of this user's own")
     parser.add_argument("--ep-size", type=int, default=1, help="ranks that share the experts")
     parser.add_argument("--tp-size", type=int, default=1, help="ranks that share every expert")
