@@ -115,16 +115,14 @@ def activations_on(backend: str, wanted: str, weight_format: str) -> str:
     """nvfp4, fp8 or bf16: what a backend multiplies the activations of experts of that format in,
     where the setting `activations` is `wanted`. ValueError where it has others only."""
     has = ACTIVATIONS[backend]
-    if weight_format == "mxfp4" and wanted != "fp8":
-        return "fp8" if "fp8" in has and wanted != "bf16" else "bf16"
-    if wanted == "auto":
-        wanted = has[0]
-    if wanted not in has:
+    if wanted not in ("auto", *has):
         raise ValueError(
             f"activations is {wanted!r}, and the {backend} backend multiplies "
             f"{' or '.join(has)} only: set activations to 'auto'"
         )
-    return wanted
+    if weight_format == "mxfp4":
+        return "fp8" if "fp8" in has and wanted != "bf16" else "bf16"
+    return has[0] if wanted == "auto" else wanted
 
 
 def read_settings(additional_config: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:

@@ -43,6 +43,15 @@ def test_what_auto_multiplies_in(weight_format, backend, found):
     assert activations_on(backend, "auto", weight_format) == found
 
 
+@pytest.mark.parametrize("weight_format", ["nvfp4", "mxfp4"])
+def test_hopper_refuses_nvfp4_activations(weight_format):
+    """Of MXFP4 experts too, whatever they might be instead; only the reference backend has both,
+    where they are those of the NVFP4 experts beside them."""
+    with pytest.raises(ValueError, match="activations is 'nvfp4', and the sm90 backend mult"):
+        activations_on("sm90", "nvfp4", weight_format)
+    assert activations_on("reference", "nvfp4", "mxfp4") == "fp8"
+
+
 def test_the_command_line_wins_over_the_environment():
     environ = {"VLLM_DSV4_MOE_BACKEND": "sm90", "VLLM_DSV4_MOE_HEADROOM": "8"}
     settings = read_settings({"dsv4_moe": {"backend": "reference"}}, environ)

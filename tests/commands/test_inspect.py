@@ -92,7 +92,7 @@ def test_activations_are_those_that_the_layers_would_run_in(original, monkeypatc
     for wanted, of_nvfp4, of_mxfp4 in (
         ("auto", "bf16", "fp8"),
         ("bf16", "bf16", "bf16"),
-        ("nvfp4", "refused as nvfp4", "fp8"),
+        ("nvfp4", "refused as nvfp4", "refused as nvfp4"),
     ):
         found = inspect(original, formats="nvfp4,mxfp4", activations=wanted).activations
         assert (found["NVFP4"]["sm90"], found["MXFP4"]["sm90"]) == (of_nvfp4, of_mxfp4)
