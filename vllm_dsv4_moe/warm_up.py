@@ -26,11 +26,12 @@ def token_counts(max_num_tokens: int) -> list[int]:
 
 
 def layer_token_counts(layer: MoeLayer) -> list[int]:
-    """token_counts, and the first count whose rows are placed and the first whose are not."""
-    shape = layer.shape
-    places = [layer.backend.places_rows(shape, n + 1) for n in range(shape.max_num_tokens)]
-    firsts = {places.index(value) + 1 for value in set(places)}
-    return sorted({*token_counts(shape.max_num_tokens), *firsts})
+    """token_counts, and the first count whose rows are placed where one token's are gathered, or
+    gathered where its are placed."""
+    shape, places = layer.shape, layer.backend.places_rows
+    counts = range(1, shape.max_num_tokens + 1)
+    other = next((n for n in counts if places(shape, n) != places(shape, 1)), 1)
+    return sorted({*token_counts(shape.max_num_tokens), other})
 
 
 class WarmUp:
