@@ -63,8 +63,10 @@ def compile_launches(target: GPUTarget) -> None:
         if "INTERPRETED" in constexprs:  # the tensors are on the CPU here
             constexprs["INTERPRETED"] = False
         source = ASTSource(self, signature, constexprs, aligned)
-        cubin = triton.compile(source, target=target, options=options).asm["cubin"]
-        print(f"{self.fn.__name__}: {len(cubin)} bytes for sm_{target.arch}")
+        asm = triton.compile(source, target=target, options=options).asm
+        print(f"{self.fn.__name__}: {len(asm['cubin'])} bytes for sm_{target.arch}")
+        # A kernel that ended without a wait would not say that the one before it has ended.
+        assert "griddepcontrol.wait" in asm["ptx"] or "launch_pdl" not in parameters
 
     JITFunction.run = run
     pdl._has_pdl = lambda device: True

@@ -1,11 +1,11 @@
-"""E4M3: bf16 rows -> codes and a scale a row, in the rows of a layout and FP8 WGMMA's columns.
+"""E4M3: bf16 rows -> codes and a scale a row, in FP8 WGMMA's columns.
 
     scale = max|row| / 448, of which the inverse is rounded to float32
     code  = e4m3(x * inverse)        to nearest even
 
-A program reads one token's row, quantises it once, and writes it to the row of each local slot;
-tokens without one are not read. Of each 64 columns the 16 words of four codes are transposed as a
-4 x 4 matrix (`Fp8Rows`), which gives a thread of WGMMA whole blocks of the weights' scales
+A program quantises one row, and writes it where it was or, of a token, to the row of each local
+slot; a token without one is not read. Of each 64 columns the 16 words of four codes are transposed
+as a 4 x 4 matrix (`Fp8Rows`), which gives a thread of WGMMA whole blocks of the weights' scales
 (`sm90.e4m3`). Values and scales are bit-equal to `reference.fp8_quantize`.
 """
 
@@ -103,7 +103,7 @@ def _quantize_kernel(
             infinite = tl.sum((tl.abs(x) == float("inf")).to(tl.int32), axis=0)
             if infinite > 0:
                 tl.atomic_add(saturated_ptr, (infinite * num_rows).to(tl.int64))
-    if EARLY:
+    if EARLY:  # whoever waits for this kernel relies on the one before it, too
         wait_for_inputs(launch_pdl, releases=False)
 
 
