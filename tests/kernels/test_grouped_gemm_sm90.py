@@ -108,6 +108,15 @@ def test_fc1_gathers_unless_a_cluster_shares_rows(num_tokens, gather):
     assert not choose_config(batched, num_tokens).gather
 
 
+@pytest.mark.parametrize("blocks", range(1, 17))
+def test_every_hidden_size_has_stages_that_fc1_can_read(blocks):
+    """Of 64 columns; the kernel refuses to gather where a stage is no multiple of 128."""
+    for fp8 in (False, True):
+        shape = MoeShape(32, 8, 4, 64 * blocks, 320, 2048, False, fp8=fp8)
+        for gemm in all_gemms(shape):
+            Dsv4GroupedGemmSm90(gemm)
+
+
 @pytest.mark.parametrize(
     ("rows", "parts"), [(100, 1), (128, 1), (150, 1), (192, 1), (220, 2), (300, 2), (500, 3)]
 )
