@@ -45,7 +45,8 @@ class GpuFolder(Protocol):
         """Rows that a group is padded to."""
 
     def places_rows(self, shape: MoeShape, num_tokens: int) -> bool:
-        """Whether fc1 reads bf16 rows that were placed as the layout says; otherwise it gathers."""
+        """Whether fc1 reads bf16 or fp8 rows that were placed as the layout says; otherwise it
+        gathers them by token."""
 
     # weights
     def prepare_weights(
@@ -72,7 +73,7 @@ class GpuFolder(Protocol):
         out: torch.Tensor | QuantizedRows | Fp8Rows,
         num_tokens: int | None = None,
     ) -> None:
-        """x (hidden states, or placed rows, quantised or not) -> h in out: bf16 in W4A16 and where
+        """x (tokens, or placed rows, quantised or not) -> h in out: bf16 in W4A16 and where
         shape.scale_per_row, otherwise QuantizedRows or Fp8Rows. num_tokens chooses the tiles, by
         default the length of routing_weights."""
 

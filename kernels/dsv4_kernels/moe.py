@@ -7,8 +7,8 @@
 
 W4A4 and W4A8 (4-bit weights; activations in NVFP4 or FP8) have the steps in brackets, W4A16 (bf16
 activations) does not. In W4A8 the routing weight multiplies W2_e h instead, in FC2. Tokens that
-other ranks have quantised (`packed_tokens`) are only placed. `run_kernels` has these calls in
-order; `moe` is what a model calls. What lies between ids and output is in a workspace that all
+other ranks have quantised (`packed_tokens`) are not quantised again. `run_kernels` has these calls
+in order; `moe` is what a model calls. What lies between ids and output is in a workspace that all
 layers share (`workspace.py`). Nothing here synchronises, allocates or reads a value from the
 device, except the `reference` backend.
 """

@@ -113,7 +113,10 @@ def fc1(
     weights = layer.weights
     gemm, _ = gemms(layer.shape, num_tokens or len(routing_weights))
     assert out.is_contiguous() and routing_weights.is_contiguous()
-    assert x.is_contiguous() or (gemm.gather and layer.shape.fp8), x.stride()
+    if gemm.gather and layer.shape.fp8:
+        assert x.stride(1) == 1 and x.stride(0) % 16 == 0, x.stride()
+    else:
+        assert x.is_contiguous(), x.stride()
     one_byte = layer.shape.fp8 and not layer.shape.scale_per_row
     assert out.dtype == (torch.float8_e4m3fn if one_byte else torch.bfloat16), out.dtype
     assert len(x) == (len(routing_weights) if gemm.gather else len(out)), x.shape

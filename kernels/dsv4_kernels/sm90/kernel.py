@@ -103,7 +103,7 @@ class Dsv4GroupedGemmSm90(Sm90Epilogue):
     """One grouped GEMM, compiled for one specialisation; owns the pipeline and the launch."""
 
     def __init__(self, gemm: Gemm):
-        op, _, m, k, top_k, gather, config, scale_block, activations, _ = gemm
+        op, _, m, k, _, gather, config, scale_block, activations, _ = gemm
         assert op in ("fc1", "fc2"), op
         # The gathering warps rely on fc1's griddepcontrol.wait, in which all warps take part.
         assert op == "fc1" or not gather, "fc2 gathers no rows"
