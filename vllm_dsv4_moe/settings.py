@@ -113,7 +113,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 
 def activations_on(backend: str, wanted: str, weight_format: str) -> str:
     """nvfp4, fp8 or bf16: what a backend multiplies the activations of experts of that format in,
-    where the setting `activations` is `wanted`. ValueError where it has others only."""
+    where the setting `activations` is `wanted`. ValueError where it has others only. MXFP4 experts
+    are asked about with MXFP4_BACKENDS alone, which have both."""
     has = ACTIVATIONS[backend]
     if wanted not in ("auto", *has):
         raise ValueError(
@@ -121,7 +122,7 @@ def activations_on(backend: str, wanted: str, weight_format: str) -> str:
             f"{' or '.join(has)} only: set activations to 'auto'"
         )
     if weight_format == "mxfp4":
-        return "fp8" if "fp8" in has and wanted != "bf16" else "bf16"
+        return "bf16" if wanted == "bf16" else "fp8"
     return has[0] if wanted == "auto" else wanted
 
 
