@@ -16,6 +16,7 @@ from dsv4_kernels.rows import (
     place_codes,
     place_rows,
 )
+from dsv4_kernels.sm90.heuristic import places_rows
 from dsv4_kernels.types import (
     ActivationScales,
     ExpertLayout,
@@ -25,7 +26,7 @@ from dsv4_kernels.types import (
     MoeShape,
 )
 
-from vllm_dsv4_moe.warm_up import WarmUp, launch_router, token_counts
+from vllm_dsv4_moe.warm_up import WarmUp, launch_router, layer_token_counts, token_counts
 
 MOST = 3000
 OPS = {
@@ -226,6 +227,31 @@ def test_rows_are_placed_and_gathered(monkeypatch, variants):
     WarmUp()(layer, None, torch.zeros(16, dtype=torch.int32), torch.int32)
     assert calls[::2] == [1, 2, 4, 8, 16, 32, 37, 40]
     assert "_place_kernel" in {name for name, *_ in variants}
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (256, 64, 6, 4096, 2048),
+        (384, 24, 6, 7168, 3072),
+        (384, 48, 6, 5120, 2304),
+        (8, 8, 8, 1024, 512),
+    ],
+    ids=["flash", "pro", "flash-4.1", "tiny"],
+)
+def test_rows_are_placed_as_while_serving(sizes, fp8):
+    """By the tiles of released models, which place the rows of several ranges of counts."""
+    shape = MoeShape(*sizes, 16384, False, weight_format="mxfp4", fp8=fp8)
+    layer = mock.Mock(backend=SM90, shape=shape)
+
+    def way(num_tokens: int):
+        columns = shape.hidden // 2 if fp8 else shape.hidden
+        return places_rows(shape, num_tokens) and place_rows.choose_config(columns, num_tokens)
+
+    served = {way(num_tokens) for num_tokens in range(1, shape.max_num_tokens + 1)}
+    assert {way(num_tokens) for num_tokens in layer_token_counts(layer)} == served
+    assert len(served) > 1
 
 
 def test_layers_whose_routers_launch_other_kernels_are_run_each(monkeypatch, variants):
