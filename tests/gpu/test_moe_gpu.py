@@ -160,6 +160,33 @@ def test_a_thousand_replays_are_bit_equal(layers, num_tokens):
     assert differ == 0
 
 
+@pytest.mark.parametrize("num_tokens", [1, 64, 512])
+def test_layers_without_a_pause_read_what_the_one_before_wrote(layers, num_tokens):
+    """In one arena: kernels begin before those before them have ended (`pdl`)."""
+    layer, _, expert_map = layers
+    x, routing = a_call(num_tokens, layer, 5, "few-experts")
+    workspace, outs = workspace_of(layer), [torch.empty_like(x) for _ in range(3)]
+
+    def call(before: torch.Tensor, out: torch.Tensor) -> None:
+        moe.moe(before, routing, layer, workspace, expert_map=expert_map, out=out)
+
+    steps = list(zip([x, *outs], outs, strict=False))
+    for step in steps:
+        call(*step)
+        torch.cuda.synchronize()
+    expected = outs[-1].clone()
+    assert expected.isfinite().all() and expected.any(dim=1).all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            call(*step)
+    for _ in range(100):
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        assert outs[-1].equal(expected)
+
+
 @pytest.mark.parametrize("factor", [30, 3000])
 def test_tokens_of_any_size_saturate_nothing_in_fp8(layers, factor):
     layer, oracle, expert_map = layers
