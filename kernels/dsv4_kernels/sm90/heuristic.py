@@ -50,7 +50,8 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
     fc1 gathers its rows by token rather than reading rows that `place_rows` has permuted: on an
     H200, 3 % less than fc1 and the permutation at 128 rows an expert, 2 % at 48. cp.async has no
     multicast, so a cluster, which shares rows, needs them permuted. A batch's already are. In W4A8
-    gathering takes 3 to 5 % less of a layer from 512 tokens on, up to 12 % (`tiles.json`).
+    V4.1-Flash's TP4 and TP8 ranks take 2 to 12 % less from 512 tokens on, V4-Flash, bound by power,
+    as much as before (`tiles.json`).
     """
     rows = rows_per_expert(shape, num_tokens)
     inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
@@ -154,8 +155,8 @@ def _tile_k(k: int, most: int, blocks: tuple[int, ...] = (4, 5, 3, 2)) -> int:
 def _tall_config(shape: MoeShape, rows: float) -> Sm90Config | None:
     """fc2's, with few rows of a rank's part of h: a tile of one to three stages costs as much
     beside them as within, so tiles have 512 rows of weights, where there are enough for all
-    multiprocessors and two stages fit. Of V4.1-Flash's and V4-Flash's layers under TP4 and TP8 this
-    takes 2 to 10 % (`tiles.json`); with one token, whose tiles are too few, 1 to 2 us more.
+    multiprocessors and two stages fit. Layers of V4-Flash and V4.1-Flash under TP4 and TP8 take 1
+    to 8 % less (`tiles.json`); one token, whose tiles are too few, would take 1 to 2 us more.
     """
     _, k = padded_intermediate(shape.intermediate, shape.fp8)
     tiles = rows * shape.num_local_experts * shape.hidden / 512
