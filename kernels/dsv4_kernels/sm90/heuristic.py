@@ -57,7 +57,7 @@ def choose_config(shape: MoeShape, num_tokens: int) -> LayerConfig:
     inter, _ = padded_intermediate(shape.intermediate, shape.fp8)
     config = functools.partial(_fp8_config, shape) if shape.fp8 else _config
     fc1 = config(rows, 2 * inter, shape.hidden)
-    fc2 = _tall_config(shape, rows) or config(rows, shape.hidden, inter)
+    fc2 = _tall_config(shape, rows, inter) or config(rows, shape.hidden, inter)
     gather = fc1.cluster == 1 and not shape.batch_rows
     if shape.fp8:
         gather = gather and fc1.tile_k % 128 == 0  # 128 bytes of a row are gathered at a time
@@ -128,10 +128,8 @@ def _fp8_config(shape: MoeShape, rows: float, m: int, k: int) -> Sm90Config:
     m_blocks, warpgroups, cluster = next(
         each for each, rows in zip(choices, computed, strict=True) if rows <= 1.05 * min(computed)
     )
-    tile_m = 64 * m_blocks * warpgroups
-    column = tile_m // 2 + tile_m // _scale_block(shape) + tile_n[-1]
-    longest = _room(shape, warpgroups) // (3 * column)
-    blocks = (2, 5, 3) if tile_m > 256 else (4, 2, 5, 3)
+    blocks = (2, 5, 3) if m_blocks * warpgroups > 4 else (4, 2, 5, 3)
+    longest = _longest_stage(shape, m_blocks, warpgroups, tile_n[-1], stages=3)
     return Sm90Config(m_blocks, warpgroups, tile_n, _tile_k(k, longest, blocks), cluster)
 
 
@@ -152,26 +150,29 @@ def _tile_k(k: int, most: int, blocks: tuple[int, ...] = (4, 5, 3, 2)) -> int:
     return next((64 * n for n in blocks if -(-k // 64) % n == 0 and 64 * n <= most), 64)
 
 
-def _tall_config(shape: MoeShape, rows: float) -> Sm90Config | None:
-    """fc2's, with few rows of a rank's part of h: a tile of one to three stages costs as much
+def _tall_config(shape: MoeShape, rows: float, k: int) -> Sm90Config | None:
+    """fc2's, with few rows of a rank's part of h, K: a tile of one to three stages costs as much
     beside them as within, so tiles have 512 rows of weights, where there are enough for all
     multiprocessors and two stages fit. Layers of V4-Flash and V4.1-Flash under TP4 and TP8 take 1
     to 8 % less (`tiles.json`); one token, whose tiles are too few, would take 1 to 2 us more.
     """
-    _, k = padded_intermediate(shape.intermediate, shape.fp8)
     tiles = rows * shape.num_local_experts * shape.hidden / 512
     if k > 576 or rows > FEW_ROWS or tiles < 132:
         return None
     tile_n = (8, 16)
     tile_k = _tile_k(k, 320, (5, 4, 3, 2))
-    column = 512 // 2 + 512 // _scale_block(shape) + tile_n[-1] * (1 if shape.fp8 else 2)
-    return Sm90Config(2, 4, tile_n, tile_k) if 2 * tile_k * column <= _room(shape, 4) else None
+    fits = tile_k <= _longest_stage(shape, 2, 4, tile_n[-1], stages=2)
+    return Sm90Config(2, 4, tile_n, tile_k) if fits else None
 
 
-def _room(shape: MoeShape, warpgroups: int) -> int:
-    """Bytes of shared memory for stages, beside the schedule's tables."""
+def _longest_stage(
+    shape: MoeShape, m_blocks: int, warpgroups: int, tile_n: int, *, stages: int
+) -> int:
+    """Columns of a stage, where so many are to fit beside the schedule's tables."""
+    tile_m = 64 * m_blocks * warpgroups
+    column = tile_m // 2 + tile_m // _scale_block(shape) + tile_n * (1 if shape.fp8 else 2)
     experts_padded = 1 << (shape.num_local_experts - 1).bit_length()
-    return 224_900 - 4096 * warpgroups - 20 * experts_padded
+    return (224_900 - 4096 * warpgroups - 20 * experts_padded) // (stages * column)
 
 
 @functools.lru_cache(maxsize=4096)
