@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # vLLM logs to stdout, which is the findings' alone.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm_dsv4_moe.settings import read_settings
+    from vllm_dsv4_moe.settings import activations_on, read_settings
 
     settings = read_settings({}, os.environ)
     stored = read_checkpoint(args.checkpoint)
@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
         num_ours += 1
         try:
             words, agrees = verify(layer, stored.tensors, settings)
-            if not agrees and ", W4A8," in words:
+            mode = activations_on(backend, settings.activations, layer.weight_format)
+            if not agrees and mode == "fp8":
                 _, in_bf16 = verify(layer, stored.tensors, replace(settings, activations="bf16"))
                 words += "; with activations set to bf16 it agrees: serve so" if in_bf16 else ""
         except ValueError as error:
