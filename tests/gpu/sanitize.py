@@ -14,8 +14,8 @@ tokens, in both formats and both numerics, and the kernels that only W4A4 calls.
 are compared with the oracle. memcheck watches both; racecheck (shared memory) watches the GEMMs,
 and W4A8's layer, in a variant that it can follow, see `racecheck.py`. Whatever a tool reports
 fails. Kernels are compiled before: the tools slow a compiler down a hundredfold. Each tensor is an
-allocation of its own, so that memcheck knows where it ends. Under a tool a process takes a minute
-to start, and a GEMM some seconds more: few processes, of many GEMMs each.
+allocation of its own, so that memcheck knows where it ends. Under a tool a process is slow to
+start, and a GEMM adds little: few processes, of many GEMMs each.
 """
 
 import argparse
